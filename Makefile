@@ -1,0 +1,60 @@
+# minimta: what can be done here.
+#
+#   make run      start a private mail system in ./.run and say what to try
+#   make test     all tests, with pytest; makes a .venv if there is no pytest
+#   make lint     ruff, if it is installed
+#   make clean    remove everything that the above has made
+# PYTHON=/path/to/python3 names the Python to test, RUFF=... the linter.
+
+PYTHON ?= python3
+RUFF ?= ruff
+RUN = $(CURDIR)/.run
+MTA = MINIMTA_ROOT='$(RUN)' '$(CURDIR)/minimta.py'
+RULES = E,W,F,I,N,A,B,C4,C90,UP,SIM,RET,PIE,BLE,S110,ERA,PLR0911,PLR0912,PLR0915,PLW0603,W505
+LINT = --isolated --line-length 88 --target-version py39 \
+       --config 'lint.pydocstyle.convention="pep257"' \
+       --config 'lint.mccabe.max-complexity=10' \
+       --config 'lint.pycodestyle.max-doc-length=79'
+
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
+
+run:
+	@mkdir -p '$(RUN)/etc'; for user in "$$(id -un)" alice bob; do \
+	    home='$(RUN)'/home/$$user; mkdir -p "$$home"; \
+	    echo "$$user:x:$$(id -u):$$(id -g):$$user:$$home:/bin/sh"; \
+	done > '$(RUN)/etc/passwd'
+	@test -e '$(RUN)/etc/aliases' || printf '%s\n' 'postmaster: root' \
+	    "$$(test "$$(id -un)" = root && echo staff || echo root): $$(id -un)" \
+	    'team: alice, bob' > '$(RUN)/etc/aliases'
+	@$(MTA) newaliases
+	@printf '%s\n' '' 'Try in another terminal, from any directory:' '' \
+	    '1. send mail to alice; nothing is printed, it is accepted:' \
+	    "echo 'Hello Alice' | $(MTA) mail -s greetings alice" \
+	    '2. show the queue; "Mail queue is empty": it is delivered:' \
+	    "$(MTA) mailq" \
+	    '3. read as alice; "1 message 1 new", then 1 prints it, q ends:' \
+	    "$(MTA) mail -u alice" ''
+	@exec env $(MTA) serve
+
+test:
+	@python='$(PYTHON)'; \
+	if ! "$$python" -c 'import pytest' 2>/dev/null; then \
+	    python=.venv/bin/python3; \
+	    test "$$($$python -V 2>&1)" = "$$('$(PYTHON)' -V)" && $$python -c 'import pytest' || \
+	        { '$(PYTHON)' -m venv --clear .venv && .venv/bin/pip install -q pytest; } || exit; \
+	fi; \
+	"$$python" -c 'import xdist' 2>/dev/null && workers='-n 2' || workers=; \
+	"$$python" -m pytest -q $$workers test_minimta.py
+
+# D400 D403: a program's docstring is its usage text.  D105 D107: a class says
+# what its magic methods do.  SIM905: a row of words is easier to read as text.
+lint:
+	@if ! command -v $(RUFF) >/dev/null; then echo 'no ruff here: not linted'; exit 0; fi; set -e; \
+	$(RUFF) check $(LINT) --select $(RULES),D,PLR0913,ANN001,ANN201 --ignore D105,D107,D400,D403 minimta.py; \
+	$(RUFF) check $(LINT) --select $(RULES) --ignore SIM905 test_minimta.py
+
+clean:
+	rm -rf .run .venv* .pytest_cache .ruff_cache __pycache__
+
+.PHONY: help run test lint clean

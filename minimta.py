@@ -1,0 +1,6744 @@
+#!/bin/sh
+""":"
+
+# The shell reads as far as exec; to Python these lines are text. -I keeps the
+# current directory and PYTHON* out of a program that root runs, -S saves a
+# search for site packages. Byte code is used only where nobody else can write.
+pinned=
+for python in $pinned /usr/bin/python3 /usr/local/bin/python3 python3; do
+    command -v "$python" >/dev/null 2>&1 && exec "$python" -IS -c '
+import os, sys
+from _frozen_importlib_external import SourceFileLoader
+def private(folder):
+    if not os.path.exists(folder): return True
+    seen = os.stat(folder)
+    return seen.st_uid in (0, os.geteuid()) and not seen.st_mode & 0o022
+sys.argv = sys.argv[1:]
+path = os.path.realpath(sys.argv[0])
+home = os.path.dirname(path)
+loader = SourceFileLoader("minimta", path)
+if private(home) and private(home + "/__pycache__"):
+    code = loader.get_code("minimta")
+else:
+    code = loader.source_to_code(loader.get_data(path), path)
+module = sys.modules["minimta"] = type(sys)("minimta")
+module.__file__ = path
+exec(code, vars(module))
+sys.exit(module.main(sys.argv))
+' "$0" "$@"
+done
+echo "$0: there is no python3 here: install Python 3.9 or newer" >&2
+exit 69
+
+minimta - the whole mail system of a small host in one file.
+
+It is sendmail, newaliases, mailq and mail by the name it is called by, and
+the daemon as `minimta.py serve`. It is not a mailbox server, a filter or a
+mass mailer. The way of a message (the boxes are names in this file):
+
+  sendmail, mail --> submit socket --.
+                `--> Maildrop ---.   |
+                                 v   v
+  SmtpServer -----------------> Spool --> QueueRunner --> Delivery --> Mailbox
+                                 ^                           |
+                                 |                           `--> Relay
+                                 `-- Report <-- a recipient was bounced
+
+CONTENTS
+
+WORDS  text in, values out; no file, socket, clock or print
+   1 Failures
+   2 Settings
+   3 Addresses
+   4 Messages
+   5 Aliases
+   6 Queue words
+   7 Dialogue
+   8 Reports
+HANDS  each owns one thing outside the program
+   9 Log
+  10 Users
+  11 Spool
+  12 Alias database
+  13 Mailboxes
+  14 Folders
+  15 Relay
+WORK   what is done with them
+  16 Routing
+  17 Delivery
+  18 Queue runner
+  19 SMTP server
+  20 Submission
+  21 Daemon
+  22 Mail reader
+DOORS  the programs
+  23 Programs
+  24 Dispatch
+
+LAWS
+
+A name uses only names above it. WORDS touch nothing outside. Inside, lines
+end in LF; on the wire in CRLF; a bare CR or LF from the network is refused.
+A recipient is pending until it is sent, deferred (pending still) or bounced:
+those are the words in the code, the log, the queue and the README.
+
+THE QUEUE, and what a crash leaves in each state
+
+  incoming/ID  queue/ID  journal/ID  meaning; who goes on after a crash
+      +           -          -       being written, nobody was told 250;
+                                     the runner sweeps it when it is old
+      -           +          -       accepted: fsynced, renamed, directory
+                                     fsynced; the runner delivers it
+      -           +          +       tried: the journal has a line for each
+                                     attempt; recipients it calls sent or
+                                     bounced are not tried again
+      -           -          +       done: the journal is removed last
+
+A queue file never changes after its rename. Its mtime is its next attempt.
+When a runner starts, whatever it finds in queue/ may have been appended to a
+mailbox already, so that mailbox is searched for the queue id first.
+
+    arrived: 1795433527.25          envelope: name: value, unknown ones ignored
+    sender: alice@host.example
+    origin: uid 1000
+    recipient: bob@host.example     one line each
+                                    an empty line, then the message as it was
+    Received: by host.example ...   received, with our own Received on top
+
+To understand everything else, start at main(), the last function.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+__version__ = "0.1"
+
+
+# =============================================================================
+# WORDS: text in, values out. No file, no socket, no clock, no print.
+# =============================================================================
+
+# == 1 Failures: Value, ProgramError, MailError, exit codes ===================
+# What can go wrong is a value, made once: an enhanced status code (RFC 3463)
+# and a sentence for mail, an exit code (sysexits.h) and a sentence for the
+# programs. Only main() turns either into a line on stderr.
+
+EX_OK = 0
+EX_USAGE = 64  # the command was used wrongly
+EX_DATAERR = 65  # the input was bad: an address, a header, an aliases line
+EX_NOINPUT = 66  # the input could not be read
+EX_NOUSER = 67  # no such user here
+EX_UNAVAILABLE = 69  # something that is needed is not there
+EX_OSERR = 71  # the system refused: fork, bind
+EX_CANTCREAT = 73  # a file could not be made
+EX_IOERR = 74  # reading or writing failed
+EX_TEMPFAIL = 75  # try again later
+EX_NOPERM = 77  # not allowed
+EX_CONFIG = 78  # the settings are wrong
+
+# Enhanced status, longest prefix first -> what `sendmail` exits with.
+EXIT_CODES = (
+    ("4", EX_TEMPFAIL),
+    ("5.1.3", EX_DATAERR),
+    ("5.1.7", EX_DATAERR),
+    ("5.1", EX_NOUSER),
+    ("5.2.3", EX_DATAERR),
+    ("5.3.4", EX_DATAERR),
+    ("5.4.6", EX_CONFIG),
+    ("5.5", EX_DATAERR),
+    ("5.6", EX_DATAERR),
+    ("5.7", EX_NOPERM),
+    ("", EX_UNAVAILABLE),
+)
+
+
+class Value:
+    """A record: its fields are its slots, equal when all of them are equal.
+
+    In place of namedtuple and dataclass, whose modules cost 3 and 15 ms of a
+    `sendmail` that takes 15.
+    """
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.fields() == other.fields()
+
+    def __hash__(self) -> int:
+        return hash(self.fields())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{self.fields()!r}"
+
+    def fields(self) -> tuple:
+        """The values of the slots, in their order."""
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+
+class ProgramError(Exception):
+    """Ends a program: an exit code, and what is wrong: what to do about it."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class MailError(Exception):
+    """Why a recipient or a message fails: enhanced status and one sentence.
+
+    `status` is "4.x.y" (try again) or "5.x.y" (never), RFC 3463; `relay` says
+    who refused, as the log's relay= shows it.
+    """
+
+    def __init__(self, status: str, text: str, relay: str = "local") -> None:
+        super().__init__(text)
+        self.status = status
+        self.text = text
+        self.relay = relay
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether another attempt may succeed."""
+        return self.status.startswith("4")
+
+    @property
+    def exit_code(self) -> int:
+        """What `sendmail` exits with for it."""
+        return next(c for prefix, c in EXIT_CODES if self.status.startswith(prefix))
+
+
+def printable(text: str, limit: int = 1000) -> str:
+    """`text` on one line of at most `limit` characters, controls shown as `?`.
+
+    For logs, reports and reasons: what came from outside can end no line and
+    drive no terminal.
+    """
+    shown = "".join(c if c.isprintable() else "?" for c in text[:limit])
+    return shown if len(text) <= limit else shown + "..."
+
+
+# == 2 Settings: Setting, SETTINGS, Settings ==================================
+# minimta.conf: `name = value`, `#` comments, a line that begins with white
+# space continues the one before, `$name` stands for another setting. Names are
+# Postfix's wherever Postfix has the thing.
+# Failures: ProgramError EX_CONFIG, naming file and line.
+
+MINUTE, HOUR, DAY = 60, 3600, 86400  # seconds
+TIME_UNITS = {"s": 1, "m": MINUTE, "h": HOUR, "d": DAY, "w": 7 * DAY}
+SIZE_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+class Setting(Value):
+    """One row of SETTINGS; `kind` says how its text is read (see READERS)."""
+
+    __slots__ = ("name", "kind", "default", "meaning")
+
+    def __init__(self, name: str, kind: str, default: str, meaning: str) -> None:
+        self.name = name
+        self.kind = kind
+        self.default = default
+        self.meaning = meaning
+
+    @property
+    def is_used(self) -> bool:
+        """Whether this version acts on it; if not, setting it is warned of."""
+        return not self.meaning.startswith("(later)")
+
+
+SETTINGS = (
+    Setting("myhostname", "text", "", "this host's full name; default: the system's"),
+    Setting("mydomain", "text", "", "its domain; default: myhostname less one label"),
+    Setting("myorigin", "text", "$myhostname", "what follows a bare user's @"),
+    Setting(
+        "mydestination",
+        "list",
+        "$myhostname, localhost.$mydomain, localhost",
+        "domains whose mail is delivered here",
+    ),
+    Setting("mynetworks", "list", "127.0.0.0/8, [::1]/128", "clients that may relay"),
+    Setting("relay_domains", "list", "", "domains that anyone may relay to"),
+    Setting("inet_interfaces", "list", "127.0.0.1, [::1]", "addresses to listen on"),
+    Setting("smtpd_port", "number", "25", "port to listen on"),
+    Setting("relayhost", "text", "", "where remote mail goes: [host]:port"),
+    Setting("transport_maps", "list", "", "(later) routes by recipient"),
+    Setting("smtp_generic_maps", "list", "", "(later) sender rewriting"),
+    Setting(
+        "smtp_tls_security_level", "text", "", "(later) none, may, encrypt, verify"
+    ),
+    Setting("smtp_tls_CAfile", "text", "", "(later) certificates to trust"),
+    Setting("smtp_sasl_password_maps", "text", "", "(later) passwords for relays"),
+    Setting("smtp_sasl_password_command", "text", "", "(later) prints the password"),
+    Setting("smtpd_tls_cert_file", "text", "", "(later) the listener's certificate"),
+    Setting("smtpd_tls_key_file", "text", "", "(later) its key"),
+    Setting("smtpd_sasl_password_file", "text", "", "(later) who may authenticate"),
+    Setting("alias_maps", "list", "/etc/aliases", "the aliases file"),
+    Setting("recipient_delimiter", "text", "+", "user+detail is user's mail"),
+    Setting("luser_relay", "text", "", "who gets mail for unknown local users"),
+    Setting("mailbox_transport", "text", "", "(later) lmtp: another mail store"),
+    Setting("home_mailbox", "text", "", "(later) mailbox below the home"),
+    Setting("mail_spool_directory", "path", "/var/mail", "where mailboxes are"),
+    Setting("queue_directory", "path", "/var/spool/minimta", "the queue"),
+    Setting("message_size_limit", "size", "50M", "bytes of one message"),
+    Setting("mailbox_size_limit", "size", "0", "bytes of a mailbox; 0: no limit"),
+    Setting("queue_minfree", "size", "16M", "bytes that stay free on the queue's disk"),
+    Setting("smtpd_recipient_limit", "number", "1000", "recipients of one message"),
+    Setting(
+        "smtpd_client_connection_count_limit",
+        "number",
+        "50",
+        "(later) connections of one client",
+    ),
+    Setting("default_process_limit", "number", "100", "SMTP sessions at once"),
+    Setting("command_time_limit", "time", "1000s", "(later) how long a pipe may run"),
+    Setting("minimal_backoff_time", "time", "300s", "shortest wait between attempts"),
+    Setting("maximal_backoff_time", "time", "4000s", "longest wait between attempts"),
+    Setting("maximal_queue_lifetime", "time", "5d", "then mail is bounced"),
+    Setting("bounce_queue_lifetime", "time", "5d", "then a bounce is given up"),
+    Setting("delay_warning_time", "time", "4h", "(later) then the sender is warned"),
+    Setting("hopcount_limit", "number", "50", "Received lines of a looping message"),
+    Setting("mail_owner", "text", "", "user of the queue: minimta, daemon or nobody"),
+    Setting("default_privs", "text", "nobody", "(later) user of commands in aliases"),
+    Setting("maillog_file", "text", "", "log file; - is stdout; default: syslog"),
+    Setting("syslog_facility", "text", "mail", "syslog facility"),
+    Setting("syslog_name", "text", "minimta", "first word of each log line"),
+)
+
+# What a private instance has in place of the default.
+PRIVATE_DEFAULTS = {
+    "inet_interfaces": "127.0.0.1",
+    "smtpd_port": "2525",
+    "maillog_file": "/var/log/mail.log",
+}
+BELOW_ROOT = ("alias_maps", "mail_spool_directory", "queue_directory", "maillog_file")
+
+
+def read_amount(text: str, units: dict[str, int]) -> int:
+    """`"1h30m"` or `"50M"` as a number of the smallest unit. Raises ValueError.
+
+    >>> read_amount("1h30m", TIME_UNITS), read_amount("10", SIZE_UNITS)
+    (5400, 10)
+    """
+    total, digits = 0, ""
+    for char in text.strip().lower():
+        if char in units and digits:
+            total, digits = total + int(digits) * units[char], ""
+        elif char.isascii() and char.isdigit():
+            digits += char
+        else:
+            raise ValueError(text)
+    if not text.strip():
+        raise ValueError(text)
+    return total + int(digits or 0)
+
+
+def read_list(text: str) -> tuple[str, ...]:
+    """The words of `text`, which commas or white space set apart."""
+    return tuple(text.replace(",", " ").split())
+
+
+READERS = {
+    "text": lambda text: text,
+    "path": lambda text: text.rstrip("/") or "/",
+    "list": read_list,
+    "number": lambda text: read_amount(text, {}),
+    "size": lambda text: read_amount(text, SIZE_UNITS),
+    "time": lambda text: read_amount(text, TIME_UNITS),
+}
+
+
+def strip_comment(line: str) -> str:
+    """`line` without what a `#` at the start of a word begins.
+
+    >>> strip_comment('a: "b # c"  # d')
+    'a: "b # c"  '
+    """
+    is_quoted = is_escaped = False
+    for place, char in enumerate(line):
+        if is_escaped:
+            is_escaped = False
+        elif char == "\\":
+            is_escaped = True
+        elif char == '"':
+            is_quoted = not is_quoted
+        elif char == "#" and not is_quoted and line[:place].rstrip() == "":
+            return ""
+        elif char == "#" and not is_quoted and line[place - 1] in " \t":
+            return line[:place]
+    return line
+
+
+def logical_lines(text: str) -> list[tuple[int, str]]:
+    """(number of the first line, text) of each entry; comments are gone.
+
+    A `#` begins a comment where a word could begin, also behind a value; not
+    inside double quotes. A line that begins with white space continues the
+    one before; if it is the first it is handed over as it is, indented.
+    """
+    found: list[tuple[int, str]] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        bare = strip_comment(line.rstrip("\r"))
+        if not bare.strip():
+            continue
+        if bare[0] in " \t" and found:
+            found[-1] = (found[-1][0], f"{found[-1][1]} {bare.strip()}")
+        else:
+            found.append((number, bare.rstrip()))
+    return found
+
+
+def host_defaults(host: str, root: str) -> tuple[dict, dict]:
+    """The defaults that hang on the host's name and the instance: texts, sources."""
+    texts: dict[str, str] = {"myhostname": host}
+    if root:
+        texts.update(PRIVATE_DEFAULTS)
+        for row in SETTINGS:
+            if row.name in BELOW_ROOT:
+                texts[row.name] = root + texts.get(row.name, row.default)
+    return texts, {}
+
+
+def complete(texts: dict) -> dict:
+    """`texts` with myhostname qualified and mydomain and mydestination filled."""
+    host, domain = texts["myhostname"], texts.get("mydomain", "")
+    if "." not in host:
+        host = f"{host}.{domain or 'localdomain'}"
+    if "mydestination" not in texts:
+        # A host's own short name is local too: mutt qualifies with it.
+        short = host.partition(".")[0]
+        texts["mydestination"] = f"$myhostname, {short}, localhost.$mydomain, localhost"
+    return {**texts, "myhostname": host, "mydomain": domain or host.partition(".")[2]}
+
+
+def unknown_setting(where: str, name: str, names: list[str]) -> ProgramError:
+    """The error for a name that is not a setting; names the nearest one."""
+    import difflib  # 12 ms; only a mistake needs it
+
+    near = difflib.get_close_matches(name, names, 1, 0.5)
+    hint = f"did you mean {near[0]}?" if near else "see minimta.py config"
+    return ProgramError(
+        EX_CONFIG, f"{where}: unknown setting {printable(name, 60)}: {hint}"
+    )
+
+
+class Settings:
+    """Every setting's value, read once in main() and passed on; never changed.
+
+    `settings.myhostname` reads a value in its kind's type; `sources` says
+    where each came from; `root` is the private instance's directory or "".
+    """
+
+    def __init__(self, texts: dict, sources: dict, root: str = "") -> None:
+        self.root = root
+        self.sources = sources
+        self.texts = {row.name: texts.get(row.name, row.default) for row in SETTINGS}
+        self.values = {row.name: self.read(row) for row in SETTINGS}
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return self.__dict__["values"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    @classmethod
+    def parse(
+        cls, text: str, environ: dict, host: str, root: str = "", path: str = ""
+    ) -> Settings:
+        """Settings from a file's text, MINIMTA_<NAME> of `environ` and `host`.
+
+        Raises ProgramError EX_CONFIG.
+        """
+        texts, sources = host_defaults(host, root)
+        names = {row.name.lower(): row.name for row in SETTINGS}
+        for number, line in logical_lines(text):
+            name, equals, value = line.partition("=")
+            where = f"{path}, line {number}"
+            if not equals or line[0] in " \t":
+                raise ProgramError(EX_CONFIG, f"{where}: need name = value")
+            known = names.get(name.strip().lower())
+            if known is None:
+                raise unknown_setting(where, name.strip(), list(names.values()))
+            texts[known], sources[known] = value.strip(), where
+        for row in SETTINGS:
+            variable = f"MINIMTA_{row.name.upper()}"
+            if variable in environ:
+                texts[row.name] = environ[variable].strip()
+                sources[row.name] = f"environment, {variable}"
+        return cls(complete(texts), sources, root)
+
+    def read(self, row: Setting) -> object:
+        """The value of a row in its kind's type. Raises ProgramError."""
+        text = self.expand(self.texts[row.name])
+        try:
+            return READERS[row.kind](text)
+        except ValueError:
+            where = self.sources.get(row.name, "settings")
+            raise ProgramError(
+                EX_CONFIG, f"{where}: {row.name} = {text} is not a {row.kind}"
+            ) from None
+
+    def expand(self, text: str, depth: int = 0) -> str:
+        """`text` with each $name and ${name} replaced by that setting."""
+        if "$" not in text or depth > 10:
+            return text
+        for row in sorted(SETTINGS, key=lambda row: -len(row.name)):
+            for spelling in ("${%s}" % row.name, f"${row.name}"):
+                if spelling in text:
+                    text = text.replace(spelling, self.texts[row.name])
+        return self.expand(text, depth + 1)
+
+    def is_local(self, domain: str) -> bool:
+        """Whether mail for `domain` (or a literal of ours) is delivered here."""
+        domain = domain.lower().rstrip(".")
+        if domain.startswith("["):
+            ours = {f"[{name.strip('[]')}]" for name in self.inet_interfaces}
+            return domain.replace("[ipv6:", "[") in ours | {"[127.0.0.1]", "[::1]"}
+        return not domain or domain in {name.lower() for name in self.mydestination}
+
+    def may_relay_to(self, domain: str) -> bool:
+        """Whether anyone may send mail for `domain` through this host."""
+        domain = domain.lower().rstrip(".")
+        return any(
+            domain == name or domain.endswith("." + name.lstrip("."))
+            for name in (name.lower() for name in self.relay_domains)
+        )
+
+
+# == 3 Addresses: Address, parse_path, header_addresses =======================
+# What may stand between < and > in MAIL and RCPT, and in a To: field.
+# Source: RFC 5321 section 4.1.2, RFC 5322 section 3.4, RFC 6531 section 3.3.
+# Failures: MailError 5.1.3 with the text that could not be read.
+
+MAX_LOCAL = 64  # octets, RFC 5321 section 4.5.3.1.1
+MAX_DOMAIN = 255  # octets, section 4.5.3.1.2
+MAX_PATH = 254  # octets without the brackets, section 4.5.3.1.3
+MAX_LABEL = 63  # octets, RFC 1035 section 2.3.4
+SPECIALS = frozenset('()<>[]:;@\\,"')
+
+
+def bad_address(text: str, why: str = "bad address syntax") -> MailError:
+    """The failure for an address that cannot be read."""
+    return MailError("5.1.3", f"<{printable(text, 100)}>: {why}")
+
+
+def os_bytes(text: str) -> bytes:
+    """`text` as the bytes it came from (UTF-8, anything else unchanged)."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def os_text(data: bytes) -> str:
+    """`data` as text that os_bytes() turns back into the same bytes."""
+    return data.decode("utf-8", "surrogateescape")
+
+
+def is_atom_char(char: str) -> bool:
+    """Whether `char` may stand unquoted in a local part (atext, or UTF-8)."""
+    return char not in SPECIALS and char != " " and char.isprintable()
+
+
+def read_local(text: str) -> tuple[str, int]:
+    """(local part unquoted, place behind it). Raises MailError."""
+    if not text.startswith('"'):
+        place = 0
+        while place < len(text) and is_atom_char(text[place]):
+            place += 1
+        if place == 0:
+            raise bad_address(text)
+        return text[:place], place
+    chars, place = [], 1
+    while place < len(text) and text[place] != '"':
+        place += text[place] == "\\"
+        if place >= len(text) or not text[place].isprintable():
+            raise bad_address(text)
+        chars.append(text[place])
+        place += 1
+    if place >= len(text):
+        raise bad_address(text, "unbalanced quotation mark")
+    return "".join(chars), place + 1
+
+
+def is_octet(text: str) -> bool:
+    """Whether `text` is 0 to 255 in decimal, without leading zeros."""
+    digits = text.isascii() and text.isdigit() and len(text) < 4
+    return digits and str(int(text)) == text and int(text) < 256
+
+
+def is_literal(text: str) -> bool:
+    """Whether `text` is [a.b.c.d] or [IPv6:...], numbers strictly decimal."""
+    inner = text[1:-1]
+    if not text.endswith("]") or not inner:
+        return False
+    if inner.lower().startswith("ipv6:"):
+        number = inner[5:].lower()
+        return ":" in number and all(c in "0123456789abcdef:." for c in number)
+    parts = inner.split(".")
+    return len(parts) == 4 and all(is_octet(part) for part in parts)
+
+
+def is_domain(text: str) -> bool:
+    """Whether `text` is a host name or an address literal, RFC 5321 4.1.2."""
+    if text.startswith("["):
+        return is_literal(text)
+    labels = text[:-1].split(".") if text.endswith(".") else text.split(".")
+    return len(os_bytes(text)) <= MAX_DOMAIN and all(
+        0 < len(os_bytes(label)) <= MAX_LABEL
+        and not label.startswith("-")
+        and not label.endswith("-")
+        and all(c.isalnum() or c in "-_" or not c.isascii() for c in label)
+        and label.isprintable()
+        for label in labels
+    )
+
+
+class Address(Value):
+    """A mailbox or the null sender (both parts empty).
+
+    `local` is unquoted, its case kept; `domain` is "" for a bare user name,
+    else a name or a literal in brackets.
+    """
+
+    __slots__ = ("local", "domain")
+
+    def __init__(self, local: str, domain: str = "") -> None:
+        self.local = local
+        self.domain = domain
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """The address that `text` spells, nothing before or behind it.
+
+        >>> Address.parse('"a b"@x.org')
+        Address('a b', 'x.org')
+        """
+        if not text:
+            return cls("")
+        local, place = read_local(text)
+        domain = text[place + 1 :]
+        if text[place : place + 1] not in ("", "@") or (place < len(text)) != (
+            domain != ""
+        ):
+            raise bad_address(text)
+        if domain and not is_domain(domain):
+            raise bad_address(text, "bad domain name")
+        if len(os_bytes(local)) > MAX_LOCAL or len(os_bytes(text)) > MAX_PATH:
+            raise bad_address(text, "too long")
+        return cls(local, domain)
+
+    def __str__(self) -> str:
+        local = self.local
+        plain = local and all(is_atom_char(c) or c == "." for c in local)
+        if not plain and (local or self.domain):
+            local = '"%s"' % local.replace("\\", "\\\\").replace('"', '\\"')
+        return f"{local}@{self.domain}" if self.domain else local
+
+    def qualified(self, domain: str) -> Address:
+        """Itself, a bare user name followed by `domain`."""
+        bare = self.local and not self.domain
+        return Address(self.local, domain) if bare else self
+
+    @property
+    def is_ascii(self) -> bool:
+        """Whether it can be sent without SMTPUTF8."""
+        return self.local.isascii() and self.domain.isascii()
+
+
+def parse_path(text: str) -> tuple[Address, str]:
+    """(address, what follows) of a path `<...>`; a source route is dropped.
+
+    Brackets may be missing, as many clients forget them.
+    """
+    text = text.lstrip(" ")
+    if not text.startswith("<"):
+        word, _, rest = text.partition(" ")
+        return Address.parse(word), rest
+    is_quoted, place = False, 1
+    while place < len(text) and (is_quoted or text[place] != ">"):
+        place += is_quoted and text[place] == "\\"
+        is_quoted ^= text[place : place + 1] == '"' and text[place - 1] != "\\"
+        place += 1
+    if place >= len(text):
+        raise bad_address(text, "unbalanced angle bracket")
+    inner = text[1:place]
+    if inner.startswith("@"):  # source route, RFC 5321 appendix C: ignored
+        route, colon, inner = inner.partition(":")
+        if not colon or not all(is_domain(hop[1:]) for hop in route.split(",")):
+            raise bad_address(text)
+    return Address.parse(inner), text[place + 1 :]
+
+
+class AddressScanner:
+    """Finds the addresses of a To: field: groups, comments, names, routes.
+
+    One pass, no recursion: what an attacker nests costs no more than its
+    length. `found` has an address's text each, brackets and names taken off.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.place = 0
+        self.found: list[str] = []
+        self.plain: list[str] = []
+        self.angle: list[str] | None = None
+
+    def scan(self) -> list[str]:
+        """All of them, in their order."""
+        actions = {
+            "(": self.comment,
+            '"': self.quoted,
+            "[": self.literal,
+            "<": self.open_angle,
+            ">": self.close_angle,
+            ",": self.flush,
+            ";": self.flush,
+            ":": self.colon,
+        }
+        while self.place < len(self.text):
+            char = self.text[self.place]
+            self.place += 1
+            actions.get(char, self.keep)(char)
+        self.flush("")
+        return self.found
+
+    def keep(self, text: str) -> None:
+        """Adds to what is being read: the angle's inside or plain text."""
+        (self.plain if self.angle is None else self.angle).append(text)
+
+    def comment(self, _: str) -> None:
+        """Skips a comment, which may hold comments."""
+        depth = 1
+        while depth and self.place < len(self.text):
+            char = self.text[self.place]
+            self.place += 2 if char == "\\" else 1
+            depth += (char == "(") - (char == ")")
+
+    def quoted(self, _: str) -> None:
+        """Keeps a quoted string whole."""
+        start = self.place
+        while self.place < len(self.text) and self.text[self.place] != '"':
+            self.place += 2 if self.text[self.place] == "\\" else 1
+        self.place += 1
+        self.keep('"%s"' % self.text[start : self.place - 1])
+
+    def literal(self, _: str) -> None:
+        """Keeps a domain literal whole: it may hold a colon."""
+        end = self.text.find("]", self.place)
+        end = len(self.text) if end < 0 else end
+        self.keep("[%s]" % self.text[self.place : end])
+        self.place = end + 1
+
+    def open_angle(self, _: str) -> None:
+        """Begins the address proper; what came before was a name."""
+        self.angle = []
+
+    def close_angle(self, _: str) -> None:
+        """Ends the address; what follows up to the comma does not count."""
+        if self.angle is not None:
+            self.found.append("".join(self.angle).strip())
+        self.angle, self.plain = None, [" "]
+        end = self.place
+        while end < len(self.text) and self.text[end] not in ',;("':
+            end += 1
+        self.place = end
+
+    def colon(self, char: str) -> None:
+        """Ends a group's name, or a route inside an angle."""
+        if self.angle is None:
+            self.plain = []
+        else:
+            self.keep(char)
+
+    def flush(self, _: str) -> None:
+        """Ends one address of the list."""
+        if self.angle is not None:  # the bracket was never closed
+            self.plain = ["<", *self.angle]
+        text = "".join(self.plain).strip()
+        if text:
+            self.found.append(text)
+        self.angle, self.plain = None, []
+
+
+def header_addresses(text: str) -> list[Address]:
+    """The addresses in a header field's value. Raises MailError.
+
+    >>> header_addresses('team: "B, B" <b@x>, a (c) ;, d@y')
+    [Address('b', 'x'), Address('a', ''), Address('d', 'y')]
+    """
+    found = []
+    for spelling in AddressScanner(text).scan():
+        if spelling.startswith("@") and ":" in spelling:
+            spelling = spelling.partition(":")[2]
+        found.append(Address.parse(spelling))
+    return found
+
+
+# == 4 Messages: DotReader, InputReader, Header, received_field, mbox_quoted ==
+# A message is bytes and is never decoded. Inside, lines end in LF.
+# Source: RFC 5321 sections 4.4 and 4.5.2, RFC 5322, RFC 4155 (mboxrd).
+
+MAX_HEADER = 1 << 20  # bytes; what `sendmail -t` is willing to search
+MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
+DAYS = "Mon Tue Wed Thu Fri Sat Sun".split()
+
+
+def asctime(seconds: float) -> str:
+    """`"Wed Feb 19 05:10:01 2025"`, local time, never in the locale's words."""
+    t = time.localtime(seconds)
+    return (
+        f"{DAYS[t.tm_wday]} {MONTHS[t.tm_mon - 1]} {t.tm_mday:2} "
+        f"{t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} {t.tm_year}"
+    )
+
+
+def rfc_date(seconds: float) -> str:
+    """`"Wed, 19 Feb 2025 05:10:01 -0500 (EST)"`, RFC 5322 section 3.3."""
+    t = time.localtime(seconds)
+    minutes = abs(t.tm_gmtoff) // 60
+    sign = "-" if t.tm_gmtoff < 0 else "+"
+    return (
+        f"{DAYS[t.tm_wday]}, {t.tm_mday} {MONTHS[t.tm_mon - 1]} {t.tm_year} "
+        f"{t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} "
+        f"{sign}{minutes // 60:02}{minutes % 60:02} ({printable(t.tm_zone, 20)})"
+    )
+
+
+class DotReader:
+    """What follows 354 as a message: dots taken off, line ends LF.
+
+    feed() takes bytes as they come from the wire, cut anywhere, and returns
+    message bytes. Only CRLF.CRLF ends it: then `ended` is true and `rest` has
+    what followed. `fault` is a MailError for a bare CR or LF (SMTP smuggling,
+    CVE-2023-51764) or more than `limit` bytes; the reader goes on to the real
+    end, so that nothing in the message can be taken for a command.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.size = 0  # bytes as RFC 1870 counts: CRLF, dots taken off
+        self.fault: MailError | None = None
+        self.ended = False
+        self.rest = b""
+        self.held = b"\r\n"  # a dot in the first line is at a line's start too
+        self.has_begun = False
+
+    def feed(self, data: bytes) -> bytes:
+        """The message bytes that `data` completes (b"" once there is a fault)."""
+        text = self.held + data
+        end = text.find(b"\r\n.\r\n")
+        if end >= 0:
+            self.ended, self.held = True, b""
+            text, self.rest = text[: end + 2], text[end + 5 :]
+        else:
+            # Keep back what could be the start of CRLF.CRLF or of CRLF-dot.
+            cut = text.rfind(b"\r\n", max(0, len(text) - 4))
+            if cut < 0:
+                cut = len(text) - text.endswith(b"\r")
+            text, self.held = text[:cut], text[cut:]
+        return self.clean(text)
+
+    def clean(self, text: bytes) -> bytes:
+        """Dots off, CRLF to LF; notes a fault."""
+        text = text.replace(b"\r\n.", b"\r\n")
+        if not self.has_begun and text:
+            self.has_begun, text = True, text[2:]  # the CRLF that was put first
+        self.size += len(text)
+        pairs = text.count(b"\r\n")
+        for byte, name in ((b"\n", "LF"), (b"\r", "CR")):
+            if text.count(byte) != pairs and self.fault is None:
+                self.fault = MailError(
+                    "5.5.2", f"Error: bare <{name}> received; lines end in CRLF"
+                )
+        if self.size > self.limit and self.fault is None:
+            self.fault = MailError("5.3.4", "Message size exceeds fixed limit")
+        return b"" if self.fault else text.replace(b"\r\n", b"\n")
+
+
+class InputReader:
+    """What a program gives `sendmail` on standard input, as a message.
+
+    CRLF becomes LF, another CR a blank, NUL is dropped. With `dot_ends` a
+    line with only a dot ends the message (without -i, as sendmail does).
+    """
+
+    def __init__(self, dot_ends: bool) -> None:
+        self.dot_ends = dot_ends
+        self.held = b"\n"  # a dot in the first line is at a line's start too
+        self.has_begun = False
+        self.ended = False
+
+    def feed(self, data: bytes) -> bytes:
+        """The message bytes that `data` completes; b"" as data ends the input."""
+        text = self.held + data
+        self.held = b""
+        if data and text.endswith(b"\r"):
+            text, self.held = text[:-1], b"\r"
+        text = text.replace(b"\r\n", b"\n").replace(b"\r", b" ").replace(b"\0", b"")
+        text = self.cut(text, data == b"")
+        if text and not self.has_begun:
+            self.has_begun, text = True, text[1:]  # the LF that was put first
+        return text
+
+    def cut(self, text: bytes, is_last: bool) -> bytes:
+        """`text` up to the dot that ends it, or to where one may begin."""
+        if self.dot_ends:
+            end = (text + b"\n" if is_last else text).find(b"\n.\n")
+            if end >= 0:
+                self.ended, text = True, text[: end + 1]
+            elif not is_last:
+                cut = text.rfind(b"\n", max(0, len(text) - 2))
+                if cut >= 0:
+                    text, self.held = text[:cut], text[cut:] + self.held
+        return text
+
+
+def is_field(line: bytes) -> bool:
+    """Whether `line` begins a header field: name, perhaps blanks, colon."""
+    name, colon, _ = line.partition(b":")
+    name = name.rstrip(b" \t")
+    return bool(colon and name) and all(32 < byte < 127 for byte in name)
+
+
+class Header:
+    """The header of a message as a list of (name, raw text with its LF).
+
+    `parse(block)` splits at the first line that is no field; `rest` is what
+    follows the header, without the empty line between.
+    """
+
+    def __init__(self, fields: list[tuple[str, bytes]], rest: bytes = b"") -> None:
+        self.fields = fields
+        self.rest = rest
+
+    @classmethod
+    def parse(cls, block: bytes) -> Header:
+        """The header at the start of `block` (bytes, LF line ends)."""
+        fields: list[tuple[str, bytes]] = []
+        place = 0
+        while place < len(block):
+            end = block.find(b"\n", place) + 1 or len(block)
+            line = block[place:end]
+            if line[:1] in b" \t" and fields:
+                fields[-1] = (fields[-1][0], fields[-1][1] + line)
+            elif is_field(line):
+                name = line.partition(b":")[0].rstrip(b" \t")
+                fields.append((os_text(name).lower(), line))
+            else:
+                break
+            place = end
+        rest = block[place:]
+        return cls(fields, rest[1:] if rest.startswith(b"\n") else rest)
+
+    def values(self, name: str) -> list[str]:
+        """The unfolded values of every field of that name (in lower case)."""
+        return [
+            os_text(raw.partition(b":")[2]).replace("\n", "").strip()
+            for key, raw in self.fields
+            if key == name
+        ]
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a field."""
+        return any(key == name for key, _ in self.fields)
+
+    def without(self, *names: str) -> Header:
+        """A copy without the fields of these names."""
+        kept = [(key, raw) for key, raw in self.fields if key not in names]
+        return Header(kept, self.rest)
+
+    def added(self, name: str, value: str) -> Header:
+        """A copy with one more field at its end."""
+        raw = os_bytes(f"{name}: {value}\n")
+        return Header([*self.fields, (name.lower(), raw)], self.rest)
+
+    def __bytes__(self) -> bytes:
+        return b"".join(
+            raw if raw.endswith(b"\n") else raw + b"\n" for _, raw in self.fields
+        )
+
+
+def drop_from_lines(block: bytes) -> bytes:
+    """`block` without leading `From ` and `>From ` lines, as Postfix drops them."""
+    while block.lstrip(b">").startswith(b"From "):
+        block = block.partition(b"\n")[2]
+    return block
+
+
+def encoded_word(text: str) -> str:
+    """`text` as RFC 2047 encoded words of at most 75 characters each."""
+    import binascii  # a C module, needed for non-ASCII only
+
+    words, piece = [], b""
+    for char in text:
+        data = char.encode("utf-8", "replace")
+        if len(piece) + len(data) > 45:
+            words.append(piece)
+            piece = b""
+        piece += data
+    words.append(piece)
+    coded = (binascii.b2a_base64(word, newline=False).decode() for word in words)
+    return "\n ".join(f"=?utf-8?B?{word}?=" for word in coded)
+
+
+def display_name(text: str) -> str:
+    """`text` as the phrase before an address: bare, quoted, or RFC 2047.
+
+    >>> display_name("J. Doe")
+    '"J. Doe"'
+    """
+    clean = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    if not clean.isascii():
+        return encoded_word(clean)
+    if all(is_atom_char(c) and c != "." or c == " " for c in clean):
+        return clean
+    return '"%s"' % clean.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def gecos_name(gecos: str, login: str) -> str:
+    """The full name in a passwd entry: up to the comma, & is the login."""
+    for char in ",;%":
+        gecos = gecos.partition(char)[0]
+    return gecos.replace("&", login[:1].upper() + login[1:]).strip()
+
+
+def received_field(fields: dict, host: str, queue_id: str, when: float) -> bytes:
+    """Our own Received field, RFC 5321 section 4.4, in Postfix's shape.
+
+    `fields`: helo, client ("name [address]"), proto, recipient (only if there
+    is exactly one, so that Bcc does not leak), or uid for a local submission.
+    """
+    if fields.get("uid") is not None:
+        head = f"Received: by {host} (minimta, from userid {fields['uid']})\n\tid "
+        return os_bytes(f"{head}{queue_id}; {rfc_date(when)}\n")
+    lines = [f"Received: by {host} (minimta)\n\tid {queue_id}"]
+    if fields.get("client"):
+        lines = [
+            f"Received: from {fields['helo']} ({fields['client']})",
+            f"\tby {host} (minimta) with {fields['proto']} id {queue_id}",
+        ]
+    if fields.get("recipient"):
+        lines.append(f"\tfor <{fields['recipient']}>")
+    text = "\n".join(lines)
+    return os_bytes(f"{text}; {rfc_date(when)}\n")
+
+
+def begin_body(first: bytes) -> bytes:
+    """`first` (the message's first bytes), set off where it has no header."""
+    line = first.partition(b"\n")[0]
+    is_header = not first or first.startswith(b"\n") or is_field(line)
+    return first if is_header else b"\n" + first
+
+
+def whole_lines(chunks: object) -> object:
+    """`chunks` cut anew so that each but the last ends in LF if it can."""
+    held = b""
+    for chunk in chunks:
+        text = held + chunk
+        cut = text.rfind(b"\n") + 1
+        if cut or len(text) > MAX_HEADER:
+            yield text[: cut or len(text)]
+            held = text[cut or len(text) :]
+        else:
+            held = text
+    if held:
+        yield held
+
+
+def mbox_quoted(chunks: object) -> object:
+    """`chunks` as the text of an mboxrd message: `>*From ` gets one more >.
+
+    Ends in LF and an empty line, whatever the message ends in.
+    """
+    import re  # 8 ms; sendmail needs none of this
+
+    line_start = re.compile(rb"^(>*From )", re.MULTILINE)
+    at_start, last = True, b"\n"
+    for text in whole_lines(chunks):
+        if b"From " in text:
+            head = b"" if at_start else b"\0"  # a line's middle is no line start
+            text = line_start.sub(rb">\1", head + text)[len(head) :]
+        at_start, last = text.endswith(b"\n"), text[-1:]
+        yield text
+    yield b"\n" if last == b"\n" else b"\n\n"
+
+
+def dot_stuffed(chunks: object) -> object:
+    """`chunks` (LF) as the wire wants them: CRLF, dots doubled, end included.
+
+    A CR that is not part of a line end becomes a blank: never sent bare.
+    """
+    at_start = True
+    for text in whole_lines(chunks):
+        text = text.replace(b"\r\n", b"\n").replace(b"\r", b" ")
+        head = b"\n" if at_start else b""
+        text = (head + text).replace(b"\n.", b"\n..")[len(head) :]
+        at_start = text.endswith(b"\n")
+        yield text.replace(b"\n", b"\r\n")
+    yield b".\r\n" if at_start else b"\r\n.\r\n"
+
+
+def complete_header(header: Header, origin: dict) -> Header:
+    """A submitted message's header, with what it lacks and without secrets.
+
+    `origin`: address, name (full name), host, unique (a word nobody else
+    has), now. What is there stays, however malformed. Source: RFC 5322
+    section 3.6; the order of additions is Postfix's.
+    """
+    header = header.without("bcc", "resent-bcc", "return-path", "content-length")
+    prefix = (
+        "Resent-" if any(key.startswith("resent-") for key, _ in header.fields) else ""
+    )
+    if not header.has(f"{prefix}message-id".lower()):
+        message_id = f"<{origin['unique']}@{origin['host']}>"
+        header = header.added(f"{prefix}Message-ID", message_id)
+    if not header.has(f"{prefix}date".lower()):
+        header = header.added(f"{prefix}Date", rfc_date(origin["now"]))
+    if not header.has("from"):
+        name = display_name(origin["name"])
+        address = origin["address"]
+        header = header.added("From", f"{name} <{address}>" if name else address)
+    return header
+
+
+def header_recipients(header: Header) -> list[Address]:
+    """Whom `sendmail -t` sends to: To, Cc, Bcc, or the Resent- ones if any.
+
+    Raises MailError.
+    """
+    names = ("resent-to", "resent-cc", "resent-bcc")
+    if not any(map(header.has, names)):
+        names = ("to", "cc", "bcc")
+    fields = [value for name in names for value in header.values(name)]
+    return [address for value in fields for address in header_addresses(value)]
+
+
+# Bytes that drive a terminal are shown as pictures; what turns the direction
+# of writing is left out; joiners stay, for Persian needs them.
+TERMINAL_SAFE = {
+    **{code: 0x2400 + code for code in range(32) if code not in (9, 10)},
+    127: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+    **dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A))),
+}
+
+
+def terminal_text(text: str) -> str:
+    """`text` as it may go to a terminal: no control sequence survives."""
+    clean = text.translate(TERMINAL_SAFE)
+    return clean.encode("utf-8", "replace").decode("utf-8")
+
+
+# == 5 Aliases: Target, AliasTable, split_items ===============================
+# What may stand to the right of a colon in aliases(5), and in ~/.forward.
+# Source: aliases(5) of sendmail and Postfix.
+# Failures: ValueError with a reason for one line; the table keeps them all.
+
+BUILT_IN_ALIASES = {"postmaster": "root", "mailer-daemon": "root", "abuse": "root"}
+MAX_DEPTH = 20  # aliases and forwards behind one another
+
+
+class Target(Value):
+    """One destination in an alias or .forward.
+
+    `kind`: address (text is an address, may be bare), user (`\\name`: not
+    aliased further), null (/dev/null), file, pipe, include.
+    """
+
+    __slots__ = ("kind", "text")
+
+    def __init__(self, kind: str, text: str) -> None:
+        self.kind = kind
+        self.text = text
+
+    @classmethod
+    def parse(cls, item: str) -> Target:
+        """The target that `item` spells. Raises ValueError with the reason."""
+        bare = item
+        if item[:2] in ('"|', '"/', '"\\', '":') and item[-1:] == '"':
+            bare = item[1:-1].replace('\\"', '"').replace("\\\\", "\\")
+        for prefix, kind in (("|", "pipe"), (":include:", "include"), ("/", "file")):
+            if bare.startswith(prefix):
+                text = bare[len(prefix) :].strip() if kind != "file" else bare
+                if not text:
+                    raise ValueError(f"nothing behind {prefix}")
+                return cls("null" if text == "/dev/null" else kind, text)
+        kind = "user" if bare.startswith("\\") else "address"
+        try:
+            found = header_addresses(bare[1:] if kind == "user" else bare)
+        except MailError as error:
+            raise ValueError(error.text) from None
+        if len(found) != 1 or not found[0].local:
+            raise ValueError(f"not an address: {printable(item, 100)}")
+        return cls(kind, str(found[0]))
+
+    def __str__(self) -> str:
+        shapes = {"user": "\\%s", "pipe": '"|%s"', "include": ":include:%s"}
+        text = self.text.replace('"', '\\"') if self.kind == "pipe" else self.text
+        return shapes.get(self.kind, "%s") % text
+
+
+def split_items(text: str) -> list[str]:
+    """The comma-separated items of `text`; quotes, <> and () are kept whole.
+
+    >>> split_items('a, "|cmd x, y", "B, B" <b@x>')
+    ['a', '"|cmd x, y"', '"B, B" <b@x>']
+    """
+    items, start, depth, is_quoted, place = [], 0, 0, False, 0
+    while place < len(text):
+        char = text[place]
+        if char == "\\":
+            place += 1
+        elif char == '"':
+            is_quoted = not is_quoted
+        elif not is_quoted:
+            depth = max(0, depth + (char in "(<") - (char in ")>"))
+            if char == "," and not depth:
+                items.append(text[start:place])
+                start = place + 1
+        place += 1
+    items.append(text[start:])
+    return [item.strip() for item in items if item.strip()]
+
+
+def parse_targets(text: str) -> tuple[Target, ...]:
+    """The targets of an alias's value or a .forward line. Raises ValueError."""
+    return tuple(Target.parse(item) for item in split_items(text))
+
+
+def split_key(line: str) -> tuple[str, str]:
+    """(name, value) of an aliases line; the name folded, its quotes taken off."""
+    end = line.find('"', 1) + 1 if line.startswith('"') else 0
+    colon = line.find(":", end)
+    if colon < 0:
+        raise ValueError("need name: value")
+    name = line[:colon].strip()
+    if len(name) > 1 and name[0] == name[-1] == '"':
+        name = name[1:-1].replace("\\", "")
+    if not name:
+        raise ValueError("there is no name before the colon")
+    return name.lower(), line[colon + 1 :].strip()
+
+
+class AliasTable:
+    """An aliases file as name -> (line, targets), with what is wrong in it.
+
+    `problems` are lines that say nothing usable, `warnings` lines that may
+    not do what was meant; both are (line, reason).
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[str, tuple[int, tuple[Target, ...]]] = {}
+        self.problems: list[tuple[int, str]] = []
+        self.warnings: list[tuple[int, str]] = []
+
+    @classmethod
+    def parse(cls, text: str) -> AliasTable:
+        """The table of an aliases file's text."""
+        table = cls()
+        for line, entry in logical_lines(text):
+            try:
+                table.add(line, entry)
+            except ValueError as error:
+                table.problems.append((line, str(error)))
+        return table
+
+    def add(self, line: int, entry: str) -> None:
+        """Adds one entry. Raises ValueError."""
+        if entry[0] in " \t":
+            raise ValueError("the first line begins with white space")
+        name, value = split_key(entry)
+        targets = parse_targets(value)
+        if not targets:
+            raise ValueError(f"{printable(name, 60)}: missing value for alias")
+        if name in self.entries:
+            first = self.entries[name][0]
+            self.warnings.append(
+                (line, f"duplicate alias {printable(name, 60)}; line {first} counts")
+            )
+            return
+        self.entries[name] = (line, targets)
+
+    def items(self) -> list[tuple[str, str]]:
+        """(name, value) of every entry, as the database keeps them."""
+        return [
+            (name, ", ".join(map(str, targets)))
+            for name, (_, targets) in self.entries.items()
+        ]
+
+    def loops(self) -> list[tuple[int, str]]:
+        """(line, reason) of each alias that leads back to itself.
+
+        `root: root` is no loop: it is the mailbox. One walk, any depth.
+        """
+        state: dict[str, int] = {}  # 1: on the way down, 2: done
+        found = []
+        for start in self.entries:
+            way = [] if start in state else [(start, iter(self.names(start)))]
+            state.setdefault(start, 1)
+            while way:
+                name, rest = way[-1]
+                step = next(rest, None)
+                if step is None:
+                    state[name] = 2
+                    way.pop()
+                elif state.get(step) == 1 and step != name:
+                    chain = [n for n, _ in way]
+                    loop = " -> ".join([*chain[chain.index(step) :], step])
+                    found.append((self.entries[step][0], f"alias loop: {loop}"))
+                elif step in self.entries and step not in state:
+                    state[step] = 1
+                    way.append((step, iter(self.names(step))))
+        return found
+
+    def names(self, name: str) -> list[str]:
+        """The bare names that alias `name` leads to."""
+        targets = self.entries[name][1]
+        return [t.text.lower() for t in targets if t.kind == "address"]
+
+
+# == 6 Queue words: Envelope, Attempt, new_id, retry_delay ====================
+# A queue file's first lines and a journal's lines, as values.
+# Failures: ValueError for what is not a queue file or a journal line.
+
+SENT, DEFERRED, BOUNCED = "sent", "deferred", "bounced"
+ID_LETTERS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # no I L O U: said aloud
+ID_BITS = 50  # 41 of milliseconds, 9 of chance: ten letters until the year 2039
+
+
+def new_id(now: float, chance: int) -> str:
+    """A queue id: ten letters that sort by time. `chance` is 9 random bits."""
+    number = (int(now * 1000) << 9 | chance & 511) & (1 << ID_BITS) - 1
+    shifts = range(ID_BITS - 5, -1, -5)
+    return "".join(ID_LETTERS[number >> shift & 31] for shift in shifts)
+
+
+def is_id(name: str) -> bool:
+    """Whether `name` can be a queue id, ours or a report's (ID, B, number)."""
+    head, tail = name[:10], name[10:]
+    return (
+        len(head) == 10
+        and all(c in ID_LETTERS for c in head)
+        and (all(c == "B" or c.isdigit() for c in tail) and len(tail) < 20)
+    )
+
+
+def retry_delay(age: float, shortest: int, longest: int, chance: float) -> float:
+    """Seconds until the next attempt for mail `age` seconds old.
+
+    As old as the mail is, within the limits, give or take a tenth by `chance`
+    (0 to 1). Source: Postfix; RFC 5321 section 4.5.4.1 leaves it open.
+
+    >>> retry_delay(0, 300, 4000, 0.5)
+    300.0
+    """
+    return min(max(age, shortest), longest) * (0.9 + 0.2 * chance)
+
+
+class Envelope:
+    """Who sent a message and to whom: the first lines of its queue file.
+
+    `sender` and `recipients` are addresses as text, "" the null sender;
+    `origin` says where it came from, `kind` is message, report (a bounce) or
+    notice (a bounce's bounce, for postmaster).
+    """
+
+    def __init__(self, sender: str, recipients: list[str], **more: object) -> None:
+        self.sender = sender
+        self.recipients = recipients
+        self.arrived = float(more.get("arrived", 0.0))
+        self.origin = str(more.get("origin", ""))
+        self.kind = str(more.get("kind", "message"))
+        self.body = str(more.get("body", ""))
+
+    def __bytes__(self) -> bytes:
+        rows = [
+            ("arrived", repr(self.arrived)),
+            ("sender", self.sender),
+            ("origin", self.origin),
+            ("kind", self.kind),
+            ("body", self.body),
+            *(("recipient", recipient) for recipient in self.recipients),
+        ]
+        text = "".join(f"{name}: {value}\n" for name, value in rows)
+        if text.count("\n") != len(rows) or "\r" in text or "\0" in text:
+            raise ValueError("a line end in the envelope")
+        return os_bytes(text) + b"\n"
+
+    @classmethod
+    def parse(cls, block: bytes) -> Envelope:
+        """The envelope at the start of `block`, up to the empty line."""
+        end = block.find(b"\n\n")
+        if end < 0:
+            raise ValueError("no empty line behind the envelope")
+        rows: dict[str, str] = {}
+        recipients = []
+        for line in os_text(block[:end]).split("\n"):
+            name, colon, value = line.partition(": ")
+            if not colon and not line.endswith(":"):
+                raise ValueError(f"not an envelope line: {printable(line, 60)}")
+            if name == "recipient":
+                recipients.append(value)
+            rows[name.rstrip(":")] = value
+        if "sender" not in rows or "arrived" not in rows or not recipients:
+            raise ValueError("no sender, recipient or arrival time")
+        return cls(rows.pop("sender"), recipients, **rows)
+
+
+class Attempt(Value):
+    """One line of a journal: what became of one recipient at one destination.
+
+    `destination` names the final target ("mailbox bob", "remote a@b"); it is
+    not tried again once it is sent or bounced.
+    """
+
+    __slots__ = (
+        "when", "outcome", "status", "recipient", "destination", "relay", "text",
+    )  # fmt: skip
+
+    def __init__(self, when: float, outcome: str, status: str, *words: str) -> None:
+        self.when = when
+        self.outcome = outcome
+        self.status = status
+        self.recipient, self.destination, self.relay, self.text = words
+
+    @property
+    def is_final(self) -> bool:
+        """Whether this destination is done with."""
+        return self.outcome != DEFERRED
+
+    def __bytes__(self) -> bytes:
+        words = (repr(self.when), *self.fields()[1:])
+        return os_bytes("\t".join(w.replace("\t", " ") for w in words) + "\n")
+
+    @classmethod
+    def parse(cls, line: str) -> Attempt:
+        """The attempt that a line of a journal spells."""
+        words = line.split("\t")
+        if len(words) != 7 or words[1] not in (SENT, DEFERRED, BOUNCED):
+            raise ValueError(f"not a journal line: {printable(line, 60)}")
+        return cls(float(words[0]), *words[1:])
+
+
+def parse_journal(text: bytes) -> list[Attempt]:
+    """A journal's attempts; a torn last line (a crash) does not count."""
+    found = []
+    for line in text.split(b"\n")[:-1]:
+        try:
+            found.append(Attempt.parse(os_text(line)))
+        except ValueError:
+            continue  # half a line that a later one was appended to
+    return found
+
+
+class QueueEntry:
+    """A message in the queue as mailq shows it, and as the daemon sends it.
+
+    `state` is active, deferred or hold; `reasons` maps a recipient to why it
+    is deferred.
+    """
+
+    def __init__(self, queue_id: str, size: int, envelope: Envelope) -> None:
+        self.queue_id = queue_id
+        self.size = size
+        self.envelope = envelope
+        self.state = "active"
+        self.reasons: dict[str, str] = {}
+        self.done: set[str] = set()
+
+    @property
+    def pending(self) -> list[str]:
+        """The recipients that are neither sent nor bounced."""
+        return [r for r in self.envelope.recipients if r not in self.done]
+
+    def note(self, attempts: list[Attempt]) -> None:
+        """Takes up what the journal says; a later line wins."""
+        waiting: dict[str, dict[str, str]] = {}
+        for attempt in attempts:
+            targets = waiting.setdefault(attempt.recipient, {})
+            targets[attempt.destination] = "" if attempt.is_final else attempt.text
+        for recipient, targets in waiting.items():
+            open_reasons = [text for text in targets.values() if text]
+            if open_reasons:
+                self.reasons[recipient] = open_reasons[0]
+                self.state = "deferred"
+            else:
+                self.done.add(recipient)
+
+    def __bytes__(self) -> bytes:
+        rows = [("id", self.queue_id), ("size", str(self.size)), ("state", self.state)]
+        rows += [("reason", f"{r}\t{why}") for r, why in self.reasons.items()]
+        rows += [("done", recipient) for recipient in self.done]
+        head = "".join(f"{name}: {value}\n" for name, value in rows)
+        return os_bytes(head) + bytes(self.envelope)
+
+    @classmethod
+    def parse(cls, block: bytes) -> QueueEntry:
+        """The entry that bytes() wrote."""
+        rows = [line.partition(": ")[::2] for line in os_text(block).split("\n")]
+        first = dict(rows)
+        entry = cls(first["id"], int(first["size"]), Envelope.parse(block))
+        entry.state = first["state"]
+        for name, value in rows:
+            if name == "reason":
+                recipient, _, why = value.partition("\t")
+                entry.reasons[recipient] = why
+            elif name == "done":
+                entry.done.add(value)
+        return entry
+
+    def rows(self) -> str:
+        """Its lines in mailq, in Postfix's format."""
+        flag = {"active": "*", "hold": "!"}.get(self.state, "")
+        sender = printable(self.envelope.sender or "MAILER-DAEMON")
+        when = asctime(self.envelope.arrived)[:20]
+        row = "%-11s %7d %20.20s %s\n"
+        lines = [row % (self.queue_id + flag, self.size, when, sender)]
+        last = None
+        for recipient in self.pending:
+            reason = self.reasons.get(recipient, "")
+            if reason and reason != last:
+                shown = f"({printable(reason)})"
+                lines.append(" " * max(0, 76 - len(reason)) + shown + "\n")
+            last = reason
+            lines.append(" " * 41 + printable(recipient) + "\n")
+        return "".join(lines)
+
+
+MAILQ_TITLE = "-Queue ID- --Size-- ----Arrival Time---- -Sender/Recipient-------\n"
+
+
+def mailq_text(entries: object) -> object:
+    """mailq's text in pieces, for an iterable of QueueEntry."""
+    count = size = 0
+    for entry in entries:
+        yield ("\n" if count else MAILQ_TITLE) + entry.rows()
+        count, size = count + 1, size + entry.size
+    plural = "" if count == 1 else "s"
+    yield (
+        f"\n-- {size // 1024} Kbytes in {count} Request{plural}.\n"
+        if count
+        else "Mail queue is empty\n"
+    )
+
+
+# == 7 Dialogue: Reply, Client, Transaction, Session ==========================
+# The SMTP server's side of a conversation, without a socket: a line goes in,
+# a Reply comes out. The same Session serves TCP, the submit socket and -bs.
+# Source: RFC 5321; 1870 SIZE, 2034 status codes, 2920, 6152, 6531.
+# Failures: never raises; every error is a Reply.
+
+MAX_COMMAND = 2048  # bytes with CRLF; RFC 5321 4.5.3.1.4 wants at least 512
+MAX_ERRORS = 20  # Postfix smtpd_hard_error_limit
+
+
+def is_size(text: str) -> bool:
+    """Whether `text` is a SIZE= value, RFC 1870 section 5."""
+    return text.isascii() and text.isdigit() and len(text) <= 20
+
+
+# Parameter of MAIL -> whether its value (None if it has none) is right.
+MAIL_PARAMETERS = {
+    "SIZE": lambda value: bool(value) and is_size(value),
+    "BODY": lambda value: bool(value) and value.upper() in ("7BIT", "8BITMIME"),
+    "SMTPUTF8": lambda value: value is None,
+    "AUTH": bool,  # read and given no weight, RFC 4954 section 5
+}
+
+
+def read_parameters(text: str, known: object) -> dict[str, str | None]:
+    """ESMTP parameters as keyword -> value (None without `=`).
+
+    Raises KeyError for one that is not known, ValueError for a bad or doubled
+    one.
+    """
+    found: dict[str, str | None] = {}
+    for word in text.split():
+        name, equals, value = word.partition("=")
+        name = name.upper()
+        if name not in known:
+            raise KeyError(name)
+        check = known[name] if isinstance(known, dict) else lambda value: value is None
+        if name in found or not check(value if equals else None):
+            raise ValueError(word)
+        found[name] = value if equals else None
+    return found
+
+
+def printable_bytes(line: bytes) -> bool:
+    """Whether a command line is free of control bytes (a tab may pass)."""
+    return all(byte > 31 and byte != 127 or byte == 9 for byte in line)
+
+
+class Reply(Value):
+    """One reply: three digits, enhanced status ("" for none), lines of text.
+
+    `action` is what the connection does after it: "" goes on, "close" hangs
+    up, "data" reads a message, "queue" lists the queue, "flush" runs it.
+    """
+
+    __slots__ = ("code", "status", "lines", "action")
+
+    def __init__(self, code: int, status: str, *lines: str, action: str = "") -> None:
+        self.code = code
+        self.status = status
+        self.lines = lines
+        self.action = action
+
+    def __bytes__(self) -> bytes:
+        status = f"{self.status} " if self.status else ""
+        last = len(self.lines) - 1
+        return b"".join(
+            os_bytes(f"{self.code}{' ' if n == last else '-'}{status}{line}\r\n")
+            for n, line in enumerate(self.lines)
+        )
+
+    @property
+    def is_error(self) -> bool:
+        """Whether it refuses something."""
+        return self.code >= 400
+
+    @classmethod
+    def refusal(cls, error: MailError) -> Reply:
+        """The reply for a failure: its status, and a code of the same class."""
+        codes = {"5.3.4": 552, "4.3.1": 452, "4.5.3": 452, "5.1.3": 501}
+        usual = 451 if error.is_temporary else 550
+        code = codes.get(error.status, usual)
+        return cls(code, error.status, printable(error.text, 400))
+
+
+OK = Reply(250, "2.0.0", "Ok")
+SENDER_OK = Reply(250, "2.1.0", "Ok")
+RECIPIENT_OK = Reply(250, "2.1.5", "Ok")
+SEND_MESSAGE = Reply(354, "", "End data with <CR><LF>.<CR><LF>", action="data")
+BYE = Reply(221, "2.0.0", "Bye", action="close")
+CANNOT_VERIFY = Reply(252, "2.0.0", "Send some mail, I will try my best")
+UNKNOWN_COMMAND = Reply(500, "5.5.2", "Error: command not recognized")
+NOT_IMPLEMENTED = Reply(502, "5.5.1", "Error: command not implemented")
+BARE_LF = Reply(500, "5.5.2", "Error: bare <LF> received; lines end in CRLF")
+LINE_TOO_LONG = Reply(500, "5.5.2", "Error: line too long")
+BAD_BYTES = Reply(500, "5.5.2", "Error: bad character in command")
+NEED_HELO = Reply(503, "5.5.1", "Error: send HELO/EHLO first")
+NEED_NAME = Reply(501, "5.5.4", "Syntax: EHLO hostname")
+NEED_MAIL = Reply(503, "5.5.1", "Error: need MAIL command")
+NEED_RCPT = Reply(554, "5.5.1", "Error: no valid recipients")
+NESTED_MAIL = Reply(503, "5.5.1", "Error: nested MAIL command")
+MAIL_SYNTAX = Reply(501, "5.5.4", "Syntax: MAIL FROM:<address>")
+RCPT_SYNTAX = Reply(501, "5.5.4", "Syntax: RCPT TO:<address>")
+NO_PARAMETER = Reply(501, "5.5.4", "Syntax: no parameters allowed")
+BAD_PARAMETER = Reply(501, "5.5.4", "Error: bad parameter value")
+UNKNOWN_PARAMETER = Reply(555, "5.5.4", "Unsupported option")
+TOO_MANY_RECIPIENTS = Reply(452, "4.5.3", "Error: too many recipients")
+TOO_BIG = Reply(552, "5.3.4", "Message size exceeds fixed limit")
+NEEDS_UTF8 = Reply(553, "5.6.7", "Error: address needs SMTPUTF8")
+TOO_MANY_ERRORS = Reply(421, "4.7.0", "Error: too many errors", action="close")
+TOO_MANY_SESSIONS = Reply(421, "4.7.0", "Error: too many connections", action="close")
+TIMED_OUT = Reply(421, "4.4.2", "Error: timeout exceeded", action="close")
+CLOSING_DOWN = Reply(421, "4.3.2", "Service going down", action="close")
+NOT_SMTP = Reply(
+    221, "2.7.0", "Error: I can break rules, too. Goodbye.", action="close"
+)
+
+
+class Client(Value):
+    """Who is at the other end: address, log name, whether it may relay.
+
+    `uid` is the kernel's word for a local submission, else None.
+    """
+
+    __slots__ = ("address", "may_relay", "uid")
+
+    def __init__(self, address: str, may_relay: bool, uid: int | None = None) -> None:
+        self.address = address
+        self.may_relay = may_relay
+        self.uid = uid
+
+    def __str__(self) -> str:
+        name = "localhost" if self.address in ("127.0.0.1", "::1") else "unknown"
+        return f"{name}[{self.address}]"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it came through the submit socket or -bs."""
+        return self.uid is not None
+
+
+class Transaction:
+    """What MAIL and RCPT have said: one message's envelope in the making."""
+
+    def __init__(self, sender: Address, body: str, is_utf8: bool) -> None:
+        self.sender = sender
+        self.body = body
+        self.is_utf8 = is_utf8
+        self.recipients: list[str] = []
+
+
+class Session:
+    """One client's conversation: feed() takes a line and returns a Reply.
+
+    `verify(address)` raises MailError for a local recipient that cannot be
+    delivered to; `room()` returns the bytes the queue's disk still has. After
+    a reply with action "data" the caller reads the message and then calls
+    stored() or failed() for the last reply. `notes` are lines for the log.
+    """
+
+    def __init__(
+        self, settings: Settings, client: Client, verify: object, room: object
+    ) -> None:
+        self.settings = settings
+        self.client = client
+        self.verify = verify
+        self.room = room
+        self.helo = ""
+        self.is_extended = False
+        self.transaction: Transaction | None = None
+        self.errors = 0
+        self.target = ""  # the recipient that RCPT names, for the log
+        self.notes: list[str] = []
+
+    def greeting(self) -> Reply:
+        """The first thing that is said."""
+        return Reply(220, "", f"{self.settings.myhostname} ESMTP minimta")
+
+    def feed(self, line: bytes) -> Reply:
+        """The reply to one command line, its line end taken off."""
+        verb, _, rest = line.partition(b" ")
+        command = self.COMMANDS.get(verb.upper().rstrip())
+        try:
+            text = rest.decode("utf-8").strip(" ")
+        except UnicodeDecodeError:
+            command, text = None, ""
+        if verb.upper() in (b"GET", b"POST", b"CONNECT") or line[:1] == b"\x16":
+            reply = NOT_SMTP  # a browser or a TLS hello: nothing to talk about
+        elif not printable_bytes(line):
+            reply = BAD_BYTES
+        elif command is None or (
+            command in self.LOCAL_COMMANDS and not self.client.is_local
+        ):
+            reply = UNKNOWN_COMMAND
+        else:
+            reply = command(self, text)
+        return self.counted(reply, os_text(verb).upper())
+
+    def counted(self, reply: Reply, verb: str) -> Reply:
+        """`reply`, unless it is one error too many; notes refusals."""
+        if not reply.is_error:
+            return reply
+        self.errors += 1
+        if verb in ("MAIL", "RCPT", "DATA") and reply.code != 503:
+            self.notes.append(self.rejection(verb, reply))
+        return TOO_MANY_ERRORS if self.errors > MAX_ERRORS else reply
+
+    def rejection(self, verb: str, reply: Reply) -> str:
+        """Postfix's log line for a refusal."""
+        sender = self.transaction.sender if self.transaction else ""
+        proto = "ESMTP" if self.is_extended else "SMTP"
+        said = f"{reply.code} {reply.status} {reply.lines[0]}"
+        target = f" to=<{self.target}>" if verb == "RCPT" else ""
+        return (
+            f"NOQUEUE: reject: {verb} from {self.client}: {said}; "
+            f"from=<{sender}>{target} proto={proto} helo=<{self.helo}>"
+        )
+
+    def reset(self) -> None:
+        """Forgets the transaction: after every end of data, RSET, EHLO."""
+        self.transaction = None
+
+    def helo_(self, name: str) -> Reply:
+        """HELO: the client's name, no extensions. RFC 5321 section 4.1.1.1."""
+        if not name or " " in name or not name.isascii():
+            return NEED_NAME
+        self.reset()
+        self.helo, self.is_extended = name, False
+        return Reply(250, "", self.settings.myhostname)
+
+    def ehlo(self, name: str) -> Reply:
+        """EHLO: the client's name; answers with the extensions."""
+        reply = self.helo_(name)
+        if reply.is_error:
+            return reply
+        self.is_extended = True
+        size = f"SIZE {self.settings.message_size_limit}"
+        words = ("PIPELINING", size, "8BITMIME", "ENHANCEDSTATUSCODES", "SMTPUTF8")
+        return Reply(250, "", self.settings.myhostname, *words, "HELP")
+
+    def mail(self, text: str) -> Reply:
+        """MAIL FROM:<reverse-path> [parameters]. RFC 5321 section 4.1.1.2."""
+        if not self.helo and not self.client.is_local:
+            return NEED_HELO
+        if self.transaction:
+            return NESTED_MAIL
+        if text[:5].upper() != "FROM:":
+            return MAIL_SYNTAX
+        try:
+            sender, rest = parse_path(text[5:])
+            options = read_parameters(rest, MAIL_PARAMETERS)
+        except MailError as error:
+            return Reply.refusal(error)
+        except KeyError:
+            return UNKNOWN_PARAMETER
+        except ValueError:
+            return BAD_PARAMETER
+        size = int(options.get("SIZE") or 0)
+        if size > self.settings.message_size_limit:
+            return TOO_BIG
+        if not sender.is_ascii and "SMTPUTF8" not in options:
+            return NEEDS_UTF8
+        if self.room() - size < self.settings.queue_minfree:
+            return Reply.refusal(MailError("4.3.1", "Insufficient system storage"))
+        body = options.get("BODY", "").upper()
+        self.transaction = Transaction(sender, body, "SMTPUTF8" in options)
+        return SENDER_OK
+
+    def rcpt(self, text: str) -> Reply:
+        """RCPT TO:<forward-path>. RFC 5321 section 4.1.1.3."""
+        transaction = self.transaction
+        if not transaction:
+            return NEED_MAIL
+        if text[:3].upper() != "TO:":
+            return RCPT_SYNTAX
+        limit = self.settings.smtpd_recipient_limit
+        if len(transaction.recipients) >= limit and not self.client.is_local:
+            return TOO_MANY_RECIPIENTS
+        try:
+            recipient, rest = parse_path(text[3:])
+            self.target = str(recipient)
+            # A local submitter that has good recipients too may hand over an
+            # unknown one to be bounced: its exit code cannot tell of both.
+            known = ("XBOUNCE",) if self.client.is_local else ()
+            options = read_parameters(rest, known)
+            if not recipient.is_ascii and not transaction.is_utf8:
+                return NEEDS_UTF8
+            self.check(recipient, "XBOUNCE" in options)
+        except MailError as error:
+            return Reply.refusal(error)
+        except KeyError:
+            return UNKNOWN_PARAMETER
+        except ValueError:
+            return BAD_PARAMETER
+        transaction.recipients.append(str(recipient.qualified(self.settings.myorigin)))
+        return RECIPIENT_OK
+
+    def check(self, recipient: Address, may_bounce: bool) -> None:
+        """Raises MailError if mail to `recipient` is not taken."""
+        if not recipient.local:
+            raise bad_address("", "an address is needed")
+        if self.settings.is_local(recipient.qualified(self.settings.myorigin).domain):
+            try:
+                self.verify(recipient)
+            except MailError as error:
+                if not may_bounce or error.is_temporary:
+                    raise self.rejected(recipient, error) from None
+        elif not self.client.may_relay:
+            if not self.settings.may_relay_to(recipient.domain):
+                raise MailError("5.7.1", f"<{recipient}>: Relay access denied")
+
+    def rejected(self, recipient: Address, error: MailError) -> MailError:
+        """`error` in the words that fail2ban and log readers look for."""
+        why = error.text
+        if error.status == "5.1.1":
+            why = "User unknown in local recipient table"
+        text = f"<{recipient}>: Recipient address rejected: {why}"
+        return MailError(error.status, text)
+
+    def data(self, text: str) -> Reply:
+        """DATA: the message follows. RFC 5321 section 4.1.1.4."""
+        if text:
+            return NO_PARAMETER
+        if not self.transaction:
+            return NEED_MAIL
+        return SEND_MESSAGE if self.transaction.recipients else NEED_RCPT
+
+    def envelope(self, now: float) -> Envelope:
+        """The envelope of the message that follows DATA."""
+        sender = self.transaction.sender.qualified(self.settings.myorigin)
+        local = self.client.is_local
+        origin = f"uid {self.client.uid}" if local else f"[{self.client.address}]"
+        body = self.transaction.body + (" SMTPUTF8" if self.transaction.is_utf8 else "")
+        recipients = self.transaction.recipients
+        return Envelope(str(sender), recipients, arrived=now, origin=origin, body=body)
+
+    def received(self, queue_id: str, now: float) -> bytes:
+        """Our Received field for that message."""
+        recipients = self.transaction.recipients
+        proto = "ESMTP" if self.is_extended else "SMTP"
+        fields = {
+            "uid": self.client.uid,
+            "helo": self.helo,
+            "client": str(self.client).replace("[", " ["),
+            "proto": f"UTF8{proto[1:]}" if self.transaction.is_utf8 else proto,
+            "recipient": recipients[0] if len(recipients) == 1 else "",
+        }
+        return received_field(fields, self.settings.myhostname, queue_id, now)
+
+    def stored(self, queue_id: str) -> Reply:
+        """The reply once the message is safe; only then."""
+        self.reset()
+        return Reply(250, "2.0.0", f"Ok: queued as {queue_id}")
+
+    def failed(self, error: MailError) -> Reply:
+        """The reply when it is not: nothing of it is in the queue."""
+        reply = self.counted(Reply.refusal(error), "DATA")
+        self.reset()
+        return reply
+
+    def rset(self, text: str) -> Reply:
+        """RSET: forgets the transaction."""
+        if text:
+            return NO_PARAMETER
+        self.reset()
+        return OK
+
+    def noop(self, _: str) -> Reply:
+        """NOOP: nothing."""
+        return OK
+
+    def vrfy(self, text: str) -> Reply:
+        """VRFY: never tells; RCPT does. RFC 5321 sections 3.5.3 and 7.3."""
+        return CANNOT_VERIFY if text else Reply(501, "5.5.4", "Syntax: VRFY address")
+
+    def help(self, _: str) -> Reply:
+        """HELP: the commands."""
+        words = (os_text(verb) for verb in self.COMMANDS if not verb.startswith(b"X"))
+        return Reply(214, "2.0.0", "Commands: " + " ".join(words))
+
+    def expn(self, _: str) -> Reply:
+        """EXPN and what else is known but not offered."""
+        return NOT_IMPLEMENTED
+
+    def quit(self, _: str) -> Reply:
+        """QUIT: the end."""
+        self.reset()
+        return BYE
+
+    def list_queue(self, _: str) -> Reply:
+        """XQUEUE: the queue, for mailq of those who may not read it."""
+        return Reply(250, "2.0.0", "Queue follows", action="queue")
+
+    def flush_queue(self, _: str) -> Reply:
+        """XFLUSH: tries everything now."""
+        return Reply(250, "2.0.0", "Ok: queue is run", action="flush")
+
+    COMMANDS = {
+        b"HELO": helo_,
+        b"EHLO": ehlo,
+        b"MAIL": mail,
+        b"RCPT": rcpt,
+        b"DATA": data,
+        b"RSET": rset,
+        b"NOOP": noop,
+        b"VRFY": vrfy,
+        b"HELP": help,
+        b"QUIT": quit,
+        b"EXPN": expn,
+        b"XQUEUE": list_queue,
+        b"XFLUSH": flush_queue,
+    }
+    LOCAL_COMMANDS = (list_queue, flush_queue)
+
+
+# == 8 Reports: Report ========================================================
+# What the sender of a message is told when a recipient was bounced.
+
+REPORT_TEXT = """\
+This is the mail system at host {host}.
+
+I'm sorry to have to inform you that your message could not
+be delivered to one or more recipients. It's attached below.
+
+For further assistance, please send mail to postmaster.
+
+                   The mail system
+
+{reasons}
+
+--- The header of your message:
+
+"""
+
+
+class Report:
+    """A bounce: plain text with the reasons and the header of the message.
+
+    `failures` are (recipient, MailError); `to` is the sender who is told.
+    """
+
+    def __init__(
+        self, settings: Settings, to: str, failures: list, header: bytes
+    ) -> None:
+        self.host = settings.myhostname
+        self.to = to
+        self.failures = failures
+        self.header = header
+
+    def __bytes__(self) -> bytes:
+        reasons = "\n\n".join(
+            f"<{recipient}>: {printable(error.text)} ({error.status})"
+            for recipient, error in self.failures
+        )
+        text = REPORT_TEXT.format_map({"host": self.host, "reasons": reasons})
+        return os_bytes(text) + self.header
+
+    def fields(self, queue_id: str, now: float) -> bytes:
+        """Its own header. Auto-Submitted keeps autoresponders quiet, RFC 3834."""
+        rows = (
+            ("Date", rfc_date(now)),
+            ("From", f"Mail Delivery System <MAILER-DAEMON@{self.host}>"),
+            ("To", self.to),
+            ("Subject", "Undelivered Mail Returned to Sender"),
+            ("Message-ID", f"<{queue_id}.report@{self.host}>"),
+            ("Auto-Submitted", "auto-replied"),
+            ("MIME-Version", "1.0"),
+            ("Content-Type", "text/plain; charset=utf-8"),
+            ("Content-Transfer-Encoding", "8bit"),
+        )
+        return os_bytes("".join(f"{name}: {value}\n" for name, value in rows) + "\n")
+
+
+# =============================================================================
+# HANDS: each owns one thing outside the program.
+# =============================================================================
+
+# == 9 Log: Log ===============================================================
+# One method an event, in Postfix's shapes, so that its log readers serve.
+# Failures: none; mail is never held up by a log that cannot be written.
+
+
+class Log:
+    """Where log lines go: maillog_file, else syslog, else stderr.
+
+    `echo` repeats them on stderr: a daemon in the foreground of a terminal.
+    """
+
+    def __init__(self, settings: Settings, echo: bool = False) -> None:
+        self.name = settings.syslog_name
+        self.path = settings.maillog_file
+        self.facility = settings.syslog_facility
+        self.echo = echo
+        self.host = settings.myhostname.partition(".")[0]
+        self.fd = -1
+        self.opened: tuple[int, int] | None = None
+
+    def line(self, component: str, text: str) -> None:
+        """Writes `minimta/COMPONENT[PID]: text`, on one line."""
+        text = printable(text)
+        pid = os.getpid()
+        stamp = asctime(time.time())[4:19]
+        whole = f"{stamp} {self.host} {self.name}/{component}[{pid}]: {text}\n"
+        data = whole.encode("utf-8", "backslashreplace")
+        try:
+            if self.path == "-":
+                os.write(1, data)
+            elif self.path:
+                self.append(data)
+            elif os.path.exists("/dev/log"):
+                self.to_syslog(component, text)
+            elif not self.echo:
+                os.write(2, data)
+            if self.echo and self.path != "-":
+                os.write(2, data)
+        except OSError:
+            pass  # a full disk must not stop mail
+
+    def append(self, data: bytes) -> None:
+        """Appends to the log file; notices when it was rotated away."""
+        self.open()
+        os.write(self.fd, data)
+
+    def open(self) -> None:
+        """Opens the log file, unless it is open and still there.
+
+        The daemon does so before rights are dropped; a process that then may
+        not open the file that took its place goes on with the old one.
+        """
+        try:
+            seen = os.stat(self.path)
+            if (seen.st_dev, seen.st_ino) == self.opened:
+                return
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            fd = os.open(self.path, flags, 0o640)
+        except OSError:
+            if self.fd < 0:
+                raise
+            return
+        if self.fd >= 0:
+            os.close(self.fd)
+        seen = os.fstat(fd)
+        self.fd, self.opened = fd, (seen.st_dev, seen.st_ino)
+
+    def to_syslog(self, component: str, text: str) -> None:
+        """Hands a line to syslog under the component's name."""
+        import syslog  # a C module, used where /dev/log is
+
+        facility = getattr(syslog, f"LOG_{self.facility.upper()}", syslog.LOG_MAIL)
+        syslog.openlog(f"{self.name}/{component}", syslog.LOG_PID, facility)
+        syslog.syslog(
+            syslog.LOG_INFO, text.encode("ascii", "backslashreplace").decode()
+        )
+
+    def warning(self, component: str, text: str) -> None:
+        """Something that an administrator should mend."""
+        self.line(component, f"warning: {text}")
+
+    def accepted(self, queue_id: str, client: Client, envelope: Envelope) -> None:
+        """A message gets its id: from whom it comes."""
+        if client.is_local:
+            text = f"{queue_id}: uid={client.uid} from=<{envelope.sender}>"
+            self.line("pickup", text)
+        else:
+            self.line("smtpd", f"{queue_id}: client={client}")
+
+    def active(self, queue_id: str, size: int, envelope: Envelope) -> None:
+        """The runner takes up a message for the first time."""
+        count = len(envelope.recipients)
+        text = f"from=<{envelope.sender}>, size={size}, nrcpt={count} (queue active)"
+        self.line("qmgr", f"{queue_id}: {text}")
+
+    def attempt(self, queue_id: str, attempt: Attempt, arrived: float) -> None:
+        """What became of one recipient."""
+        delay = max(0.0, attempt.when - arrived)
+        kind, _, target = attempt.destination.partition(" ")
+        component = "smtp" if kind == "remote" else "local"
+        first = (
+            "" if target == attempt.recipient else f" orig_to=<{attempt.recipient}>,"
+        )
+        self.line(
+            component,
+            f"{queue_id}: to=<{target}>,{first} relay={attempt.relay}, "
+            f"delay={delay:.2g}, dsn={attempt.status}, "
+            f"status={attempt.outcome} ({attempt.text})",
+        )
+
+    def reported(self, queue_id: str, report_id: str) -> None:
+        """A bounce was queued."""
+        self.line(
+            "bounce", f"{queue_id}: sender non-delivery notification: {report_id}"
+        )
+
+    def removed(self, queue_id: str) -> None:
+        """A message is done with."""
+        self.line("qmgr", f"{queue_id}: removed")
+
+
+# == 10 Users: User, Users, Rights, find_root, read_settings ==================
+# Who is who on this host or in this private instance, and acting as them.
+# Failures: MailError 4.3.0 when the user database cannot be read.
+
+
+class User(Value):
+    """One line of passwd(5), less the password."""
+
+    __slots__ = ("name", "uid", "gid", "gecos", "home")
+
+    def __init__(self, name: str, uid: int, gid: int, gecos: str, home: str) -> None:
+        self.name = name
+        self.uid = uid
+        self.gid = gid
+        self.gecos = gecos
+        self.home = home
+
+
+class Users:
+    """The user database: the system's, or `ROOT/etc/passwd` where it exists."""
+
+    def __init__(self, root: str = "") -> None:
+        path = f"{root}/etc/passwd"
+        self.path = path if root and os.path.exists(path) else ""
+
+    def rows(self) -> list[User]:
+        """Every user of a private instance's own passwd file."""
+        found = []
+        try:
+            with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
+                lines = file.read().split("\n")
+        except OSError as error:
+            raise MailError("4.3.0", f"{self.path}: {error.strerror}") from None
+        for line in lines:
+            words = line.split(":")
+            if len(words) == 7 and words[2].isdigit() and words[3].isdigit():
+                name, _, uid, gid, gecos, home, _ = words
+                found.append(User(name, int(uid), int(gid), gecos, home))
+        return found
+
+    def lookup(self, name: str) -> User | None:
+        """The user of that name, or of that name in lower case."""
+        if not name or "/" in name or "\0" in name or not name.isprintable():
+            return None
+        return self.exact(name) or (
+            self.exact(name.lower()) if name.lower() != name else None
+        )
+
+    def exact(self, name: str) -> User | None:
+        """The user of exactly that name."""
+        if self.path:
+            return next((user for user in self.rows() if user.name == name), None)
+        import pwd  # here, for there are hosts (and tests) without it
+
+        try:
+            return User(*(pwd.getpwnam(name)[n] for n in (0, 2, 3, 4, 5)))
+        except (KeyError, UnicodeError, ValueError):
+            return None
+
+    def by_uid(self, uid: int) -> User:
+        """The user of that uid; a made-up one where passwd has none."""
+        if self.path:
+            found = next((user for user in self.rows() if user.uid == uid), None)
+            if found:
+                return found
+        import pwd
+
+        try:
+            return User(*(pwd.getpwuid(uid)[n] for n in (0, 2, 3, 4, 5)))
+        except (KeyError, OverflowError):
+            return User(f"uid{uid}", uid, uid, "", "/")
+
+    def caller(self, environ: dict, uid: int) -> User:
+        """Who runs this program: the uid decides, not what HOME or USER say.
+
+        LOGNAME and USER choose among the names of that uid; in a private
+        instance with its own passwd file, where anybody may be played, they
+        choose among all of its users.
+        """
+        for variable in ("LOGNAME", "USER"):
+            named = (
+                self.exact(environ.get(variable, "")) if environ.get(variable) else None
+            )
+            if named and (self.path or named.uid == uid):
+                return named
+        return self.by_uid(uid)
+
+
+class Rights:
+    """Acts as a user in a `with` block: effective uid, gid and groups.
+
+    Does nothing where the process is not root. Only in processes with one
+    thread, for the effective uid is the whole process's. `gid` stands in for
+    the user's group where a directory is written by its group (/var/mail).
+    """
+
+    def __init__(self, user: User, gid: int | None = None) -> None:
+        self.user = user
+        self.gid = user.gid if gid is None else gid
+        self.is_root = os.geteuid() == 0
+
+    def __enter__(self) -> Rights:
+        if self.is_root:
+            self.before = os.getegid(), os.getgroups()
+            os.setgroups([self.user.gid])
+            os.setegid(self.gid)
+            os.seteuid(self.user.uid)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.is_root:
+            os.seteuid(0)
+            os.setegid(self.before[0])
+            os.setgroups(self.before[1])
+
+    @property
+    def owner(self) -> int:
+        """The uid that files of this user are expected to have."""
+        return self.user.uid if self.is_root else os.geteuid()
+
+
+def drop_rights(user: User) -> None:
+    """Becomes `user` for good. Does nothing where the process is not root."""
+    if os.geteuid() == 0 and user.uid != 0:
+        os.setgroups([user.gid])
+        os.setgid(user.gid)
+        os.setuid(user.uid)
+
+
+def preload(*names: str) -> None:
+    """Imports modules while their files can be read, before rights are dropped.
+
+    What is missing here shows where it is used.
+    """
+    for name in names:
+        try:
+            __import__(name)
+        except Exception:  # noqa: BLE001, S112 tempfile raises NameError on Debian
+            continue
+
+
+def queue_owner(settings: Settings, users: Users) -> User:
+    """mail_owner: who owns the queue. Raises ProgramError.
+
+    Never root, and never group mail, which could write mailboxes.
+    """
+    if os.geteuid() != 0:
+        return users.by_uid(os.geteuid())
+    names = (
+        [settings.mail_owner]
+        if settings.mail_owner
+        else ["minimta", "daemon", "nobody"]
+    )
+    for name in names:
+        # Not the private instance's: this is a system user that owns processes.
+        user = Users().exact(name)
+        if user and user.uid != 0:
+            return user
+    shown = printable(", ".join(names), 100)
+    raise ProgramError(
+        EX_CONFIG, f"mail_owner: no user {shown} that is not root: make one"
+    )
+
+
+def find_root(environ: dict) -> str:
+    """The private instance's directory, or "" for the host's own system."""
+    if environ.get("MINIMTA_ROOT"):
+        return os.path.abspath(environ["MINIMTA_ROOT"])
+    if os.geteuid() == 0 or os.path.isdir("/var/spool/minimta"):
+        return ""
+    home = Users().by_uid(os.getuid()).home
+    if home == "/" and environ.get("HOME"):
+        home = environ["HOME"]
+    return os.path.join(home, ".minimta")
+
+
+def read_settings(environ: dict, path: str = "") -> Settings:
+    """The settings of this process. Raises ProgramError EX_CONFIG."""
+    root = find_root(environ)
+    name = path or f"{root}/etc/minimta.conf"
+    text = ""
+    try:
+        with open(name, encoding="utf-8", errors="surrogateescape") as file:
+            text = file.read()
+    except FileNotFoundError:
+        if path:
+            raise ProgramError(EX_CONFIG, f"{name}: no such file") from None
+    except OSError as error:
+        why = f"{name}: {error.strerror}: make it readable"
+        raise ProgramError(EX_CONFIG, why) from None
+    return Settings.parse(text, environ, os.uname().nodename or "localhost", root, name)
+
+
+# == 11 Spool: Spool, Draft, QueueFile, Maildrop ==============================
+# The queue's directories and files. See the front page for their states.
+# Failures: MailError 4.3.1 (no room) or 4.3.0 (cannot be stored).
+
+FOLDERS = (  # name, mode; all but maildrop belong to mail_owner
+    ("maildrop", 0o1733),
+    ("incoming", 0o700),
+    ("queue", 0o700),
+    ("journal", 0o700),
+    ("hold", 0o700),
+    ("corrupt", 0o700),
+)
+BLOCK = 1 << 18  # bytes read or written at once
+OLD_DRAFT = DAY  # seconds until what was never finished is swept away
+MAX_ENVELOPE = 1 << 24  # bytes: 10,000 recipients and more
+
+
+def storage_error(error: OSError) -> MailError:
+    """The failure for an error of the queue's disk."""
+    import errno
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return MailError("4.3.1", f"Insufficient system storage: {error.strerror}")
+    return MailError("4.3.0", f"Cannot store the message: {error.strerror}")
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Writes all of `data`: a disk that fills up writes less than it is given."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def sync_folder(path: str) -> None:
+    """Makes the names in a directory durable: fsync of a file does not."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class Draft:
+    """A message being written, in incoming/; commit() makes it mail.
+
+    Used in a `with` block: what is not committed when it ends is removed.
+    """
+
+    def __init__(self, spool: object, queue_id: str, envelope: Envelope) -> None:
+        self.spool = spool
+        self.queue_id = queue_id
+        self.path = spool.path("incoming", queue_id)
+        self.is_open = False
+        self.pending = bytearray()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            self.pending += bytes(envelope)
+            self.fd = os.open(self.path, flags, 0o600)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise storage_error(error) from None
+        except ValueError as error:
+            raise MailError("5.1.3", str(error)) from None
+        self.is_open = True
+
+    def __enter__(self) -> Draft:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.is_open:
+            self.discard()
+
+    def write(self, data: bytes) -> None:
+        """Adds message bytes (LF line ends). Raises MailError."""
+        self.pending += data
+        if len(self.pending) >= BLOCK:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hands what is pending to the system."""
+        try:
+            write_all(self.fd, self.pending)
+        except OSError as error:
+            raise storage_error(error) from None
+        self.pending.clear()
+
+    def commit(self) -> str:
+        """Makes the message durable and returns its id. Raises MailError.
+
+        The order is the promise: write, fsync, rename, fsync of the
+        directory. An fsync that failed is never tried again on the same file:
+        the kernel has marked the pages clean and would lie.
+        """
+        self.flush()
+        final = self.spool.path("queue", self.queue_id)
+        try:
+            if os.geteuid() == 0:
+                os.fchown(self.fd, self.spool.uid, self.spool.gid)
+            os.fsync(self.fd)
+            os.rename(self.path, final)
+            self.path = final
+            self.spool.sync()
+        except OSError as error:
+            self.discard()  # before anyone hears of it: a 4xx is never delivered
+            raise storage_error(error) from None
+        self.is_open = False
+        os.close(self.fd)
+        return self.queue_id  # From here on the mail is safe.
+
+    def discard(self) -> None:
+        """Removes what was written."""
+        self.is_open = False
+        os.close(self.fd)
+        try:
+            os.unlink(self.path)
+        except OSError:
+            pass  # a disk that fails: an incoming file is swept later
+
+
+class QueueFile:
+    """A message in the queue, open for reading. Raises ValueError, OSError."""
+
+    def __init__(self, queue_id: str, fd: int) -> None:
+        self.queue_id = queue_id
+        self.fd = fd
+        self.first = os.read(fd, BLOCK >> 2)  # most messages whole
+        while b"\n\n" not in self.first and len(self.first) < MAX_ENVELOPE:
+            more = os.read(fd, BLOCK)
+            if not more:
+                break
+            self.first += more
+        self.envelope = Envelope.parse(self.first)
+        self.start = self.first.index(b"\n\n") + 2
+        self.size = os.fstat(fd).st_size - self.start
+
+    def __enter__(self) -> QueueFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+    def header(self) -> Header:
+        """The message's header, as far as it is searched."""
+        block = b""
+        for chunk in self.chunks():
+            block += chunk
+            if b"\n\n" in block or len(block) > MAX_HEADER:
+                break
+        return Header.parse(block)
+
+    def chunks(self) -> object:
+        """The message in blocks of bytes, LF line ends."""
+        yield self.first[self.start :]
+        place = len(self.first)
+        while True:
+            block = os.pread(self.fd, BLOCK, place)
+            if not block:
+                return
+            place += len(block)
+            yield block
+
+
+class Spool:
+    """The queue directory. `uid` and `gid` are mail_owner's.
+
+    create() and Draft.commit() take a message in; ids(), open(), journal()
+    and entries() look at it; note(), wait_until(), remove() and set_aside()
+    are the runner's.
+    """
+
+    def __init__(self, directory: str, owner: User) -> None:
+        self.directory = directory
+        self.uid, self.gid = owner.uid, owner.gid
+
+    def path(self, *names: str) -> str:
+        """The path of something in it."""
+        return "/".join((self.directory, *names))
+
+    def make(self) -> None:
+        """Makes the directories with their modes. Raises ProgramError."""
+        mask = os.umask(0o022)  # whoever may submit must be able to pass
+        try:
+            os.makedirs(self.directory, exist_ok=True)
+            for name, mode in FOLDERS:
+                self.make_folder(self.path(name), mode)
+        except OSError as error:
+            why = f"{error.filename}: {error.strerror}: the queue cannot be made there"
+            raise ProgramError(EX_CANTCREAT, why) from None
+        finally:
+            os.umask(mask)
+
+    def make_folder(self, path: str, mode: int) -> None:
+        """Makes one directory, or mends the mode of the one that is there."""
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            pass
+        seen = os.lstat(path)
+        if os.path.islink(path) or not os.path.isdir(path):
+            raise NotADirectoryError(20, "not a directory", path)
+        if os.geteuid() == 0:
+            uid = 0 if mode & 0o1000 else self.uid
+            if (seen.st_uid, seen.st_gid) != (uid, self.gid if uid else 0):
+                os.chown(path, uid, self.gid if uid else 0)
+        if seen.st_mode & 0o7777 != mode:
+            os.chmod(path, mode)
+
+    def sync(self) -> None:
+        """Makes a new name in queue/ durable."""
+        sync_folder(self.path("queue"))
+
+    def create(self, envelope: Envelope, queue_id: str = "") -> Draft:
+        """A draft for a new message. Raises MailError."""
+        for _ in range(1000):
+            # The id is ours as long as incoming/ID is: nobody else can rename
+            # to queue/ID meanwhile. A clock set back finds its old ids taken.
+            name = queue_id or new_id(time.time(), int.from_bytes(os.urandom(2), "big"))
+            if queue_id or not self.has(name):
+                try:
+                    return Draft(self, name, envelope)
+                except FileExistsError:
+                    if queue_id:
+                        self.sweep_draft(name)
+        raise MailError("4.3.0", "Cannot store the message: no queue id is free")
+
+    def sweep_draft(self, name: str) -> None:
+        """Removes a draft that a crash left behind."""
+        try:
+            os.unlink(self.path("incoming", name))
+        except OSError:
+            pass
+
+    def ids(self) -> list[str]:
+        """The ids of all messages, oldest first."""
+        return sorted(name for name in os.listdir(self.path("queue")) if is_id(name))
+
+    def open(self, queue_id: str, folder: str = "queue") -> QueueFile:
+        """Opens a message. Raises FileNotFoundError, ValueError (not a message)."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(self.path(folder, queue_id), flags)
+        try:
+            return QueueFile(queue_id, fd)
+        except ValueError:
+            os.close(fd)
+            raise
+
+    def has(self, queue_id: str) -> bool:
+        """Whether there is such a message."""
+        return os.path.exists(self.path("queue", queue_id))
+
+    def due(self, queue_id: str) -> float:
+        """When its next attempt is: the mtime. Raises FileNotFoundError."""
+        return os.stat(self.path("queue", queue_id)).st_mtime
+
+    def wait_until(self, queue_id: str, when: float) -> None:
+        """Sets its next attempt."""
+        try:
+            os.utime(self.path("queue", queue_id), (when, when))
+        except OSError:
+            pass  # then it is tried sooner: nothing is lost
+
+    def journal(self, queue_id: str) -> list[Attempt]:
+        """What happened to it so far."""
+        try:
+            with open(self.path("journal", queue_id), "rb") as file:
+                return parse_journal(file.read())
+        except OSError:
+            return []
+
+    def note(self, queue_id: str, attempts: list[Attempt], durable: bool) -> None:
+        """Appends to the journal. `durable` if a repetition would be a double."""
+        path = self.path("journal", queue_id)
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(path, flags, 0o600)
+        try:
+            size = os.fstat(fd).st_size
+            if os.geteuid() == 0 and size == 0:
+                os.fchown(fd, self.uid, self.gid)
+            torn = size and os.pread(fd, 1, size - 1) != b"\n"
+            lines = b"".join(map(bytes, attempts))
+            write_all(fd, b"\n" + lines if torn else lines)
+            if durable:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def remove(self, queue_id: str) -> None:
+        """Removes a message that is done with: the message first."""
+        os.unlink(self.path("queue", queue_id))
+        try:
+            os.unlink(self.path("journal", queue_id))
+        except FileNotFoundError:
+            pass
+
+    def set_aside(self, queue_id: str) -> str:
+        """Moves a file that is no message, or nobody wants, to corrupt/."""
+        path = self.path("corrupt", queue_id)
+        os.rename(self.path("queue", queue_id), path)
+        return path
+
+    def sweep(self, now: float) -> None:
+        """Removes old drafts, and journals whose message is gone."""
+        for name in os.listdir(self.path("incoming")):
+            try:
+                if os.stat(self.path("incoming", name)).st_mtime < now - OLD_DRAFT:
+                    os.unlink(self.path("incoming", name))
+            except OSError:
+                continue
+        alive = set(self.ids())
+        for name in os.listdir(self.path("journal")):
+            if name not in alive:
+                try:
+                    os.unlink(self.path("journal", name))
+                except OSError:
+                    continue
+
+    def free(self) -> int:
+        """Bytes that are free on its disk."""
+        try:
+            seen = os.statvfs(self.directory)
+        except OSError:
+            return 0
+        return seen.f_bavail * seen.f_frsize
+
+    def entries(self) -> object:
+        """Every message as a QueueEntry, oldest first."""
+        for queue_id in self.ids():
+            try:
+                with self.open(queue_id) as message:
+                    entry = QueueEntry(queue_id, message.size, message.envelope)
+            except (OSError, ValueError):
+                continue  # delivered meanwhile
+            entry.note(self.journal(queue_id))
+            yield entry
+
+
+class Maildrop:
+    """Where a user without rights leaves mail while no daemon is up.
+
+    Write-only and sticky: files are made under a dot name, and renamed when
+    they are complete. The runner trusts nothing in them but the owner.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.directory = f"{directory}/maildrop"
+
+    def sync(self) -> None:
+        """Makes a new name durable; nobody may open this directory to fsync it."""
+        os.sync()
+
+    def path(self, folder: str, name: str = "") -> str:
+        """incoming/ID is a dot name, queue/ID the name without the dot."""
+        if not name:
+            return self.directory
+        return f"{self.directory}/{'.' if folder == 'incoming' else ''}{name}"
+
+    def create(self, envelope: Envelope) -> Draft:
+        """A draft in the maildrop. Raises MailError."""
+        name = new_id(time.time(), int.from_bytes(os.urandom(2), "big"))
+        try:
+            return Draft(self, name, envelope)
+        except FileExistsError as error:
+            raise storage_error(error) from None
+
+    def take(self, name: str, limit: int) -> tuple[int, QueueFile]:
+        """(uid of its owner, the file) of one drop. Raises ValueError, OSError.
+
+        Hostile until shown otherwise: no link, no device, one name, complete.
+        """
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(f"{self.directory}/{name}", flags)
+        seen = os.fstat(fd)
+        regular = seen.st_mode & 0o170000 == 0o100000
+        try:
+            if not regular or seen.st_nlink != 1 or seen.st_size > limit:
+                raise ValueError("not a regular file of one name and a sane size")
+            return seen.st_uid, QueueFile(name, fd)
+        except ValueError:
+            os.close(fd)
+            raise
+
+
+# == 12 Alias database: AliasDatabase, ForwardFiles ===========================
+# The aliases file and the dbm database that newaliases makes of it.
+# Failures: MailError 4.3.0 when neither can be read; ProgramError for a
+# database that cannot be built: then the old one stays as it was.
+
+
+ALIAS_MODULES = ("dbm", "dbm.dumb", "dbm.gnu", "dbm.ndbm", "dbm.sqlite3")
+
+
+def signature(paths: list[str]) -> tuple:
+    """What changes when one of the files is written or replaced."""
+    found = []
+    for path in paths:
+        try:
+            seen = os.stat(path)
+            found.append((seen.st_ino, seen.st_mtime_ns, seen.st_size))
+        except OSError:
+            found.append(None)
+    return tuple(found)
+
+
+class AliasDatabase:
+    """`/etc/aliases` and what dbm makes for the name `/etc/aliases.db`.
+
+    Where there is a database it rules, also when the text is newer (then the
+    log says so); where there is none, or none that this Python can read, the
+    text is used. lookup() and rebuild() are all there is to it.
+    """
+
+    # What the backends make of a name. dbm.dumb writes three files: its .dir
+    # is what makes it visible, so it is taken away first and put back last.
+    ENDINGS = (".dir", ".dat", ".bak", ".pag", ".db", "")
+    MAX_KNOWN = 10_000  # names remembered between two changes of the files
+
+    def __init__(self, path: str, warn: object = None) -> None:
+        self.path = path
+        self.name = f"{path}.db"
+        self.files = [path, *(self.name + ending for ending in self.ENDINGS)]
+        self.warn = warn or (lambda text: None)
+        self.seen: tuple | None = None
+        self.known: dict[str, str | None] = {}
+        self.text: dict[str, str] | None = None
+
+    def lookup(self, name: str) -> str | None:
+        """The value of an alias (its targets, as text), or None."""
+        name = name.lower()
+        for _ in range(5):
+            seen = signature(self.files)
+            if seen != self.seen:
+                self.refresh(seen)
+            if name not in self.known:
+                value = self.fetch(name)
+                if signature(self.files) != seen:
+                    continue  # replaced while it was read: read again
+                if len(self.known) > self.MAX_KNOWN:
+                    self.known.clear()
+                self.known[name] = value
+            return self.known[name]
+        raise MailError("4.3.0", f"{self.path}: alias database keeps changing")
+
+    def refresh(self, seen: tuple) -> None:
+        """Forgets what was known: the files have changed."""
+        self.known = {}
+        self.text = None
+        self.seen = seen
+        times = [entry[1] for entry in seen[1:] if entry]
+        if seen[0] and times and max(times) < seen[0][1]:
+            self.warn(
+                f"database {self.name} is older than source file {self.path}; "
+                "run newaliases"
+            )
+
+    def fetch(self, name: str) -> str | None:
+        """Reads one name from the database, else from the text."""
+        if self.text is None and any(self.seen[1:]):
+            try:
+                return self.fetch_from_database(name)
+            except Exception as error:  # noqa: BLE001 each backend has its own
+                self.warn(f"{self.name} cannot be read ({printable(str(error), 100)})")
+        if self.text is None:
+            self.text = self.read_text()
+        return self.text.get(name)
+
+    def fetch_from_database(self, name: str) -> str | None:
+        """One name from the database; keys may carry a NUL (Postfix's do)."""
+        import dbm  # 3 ms and more; only a look-up needs it
+
+        key = os_bytes(name)
+        with dbm.open(self.name, "r") as database:
+            for spelling in (key, key + b"\0"):
+                if spelling in database:
+                    return os_text(database[spelling].rstrip(b"\0"))
+        return None
+
+    def read_text(self) -> dict[str, str]:
+        """The text file's aliases. Raises MailError."""
+        try:
+            with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
+                table = AliasTable.parse(file.read())
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise MailError(
+                "4.3.0", f"alias database unavailable: {self.path}: {error.strerror}"
+            ) from None
+        for line, reason in table.problems:
+            self.warn(f"{self.path}, line {line}: {reason}")
+        return dict(table.items())
+
+    def rebuild(self) -> AliasTable:
+        """Builds the database from the text, in one atomic step.
+
+        Raises ProgramError. When the table has problems, nothing is written.
+        """
+        try:
+            with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
+                table = AliasTable.parse(file.read())
+        except OSError as error:
+            raise ProgramError(
+                EX_NOINPUT, f"{self.path}: {error.strerror}: it should be a text file"
+            ) from None
+        if not table.problems:
+            try:
+                self.replace(table.items())
+            except OSError as error:
+                raise ProgramError(
+                    EX_CANTCREAT,
+                    f"{self.name}: {error.strerror}: the database is as it was",
+                ) from None
+        return table
+
+    def replace(self, items: list[tuple[str, str]]) -> None:
+        """Builds beside the database and moves what was built into its place."""
+        import dbm
+        import tempfile
+
+        folder, base = os.path.split(self.name)
+        with tempfile.TemporaryDirectory(prefix=f".{base}.", dir=folder) as aside:
+            with dbm.open(f"{aside}/{base}", "n") as database:
+                for name, value in items:
+                    database[os_bytes(name)] = os_bytes(value)
+            built = sorted(os.listdir(aside))
+            for name in built:
+                os.chmod(f"{aside}/{name}", 0o644)
+                self.sync_file(f"{aside}/{name}")
+            self.move(aside, folder, base, built)
+        sync_folder(folder)
+
+    def move(self, aside: str, folder: str, base: str, built: list[str]) -> None:
+        """Puts the built files in place; the one that makes it visible last."""
+        stale = [base + e for e in self.ENDINGS if base + e not in built]
+        visible = [name for name in built if name.endswith(".dir")]
+        for name in [*stale, *(visible if len(built) > 1 else [])]:
+            if os.path.lexists(f"{folder}/{name}"):
+                os.unlink(f"{folder}/{name}")
+        for name in [n for n in built if n not in visible] + visible:
+            os.rename(f"{aside}/{name}", f"{folder}/{name}")
+
+    def sync_file(self, path: str) -> None:
+        """fsync of a file that somebody else's code wrote."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+class ForwardFiles:
+    """Reads ~/.forward with its owner's rights; read() is all there is to it."""
+
+    MAX_SIZE = 1 << 16  # bytes
+
+    def read(self, user: User) -> tuple[str, str]:
+        """(text, why it is ignored) of a user's ~/.forward; both may be "".
+
+        Never follows a link or waits for a FIFO. What others could have
+        written is ignored, and the mail goes to the mailbox, as in Postfix.
+        """
+        path = f"{user.home}/.forward"
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with Rights(user) as rights:
+            try:
+                fd = os.open(path, flags)
+            except (FileNotFoundError, NotADirectoryError):
+                return "", ""
+            except OSError as error:
+                return "", f"{path}: {error.strerror}"
+            try:
+                owners = (rights.owner, 0)
+                why = self.problem(os.fstat(fd), os.stat(user.home), owners)
+                text = b"" if why else os.read(fd, self.MAX_SIZE)
+            except OSError as error:
+                return "", f"{path}: {error.strerror}"
+            finally:
+                os.close(fd)
+        return os_text(text), f"{path} {why}" if why else ""
+
+    def problem(self, seen: os.stat_result, home: os.stat_result, owners: tuple) -> str:
+        """Why the file must not be trusted, or ""."""
+        checks = (
+            (seen.st_mode & 0o170000 != 0o100000, "is not a regular file"),
+            (seen.st_uid not in owners, "does not belong to its user"),
+            (seen.st_mode & 0o022, "is writable by others"),
+            (home.st_mode & 0o022, "is in a home that is writable by others"),
+            (home.st_uid not in owners, "is in a home that belongs to somebody else"),
+            (seen.st_size > self.MAX_SIZE, "is too large"),
+        )
+        return next((text for is_wrong, text in checks if is_wrong), "")
+
+
+# == 13 Mailboxes: MailboxLock, AppendOnly, Mailbox ===========================
+# Appending to mbox files: opened as their owner, locked both ways, synced.
+# Source: RFC 4155 (mboxrd), Debian policy 11.6 (fcntl, then dotlock).
+# Failures: MailError 4.2.x; a mailbox that is in use raises Busy.
+
+STALE_LOCK = 500  # seconds until anybody's dotlock is broken; Postfix
+
+
+class Busy(Exception):
+    """The mailbox is locked by another program: try again in a moment."""
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+class MailboxLock:
+    """fcntl and dotlock on a mailbox, neither waiting for anybody.
+
+    In place of mailbox.mbox's own, whose dotlock says nothing about its
+    maker, so that after a kill it stands for good, and which removes a lock
+    it never made. Ours holds our pid; a dead minimta's is broken at once.
+    """
+
+    def __init__(self, path: str, fd: int) -> None:
+        self.path = f"{path}.lock"
+        self.fd = fd
+        self.has_dotlock = False
+
+    def acquire(self) -> None:
+        """Takes both locks. Raises Busy."""
+        import fcntl
+
+        try:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Busy(self.path) from None
+        try:
+            self.has_dotlock = self.make_dotlock() or (
+                self.break_stale() and self.make_dotlock()
+            )
+        except PermissionError:
+            return  # a directory that we may not write: fcntl has to do
+        except OSError as error:
+            if error.errno == 30:  # EROFS
+                return
+            raise
+        if not self.has_dotlock:
+            fcntl.lockf(self.fd, fcntl.LOCK_UN)
+            raise Busy(self.path)
+
+    def make_dotlock(self) -> bool:
+        """Makes PATH.lock, pid inside, in one step; False if there is one.
+
+        A link of a file that is complete: a kill leaves no lock without pid.
+        Only the holder of the fcntl lock comes here, so one name serves all.
+        """
+        aside = f"{self.path}.minimta"
+        try:
+            os.unlink(aside)
+        except FileNotFoundError:
+            pass
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(aside, flags, 0o644)
+        try:
+            write_all(fd, b"%d minimta\n" % os.getpid())
+            os.link(aside, self.path)
+        except FileExistsError:
+            return False
+        finally:
+            os.close(fd)
+            os.unlink(aside)
+        return True
+
+    def break_stale(self) -> bool:
+        """Removes the lock of a dead minimta, or a very old one."""
+        try:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            fd = os.open(self.path, flags)
+            words, age = os.read(fd, 64).split(), time.time() - os.fstat(fd).st_mtime
+            os.close(fd)
+            ours = len(words) == 2 and words[1] == b"minimta" and words[0].isdigit()
+            if not (age > STALE_LOCK or ours and not is_alive(int(words[0]))):
+                return False
+            os.unlink(self.path)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Gives both back; never a dotlock that is not ours."""
+        import fcntl
+
+        if self.has_dotlock:
+            self.has_dotlock = False
+            try:
+                os.unlink(self.path)
+            except OSError:
+                pass  # the directory changed under us; the lock goes stale
+        fcntl.lockf(self.fd, fcntl.LOCK_UN)
+
+
+class AppendOnly:
+    """What makes a mailbox.mbox an append-only one; see append_only_mbox().
+
+    mailbox.mbox.add() reads the whole mailbox first, to number its messages:
+    700 ms for 18 MB. Here the table of contents is empty, and a message is an
+    iterable of bytes, written past Python's buffer: what a buffer held back
+    at a full disk would be written later, behind what was cut.
+    """
+
+    def _generate_toc(self) -> None:
+        self._toc: dict = {}
+        self._next_key = 0
+        self._file_length = os.fstat(self._file.fileno()).st_size
+
+    def _install_message(self, message: object) -> tuple[int, int]:
+        fd = self._file.fileno()
+        start = os.lseek(fd, 0, os.SEEK_END)
+        held = bytearray()  # one write for all of a small message: never torn
+        try:
+            for chunk in message:
+                held += chunk
+                if len(held) >= BLOCK:
+                    write_all(fd, held)
+                    held.clear()
+            write_all(fd, held)
+        except BaseException:
+            os.ftruncate(fd, start)  # half a message is no message
+            raise
+        return start, os.lseek(fd, 0, os.SEEK_CUR)
+
+    def _post_message_hook(self, file: object) -> None:
+        """Nothing: the message brings its own empty line."""
+
+    def flush(self) -> None:
+        """Makes what was added durable."""
+        os.fsync(self._file.fileno())
+
+
+def append_only_mbox(path: str) -> object:
+    """A mailbox.mbox of an existing file, made append-only."""
+    import mailbox  # 25 ms; only delivery needs it
+
+    return type("Mbox", (AppendOnly, mailbox.mbox), {})(path, create=False)
+
+
+class Mailbox:
+    """One user's mbox file, opened and locked in a `with` block for a batch.
+
+    append() adds a message, sync() makes all of them durable. The caller has
+    taken the user's Rights. Raises MailError, Busy.
+    """
+
+    def __init__(self, path: str, owner: int, limit: int = 0) -> None:
+        self.path = path
+        self.owner = owner
+        self.limit = limit
+
+    def __enter__(self) -> Mailbox:
+        try:
+            self.is_new = self.make_sure()
+            self.mbox = append_only_mbox(self.path)
+        except OSError as error:
+            raise self.failure(error) from None
+        self.fd = self.mbox._file.fileno()
+        self.start = -1
+        self.lock = MailboxLock(self.path, self.fd)
+        try:
+            self.lock.acquire()
+            self.inspect(os.fstat(self.fd))
+            self.cut_nuls()
+        except OSError as error:
+            self.mbox._file.close()
+            raise self.failure(error) from None
+        except BaseException:
+            self.mbox._file.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+        self.mbox._file.close()
+
+    def failure(self, error: OSError) -> MailError:
+        """The failure for an error of the mailbox's disk or directory."""
+        return MailError("4.2.0", f"mailbox {self.path}: {error.strerror}")
+
+    def make_sure(self) -> bool:
+        """Makes the file if there is none; looks at it if there is.
+
+        Never follows a link, never waits for a FIFO, never opens a device.
+        Returns whether it was made.
+        """
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        try:
+            fd, is_new = os.open(self.path, flags), False
+        except FileNotFoundError:
+            fd = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            is_new = True
+        try:
+            self.inspect(os.fstat(fd))
+        finally:
+            os.close(fd)
+        return is_new
+
+    def inspect(self, seen: os.stat_result) -> None:
+        """Raises MailError unless the open file is the user's own mailbox."""
+        at_path = os.lstat(self.path)
+        same = (at_path.st_dev, at_path.st_ino) == (seen.st_dev, seen.st_ino)
+        problems = (
+            (seen.st_mode & 0o170000 != 0o100000, "is not a regular file"),
+            (not same, "was replaced while it was opened"),
+            (seen.st_nlink != 1, "has more than one name"),
+            (seen.st_uid != self.owner, "does not belong to its user"),
+        )
+        for is_wrong, text in problems:
+            if is_wrong:
+                raise MailError("4.2.0", f"mailbox {self.path} {text}")
+        if self.limit and seen.st_size >= self.limit:
+            raise MailError("4.2.2", f"mailbox {self.path} is full")
+
+    def cut_nuls(self) -> None:
+        """Cuts off a run of NULs at the end: a size written without its data."""
+        size = end = os.fstat(self.fd).st_size
+        while end and os.pread(self.fd, 1, end - 1) == b"\0":
+            start = max(0, end - BLOCK)
+            end = start + len(os.pread(self.fd, end - start, start).rstrip(b"\0"))
+        if end != size:
+            os.ftruncate(self.fd, end)
+
+    def pad(self) -> None:
+        """Ends a foreign half message with an empty line, so that ours is seen."""
+        size = os.fstat(self.fd).st_size
+        tail = os.pread(self.fd, 3, max(0, size - 3))
+        if size and not tail.endswith((b"\n\n", b"\n\r\n")):
+            os.lseek(self.fd, 0, os.SEEK_END)
+            write_all(self.fd, b"\n" if tail.endswith(b"\n") else b"\n\n")
+        self.start = os.fstat(self.fd).st_size
+
+    def append(self, chunks: object) -> None:
+        """Adds one message, whole or not at all. Raises MailError."""
+        try:
+            if self.start < 0:
+                self.pad()
+            self.mbox.add(chunks)
+        except OSError as error:
+            raise self.failure(error) from None
+
+    def sync(self) -> None:
+        """Makes what was appended durable. Raises MailError: then it is gone."""
+        try:
+            self.mbox.flush()
+            if self.is_new:
+                sync_folder(os.path.dirname(self.path))
+        except OSError as error:
+            os.ftruncate(self.fd, self.start)
+            raise self.failure(error) from None
+
+    def find(self, wanted: set[str]) -> dict[str, int]:
+        """Where messages with these queue ids begin: id -> offset of `From `.
+
+        One pass over the file, for the messages that a crash may have left
+        delivered. Only our own Received counts: the first, in the header.
+        """
+        import mmap
+        import re
+
+        found: dict[str, int] = {}
+        if not wanted or not os.fstat(self.fd).st_size:
+            return found
+        pattern = re.compile(rb"\n\t(?:by [^\n]* )?id (\w+)[;\n]")
+        with mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ) as text:
+            for match in pattern.finditer(text):
+                queue_id = os_text(match[1])
+                if queue_id in wanted:
+                    begin = text.rfind(b"\nFrom ", 0, match.start()) + 1
+                    above = text[begin : match.start()]
+                    if above.count(b"\nReceived:") == 1 and b"\n\n" not in above:
+                        found[queue_id] = begin
+        return found
+
+    def already_has(self, offset: int | None, render: object) -> bool:
+        """Whether a message is there already; a torn copy is cut off first.
+
+        `offset` is what find() said of it (None: its id is not there), and
+        `render()` gives the text that it should have, From_ line first.
+        """
+        place = self.last_from() if offset is None else offset
+        state = self.compare(place, render())
+        if state == "torn":
+            os.ftruncate(self.fd, place)
+        return offset is not None and state in ("whole", "changed")
+
+    def compare(self, offset: int, chunks: object) -> str:
+        """What stands at `offset`, held against the text it should have.
+
+        whole; torn: the file ends in the middle of it; damaged: with NULs in
+        it; changed: otherwise different, so its reader had it.
+        """
+        end, place = os.fstat(self.fd).st_size, offset
+        for chunk in chunks:
+            there = os.pread(self.fd, len(chunk), place)
+            if place == offset:  # the date of a From_ line is not held against it
+                dated = len(chunk) - len("Wed Feb 19 05:10:01 2025\n")
+                there = there[:dated] + chunk[dated : len(there)]
+            if place + len(there) == end and len(there) < len(chunk):
+                return "torn" if chunk.startswith(there) else "changed"
+            if there != chunk:
+                nuls = b"\0" in there and b"\0" not in chunk
+                return "damaged" if nuls else "changed"
+            place += len(chunk)
+        return "whole"
+
+    def last_from(self) -> int:
+        """Where the last message begins (0 if none is near the end)."""
+        size = os.fstat(self.fd).st_size
+        start = max(0, size - BLOCK)
+        return start + os.pread(self.fd, BLOCK, start).rfind(b"\nFrom ") + 1
+
+
+# == 14 Folders: Folder, FolderMessage ========================================
+# A mailbox as mail(1) reads and rewrites it; the mail stays in the file.
+# Failures: ProgramError, in the words of Heirloom mailx.
+
+
+class FolderMessage:
+    """One message of a folder: where it is, and what its reader did with it.
+
+    `status` is the Status field's letters; `state` one of "", deleted, saved.
+    """
+
+    __slots__ = ("start", "end", "lines", "status", "state", "was_read")
+
+    def __init__(self, start: int, end: int, lines: int, status: str) -> None:
+        self.start = start
+        self.end = end
+        self.lines = lines
+        self.status = status
+        self.state = ""
+        self.was_read = False
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it came since the last session."""
+        return not self.status
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether nobody has read it, now or before."""
+        return "R" not in self.status and not self.was_read
+
+    def next_status(self) -> str:
+        """Its Status once this session is over."""
+        return "O" if self.is_unread else "RO"
+
+
+class Folder:
+    """An mbox file: messages are found once, read when asked for.
+
+    Read with the reader's own rights; write() keeps mail that came meanwhile.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.messages: list[FolderMessage] = []
+        self.size = 0
+        flags = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            try:
+                self.fd = os.open(path, flags)
+                self.is_read_only = False
+            except PermissionError:
+                self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                self.is_read_only = True
+        except OSError as error:
+            raise ProgramError(1, f"{path}: {error.strerror}") from None
+        if os.fstat(self.fd).st_mode & 0o170000 != 0o100000:
+            raise ProgramError(1, f"{path}: not a regular file")
+        self.find_messages()
+
+    def find_messages(self) -> None:
+        """Notes where each message begins: a From_ line behind an empty one."""
+        import re
+
+        pattern = re.compile(rb"^From [^\n]*\d\d:\d\d[^\n]*\d{4}", re.MULTILINE)
+        with open(self.path, "rb") as file:
+            text = file.read()
+        starts = (
+            [
+                match.start()
+                for match in pattern.finditer(text)
+                if match.start() == 0
+                or text[: match.start()].endswith((b"\n\n", b"\n\r\n"))
+            ]
+            if text.startswith(b"From ")
+            else []
+        )
+        if text and not starts:
+            raise ProgramError(1, f"{self.path}: not a mailbox")
+        self.size = len(text)
+        for start, end in zip(starts, [*starts[1:], len(text)]):
+            header = Header.parse(text[start:end].partition(b"\n")[2][:MAX_HEADER])
+            status = "".join(header.values("status"))
+            lines = text.count(b"\n", start, end)
+            self.messages.append(FolderMessage(start, end, lines, status))
+
+    def read(self, message: FolderMessage) -> tuple[bytes, Header]:
+        """(From_ line, header with the body as its rest) of one message."""
+        text = os.pread(self.fd, message.end - message.start, message.start)
+        first, _, rest = text.partition(b"\n")
+        return first, Header.parse(rest)
+
+    def rewritten(self, message: FolderMessage) -> bytes:
+        """The message's text with its new Status."""
+        first, header = self.read(message)
+        header, body = header.without("status"), header.rest
+        header = header.added("Status", message.next_status())
+        return first + b"\n" + bytes(header) + b"\n" + body
+
+    def write(self) -> int:
+        """Drops what is deleted or saved, writes each Status; returns how many.
+
+        In place, so that owner, mode and inode stay; the old end of the file
+        is kept beside it until the new one is durable. Raises ProgramError.
+        """
+        lock = MailboxLock(self.path, self.fd)
+        self.lock_patiently(lock)
+        try:
+            if os.fstat(self.fd).st_size < self.size:
+                raise ProgramError(1, f"{self.path}: changed by another program")
+            kept = [message for message in self.messages if not message.state]
+            self.replace_tail(self.first_change(), kept)
+        except OSError as error:
+            raise ProgramError(EX_IOERR, f"{self.path}: {error.strerror}") from None
+        finally:
+            lock.release()
+        return len(kept)
+
+    def lock_patiently(self, lock: MailboxLock) -> None:
+        """Waits for a deliverer to finish, thirty seconds at the most."""
+        for _ in range(300):
+            try:
+                return lock.acquire()
+            except Busy:
+                time.sleep(0.1)
+        raise ProgramError(EX_TEMPFAIL, f"{self.path}: locked by another program")
+
+    def first_change(self) -> int:
+        """Where the file begins to differ from what it should be."""
+        for message in self.messages:
+            if message.state or message.status != message.next_status():
+                return message.start
+        return self.size
+
+    def replace_tail(self, offset: int, kept: list[FolderMessage]) -> None:
+        """Writes the file anew from `offset`; safe against a kill in between."""
+        end = os.fstat(self.fd).st_size
+        if offset == self.size:
+            return
+        old = os.pread(self.fd, end - offset, offset)
+        came = old[self.size - offset :]
+        new = b"".join(self.rewritten(m) for m in kept if m.start >= offset) + came
+        aside = self.keep_aside(old)
+        if len(new) > len(old):
+            os.posix_fallocate(self.fd, offset, len(new))  # a full disk shows here
+        os.lseek(self.fd, offset, os.SEEK_SET)
+        write_all(self.fd, new)
+        os.ftruncate(self.fd, offset + len(new))
+        os.fsync(self.fd)
+        os.unlink(aside)
+
+    def keep_aside(self, text: bytes) -> str:
+        """Writes what is about to be replaced to a file of its own."""
+        import tempfile
+
+        folder = os.path.dirname(self.path)
+        if not os.access(folder, os.W_OK):
+            folder = os.path.expanduser("~")
+        fd, path = tempfile.mkstemp(".rescued", ".mail-", folder)
+        write_all(fd, text)
+        os.fsync(fd)
+        os.close(fd)
+        return path
+
+
+# == 15 Relay: Relay, split_host ==============================================
+# Hands mail to another host by SMTP, with smtplib. Runs without rights.
+# Failures: MailError with the host's own words, as Postfix puts them.
+
+SMTP_PORT = 25
+CONNECT_TIMEOUT = 30  # seconds; RFC 5321 section 4.5.3.2 for the rest:
+REPLY_TIMEOUT = 300  # MAIL, RCPT
+FINAL_TIMEOUT = 600  # the reply to the message's end
+
+
+def split_host(text: str) -> tuple[str, int]:
+    """(host, port) of `host`, `[host]` or `[host]:port`. Raises MailError."""
+    host, _, port = text.strip().rpartition(":")
+    if not host or "]" in port:
+        host, port = text.strip(), ""
+    if port and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise MailError("4.3.5", f"relayhost {printable(text, 100)}: bad port")
+    return host.strip("[]"), int(port or SMTP_PORT)
+
+
+class Relay:
+    """One connection to one host; send() hands over one message.
+
+    Raises MailError for what concerns every recipient.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.host, self.port = split_host(settings.relayhost)
+        self.name = f"{self.host}[{self.host}]:{self.port}"
+
+    def connect(self) -> None:
+        """Connects and says hello. Raises MailError."""
+        import smtplib  # 30 ms; only relaying needs it
+
+        hello = self.settings.myhostname
+        try:
+            self.smtp = smtplib.SMTP(local_hostname=hello, timeout=CONNECT_TIMEOUT)
+            code, text = self.smtp.connect(self.host, self.port)
+            address = self.smtp.sock.getpeername()[0]
+            self.name = f"{self.host}[{address}]:{self.port}"
+            self.smtp.sock.settimeout(REPLY_TIMEOUT)
+            self.expect("initial connection", code, text, 220)
+            self.smtp.ehlo_or_helo_if_needed()
+        except smtplib.SMTPHeloError as error:
+            raise self.refusal(
+                "EHLO command", error.smtp_code, error.smtp_error
+            ) from None
+        except (OSError, smtplib.SMTPException) as error:
+            why = getattr(error, "strerror", None) or printable(str(error), 200)
+            text = f"connect to {self.name}: {why or 'lost connection'}"
+            raise MailError("4.4.1", text, "none") from None
+
+    def send(self, message: QueueFile, head: bytes, recipients: list[str]) -> dict:
+        """Sends one message; recipient -> (status, text) or MailError.
+
+        `head` is put before it (Delivered-To of a forward).
+        """
+        import smtplib
+
+        try:
+            return self.transaction(message, head, recipients)
+        except (OSError, smtplib.SMTPException) as error:
+            self.smtp.close()
+            why = getattr(error, "strerror", None) or printable(str(error), 200)
+            text = f"lost connection with {self.name}: {why}"
+            raise MailError("4.4.2", text, self.name) from None
+
+    def transaction(self, message: QueueFile, head: bytes, recipients: list) -> dict:
+        """MAIL, RCPT, DATA, the message. Raises MailError, OSError."""
+        envelope = message.envelope
+        if "SMTPUTF8" in envelope.body and not self.smtp.has_extn("smtputf8"):
+            raise MailError("5.6.7", f"{self.name} does not offer SMTPUTF8", self.name)
+        self.smtp.command_encoding = "utf-8"
+        options = []
+        if self.smtp.has_extn("size"):
+            options.append(f"SIZE={len(head) + message.size}")
+        if self.smtp.has_extn("8bitmime"):
+            options.append("BODY=8BITMIME")
+        if "SMTPUTF8" in envelope.body:
+            options.append("SMTPUTF8")
+        words = " ".join([f"FROM:<{envelope.sender}>", *options])
+        self.expect("MAIL FROM command", *self.smtp.docmd("MAIL", words), 250)
+        results: dict = {}
+        for recipient in recipients:
+            code, text = self.smtp.docmd("RCPT", f"TO:<{recipient}>")
+            if code not in (250, 251):
+                results[recipient] = self.refusal("RCPT TO command", code, text)
+        good = [recipient for recipient in recipients if recipient not in results]
+        if good:
+            self.expect("DATA command", *self.smtp.docmd("DATA"), 354)
+            done = self.send_text(message, head)
+            results.update((recipient, done) for recipient in good)
+        else:
+            self.smtp.rset()
+        return results
+
+    def send_text(self, message: QueueFile, head: bytes) -> tuple[str, str]:
+        """The message itself, streamed; (status, the host's words)."""
+
+        def chunks() -> object:
+            yield head
+            yield from message.chunks()
+
+        for block in dot_stuffed(chunks()):
+            self.smtp.sock.sendall(block)
+        self.smtp.sock.settimeout(FINAL_TIMEOUT)
+        code, text = self.smtp.getreply()
+        self.smtp.sock.settimeout(REPLY_TIMEOUT)
+        self.expect("end of DATA command", code, text, 250)
+        return "2.0.0", printable(f"{code} {os_text(text)}".replace("\n", " "), 300)
+
+    def expect(self, stage: str, code: int, text: bytes, wanted: int) -> None:
+        """Raises MailError unless the reply is the wanted one."""
+        if code != wanted:
+            raise self.refusal(stage, code, text)
+
+    def refusal(self, stage: str, code: int, text: bytes) -> MailError:
+        """The failure for a reply; anything but 5xx may succeed later."""
+        words = printable(os_text(text).replace("\n", " "), 500)
+        status = words.partition(" ")[0]
+        kind = "5" if 500 <= code < 600 else "4"
+        parts = status.split(".")
+        if len(parts) != 3 or parts[0] != kind or not all(p.isdigit() for p in parts):
+            status = f"{kind}.0.0"
+        said = f"host {self.name} said: {code} {words} (in reply to {stage})"
+        return MailError(status, said, self.name)
+
+    def reset(self) -> None:
+        """Makes ready for the next message. Raises MailError."""
+        import smtplib
+
+        try:
+            self.smtp.rset()
+        except (OSError, smtplib.SMTPException):
+            raise MailError(
+                "4.4.2", f"lost connection with {self.name}", self.name
+            ) from None
+
+    def quit(self) -> None:
+        """Says goodbye; what the host says to that does not matter."""
+        import smtplib
+
+        try:
+            self.smtp.sock.settimeout(CONNECT_TIMEOUT)
+            self.smtp.quit()
+        except (OSError, smtplib.SMTPException, AttributeError):
+            return
+
+
+# =============================================================================
+# WORK: what is done with them.
+# =============================================================================
+
+# == 16 Routing: Destination, Router ==========================================
+# Where mail for an address goes, decided anew for each attempt.
+# Failures: a Destination of kind error; verify() raises MailError.
+
+
+class Destination(Value):
+    """One final target of a recipient.
+
+    `kind`: mailbox, remote, null or error; `target` is an address as text;
+    `forwarders` are those whose .forward it went through, last one first.
+    """
+
+    __slots__ = ("kind", "target", "user", "forwarders", "error")
+
+    def __init__(self, kind: str, target: str, **more: object) -> None:
+        self.kind = kind
+        self.target = target
+        self.user: User | None = more.get("user")
+        self.forwarders: tuple[str, ...] = more.get("forwarders", ())
+        self.error: MailError | None = more.get("error")
+
+    @property
+    def key(self) -> str:
+        """What the journal calls it; the same target gets one copy."""
+        return f"{self.kind} {self.target}"
+
+
+class Router:
+    """Expands recipients by aliases, users and ~/.forward; resolve() is the door.
+
+    `forwards` reads .forward files, or is None where that is not allowed (the
+    SMTP server's process, a user's `sendmail`).
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        aliases: AliasDatabase,
+        users: Users,
+        forwards: ForwardFiles | None = None,
+        warn: object = None,
+    ) -> None:
+        self.settings = settings
+        self.aliases = aliases
+        self.users = users
+        self.forwards = forwards
+        self.warn = warn or (lambda text: None)
+
+    def verify(self, address: Address) -> None:
+        """Raises MailError unless mail to a local address can be delivered."""
+        found = self.resolve(address, ())
+        errors = [destination.error for destination in found if destination.error]
+        for error in errors:
+            if error.is_temporary and error.status == "4.3.0":
+                raise error
+        if errors and len(errors) == len(found) and not errors[0].is_temporary:
+            raise errors[0]
+
+    def resolve(self, address: Address, seen: tuple[str, ...]) -> list[Destination]:
+        """The destinations of one recipient, each once.
+
+        `seen` are the Delivered-To addresses that the message already bears.
+        """
+        found: dict[str, Destination] = {}
+        for destination in self.expand(address, (), seen):
+            found.setdefault(destination.key, destination)
+        return list(found.values())
+
+    def expand(self, address: Address, trail: tuple, seen: tuple) -> list[Destination]:
+        """Destinations of `address`; `trail` is how it was come by.
+
+        The trail has ("alias", name) and ("user", name) in order.
+        """
+        if not self.settings.is_local(address.domain):
+            forwarders = self.forwarders(trail)
+            return [Destination("remote", str(address), forwarders=forwarders)]
+        if len(trail) > MAX_DEPTH:
+            return [self.failed(address, "5.4.6", "aliases nested too deeply")]
+        try:
+            alias = self.find_alias(address.local, trail)
+        except MailError as error:
+            return [Destination("error", str(address), error=error)]
+        if alias is None:
+            return self.expand_user(address, trail, seen)
+        name, value = alias
+        if ("alias", name) in trail:
+            why = f"alias database loop for {printable(name, 100)}"
+            return [self.failed(address, "5.4.6", why)]
+        return self.expand_targets(value, (*trail, ("alias", name)), seen)
+
+    def find_alias(self, local: str, trail: tuple) -> tuple[str, str] | None:
+        """(name, value) of the alias for a local part, or None.
+
+        An alias that names itself means the mailbox. Raises MailError.
+        """
+        for name in self.spellings(local.lower()):
+            value = self.aliases.lookup(name)
+            if value is None and self.users.lookup(name) is None:
+                value = BUILT_IN_ALIASES.get(name)
+            if value is not None:
+                return None if trail[-1:] == (("alias", name),) else (name, value)
+        return None
+
+    def spellings(self, local: str) -> list[str]:
+        """`local`, and without its +detail."""
+        delimiter = self.settings.recipient_delimiter
+        if delimiter and delimiter in local[1:]:
+            return [local, local[: local.index(delimiter, 1)]]
+        return [local]
+
+    def expand_targets(
+        self, value: str, trail: tuple, seen: tuple
+    ) -> list[Destination]:
+        """Destinations of an alias's value or a .forward line."""
+        found = []
+        for item in split_items(value):
+            try:
+                found += self.expand_target(Target.parse(item), trail, seen)
+            except ValueError as error:
+                name = Address(trail[-1][1])
+                found.append(self.failed(name, "5.1.3", str(error)))
+        return found
+
+    def expand_target(self, target: Target, trail: tuple, seen: tuple) -> list:
+        """Destinations of one target."""
+        if target.kind == "address":
+            return self.expand(Address.parse(target.text), trail, seen)
+        if target.kind == "user":
+            return self.expand_user(Address.parse(target.text), trail, seen, True)
+        if target.kind == "null":
+            return [Destination("null", target.text)]
+        what = {"pipe": "a command", "file": "a file", "include": "an include file"}
+        text = f"delivery to {what[target.kind]} ({printable(target.text, 100)})"
+        error = MailError("4.3.5", f"{text} is not built yet: change {trail[-1][1]}")
+        return [Destination("error", f"{target.kind} {target.text}", error=error)]
+
+    def expand_user(
+        self, address: Address, trail: tuple, seen: tuple, is_plain: bool = False
+    ) -> list[Destination]:
+        """Destinations of a local user: what ~/.forward says, or the mailbox."""
+        user = self.find_user(address.local)
+        if user is None:
+            return self.expand_stranger(address, trail, seen)
+        target = f"{user.name}@{self.settings.myorigin}"
+        forwarders = self.forwarders(trail)
+        mailbox = Destination("mailbox", target, user=user, forwarders=forwarders)
+        on_the_way = [name for kind, name in trail if kind == "user"]
+        if is_plain or on_the_way[-1:] == [user.name]:
+            return [mailbox]  # its own name in its .forward means the mailbox
+        text = self.forward_text(user)
+        if not text:
+            return [mailbox]
+        if user.name in on_the_way or self.has_passed(user, seen):
+            return [self.failed(address, "5.4.6", f"mail forwarding loop for {target}")]
+        return self.expand_forward(text, mailbox, (*trail, ("user", user.name)), seen)
+
+    def find_user(self, local: str) -> User | None:
+        """The user of a local part, with or without +detail."""
+        return next(filter(None, map(self.users.lookup, self.spellings(local))), None)
+
+    def expand_stranger(self, address: Address, trail: tuple, seen: tuple) -> list:
+        """Destinations of a local part that nobody has."""
+        way_out = self.settings.luser_relay
+        if way_out and ("alias", "luser_relay") not in trail:
+            trail = (*trail, ("alias", "luser_relay"))
+            return self.expand(Address.parse(way_out), trail, seen)
+        return [self.failed(address, "5.1.1", f'unknown user: "{address.local}"')]
+
+    def forward_text(self, user: User) -> str:
+        """What a user's .forward says, its comments gone; "" for the mailbox."""
+        if self.forwards is None:
+            return ""
+        text, why = self.forwards.read(user)
+        if why:
+            self.warn(f"{why}: ignored, mail for {user.name} goes to the mailbox")
+        return "\n".join(line for _, line in logical_lines(text))
+
+    def expand_forward(
+        self, text: str, mailbox: Destination, trail: tuple, seen: tuple
+    ) -> list[Destination]:
+        """Destinations of a .forward; a line that cannot be read means the mailbox.
+
+        For the user's typo the sender is not to blame.
+        """
+        found = []
+        for line in text.split("\n"):
+            try:
+                parse_targets(line)
+                found += self.expand_targets(line, trail, seen)
+            except ValueError as error:
+                self.warn(f"{mailbox.user.home}/.forward: {error}: kept in the mailbox")
+                found.append(mailbox)
+        return found
+
+    def has_passed(self, user: User, seen: tuple) -> bool:
+        """Whether the message went through this user's hands before."""
+        for text in seen:
+            try:
+                address = Address.parse(text)
+            except MailError:
+                continue
+            if self.settings.is_local(address.domain) and address.local == user.name:
+                return True
+        return False
+
+    def forwarders(self, trail: tuple) -> tuple[str, ...]:
+        """Whose .forward files a trail went through, last one first."""
+        names = [name for kind, name in trail if kind == "user"]
+        return tuple(f"{name}@{self.settings.myorigin}" for name in reversed(names))
+
+    def failed(self, address: Address, status: str, text: str) -> Destination:
+        """A destination that is none."""
+        error = MailError(status, text)
+        return Destination("error", str(address), error=error)
+
+
+# == 17 Delivery: ActiveMessage, Task, Delivery, RelayJob =====================
+# Takes messages to their destinations, in batches: one lock and one fsync for
+# all that goes to one mailbox, one connection for all that goes to one host.
+# Failures: recorded in the Task, never raised.
+
+
+class Task:
+    """One destination of one message; `recipients` are those who led to it.
+
+    Done when `error` or `done` (status, text) is set.
+    """
+
+    def __init__(self, message: object, destination: Destination) -> None:
+        self.message = message
+        self.destination = destination
+        self.recipients: list[str] = []
+        self.error = destination.error
+        self.done: tuple[str, str] | None = None
+        self.relay = "local"
+        if destination.kind == "null":
+            self.done = ("2.0.0", "discarded")
+
+    def head(self) -> bytes:
+        """The trace fields that a delivery puts on top of the message."""
+        forwarders = self.destination.forwarders
+        return os_bytes("".join(f"Delivered-To: {name}\n" for name in forwarders))
+
+    def render(self) -> object:
+        """The message as an mbox has it, From_ line first, in chunks."""
+        envelope = self.message.file.envelope
+        sender = envelope.sender.replace(" ", "_") or "MAILER-DAEMON"
+        yield os_bytes(f"From {sender}  {asctime(self.message.now)}\n")
+        original = self.recipients[0]
+        yield (
+            os_bytes(
+                f"Return-Path: <{envelope.sender}>\n"
+                f"X-Original-To: {original}\n"
+                f"Delivered-To: {self.destination.target}\n"
+            )
+            + self.head()
+        )
+        yield from mbox_quoted(self.message.file.chunks())
+
+
+class ActiveMessage:
+    """A message that is being delivered: its file, its past, its tasks."""
+
+    def __init__(self, file: QueueFile, journal: list[Attempt], now: float) -> None:
+        self.file = file
+        self.queue_id = file.queue_id
+        self.journal = journal
+        self.now = now
+        self.header = file.header()
+        self.tasks: dict[str, Task] = {}
+        self.is_busy = False
+
+    @property
+    def age(self) -> float:
+        """Seconds since it arrived."""
+        return max(0.0, self.now - self.file.envelope.arrived)
+
+    def plan(self, router: Router, hopcount_limit: int) -> list[Task]:
+        """Its tasks: a destination each, without those that are done."""
+        finished = {(a.recipient, a.destination) for a in self.journal if a.is_final}
+        reached = {destination for _, destination in finished}
+        too_far = len(self.header.values("received")) > hopcount_limit
+        seen = tuple(self.header.values("delivered-to"))
+        for recipient in self.file.envelope.recipients:
+            if too_far:
+                error = MailError("5.4.6", "too many hops")
+                found = [Destination("error", recipient, error=error)]
+            else:
+                found = self.resolve(router, recipient, seen)
+            for destination in found:
+                if (recipient, destination.key) in finished:
+                    continue
+                task = self.tasks.setdefault(destination.key, Task(self, destination))
+                task.recipients.append(recipient)
+                if destination.key in reached:
+                    task.done = ("2.0.0", "delivered already")
+        return list(self.tasks.values())
+
+    def resolve(self, router: Router, recipient: str, seen: tuple) -> list:
+        """The destinations of one recipient of the envelope."""
+        try:
+            return router.resolve(Address.parse(recipient), seen)
+        except MailError as error:
+            return [Destination("error", recipient, error=error)]
+
+    def attempts(self, now: float) -> list[Attempt]:
+        """What became of every task, as journal lines."""
+        found = []
+        for task in self.tasks.values():
+            error = task.error
+            outcome = SENT if not error else DEFERRED if error.is_temporary else BOUNCED
+            status, text = (error.status, error.text) if error else task.done
+            relay = error.relay if error else task.relay
+            for recipient in task.recipients:
+                words = (recipient, task.destination.key, relay, printable(text))
+                found.append(Attempt(now, outcome, status, *words))
+        return found
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a task is still on its way."""
+        return any(not (task.done or task.error) for task in self.tasks.values())
+
+
+class Delivery:
+    """Local couriers. `suspects` are queue ids that may be delivered already."""
+
+    def __init__(self, settings: Settings, users: Users, suspects: set[str]) -> None:
+        self.settings = settings
+        self.users = users
+        self.suspects = suspects
+
+    def to_mailbox(self, user: User, tasks: list[Task]) -> None:
+        """Appends a batch to one user's mailbox, as that user."""
+        folder = self.settings.mail_spool_directory
+        path = f"{folder}/{user.name}"
+        try:
+            gid = self.prepare_folder(folder, path, user)
+            with Rights(user, gid) as rights:
+                limit = self.settings.mailbox_size_limit
+                with Mailbox(path, rights.owner, limit) as mailbox:
+                    self.append(mailbox, tasks)
+        except Busy:
+            self.fail(tasks, MailError("4.2.0", f"mailbox {path} is locked"))
+            for task in tasks:
+                task.message.is_busy = True
+        except MailError as error:
+            self.fail(tasks, error)
+        except OSError as error:
+            self.fail(tasks, MailError("4.2.0", f"mailbox {path}: {error.strerror}"))
+
+    def append(self, mailbox: Mailbox, tasks: list[Task]) -> None:
+        """The batch itself, inside the lock."""
+        wanted = {t.message.queue_id for t in tasks} & self.suspects
+        offsets = mailbox.find(wanted)
+        added = []
+        for task in tasks:
+            queue_id = task.message.queue_id
+            try:
+                if queue_id not in wanted or not mailbox.already_has(
+                    offsets.get(queue_id), task.render
+                ):
+                    mailbox.append(task.render())
+                added.append(task)
+            except MailError as error:
+                task.error = error
+        mailbox.sync()
+        for task in added:
+            task.done = ("2.0.0", "delivered to mailbox")
+
+    def fail(self, tasks: list[Task], error: MailError) -> None:
+        """The same failure for all that are not settled."""
+        for task in tasks:
+            if not task.done and not task.error:
+                task.error = error
+
+    def prepare_folder(self, folder: str, path: str, user: User) -> int | None:
+        """The group to deliver with, for the directory that mailboxes are in.
+
+        /var/mail is 2775 root:mail on many hosts: only its group may make
+        files there. Where nobody but root may, root makes the empty file.
+        """
+        if os.geteuid() != 0:
+            os.makedirs(folder, 0o755, exist_ok=True)
+            return None
+        if not os.path.isdir(folder):
+            os.makedirs(folder, 0o755)
+        seen = os.stat(folder)
+        if seen.st_mode & 0o002:
+            return None
+        if seen.st_mode & 0o020:
+            return seen.st_gid
+        if seen.st_uid == 0 and not os.path.lexists(path):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+            os.fchown(fd, user.uid, user.gid)
+            os.close(fd)
+            sync_folder(folder)
+        return None
+
+
+class RelayJob:
+    """A child process that hands a batch to the relay host, without rights.
+
+    The parent reads `fd` to its end and calls finish(). Each line there is a
+    result: task number, sent or failed, status, relay, text.
+    """
+
+    def __init__(
+        self, settings: Settings, owner: User, tasks: list[Task], strangers: list[int]
+    ) -> None:
+        self.tasks = tasks
+        self.text = b""
+        self.fd, self.results = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                for fd in (self.fd, *strangers):
+                    os.close(fd)
+                self.run_child(settings, owner)
+            finally:
+                os._exit(0)
+        os.close(self.results)
+
+    def run_child(self, settings: Settings, owner: User) -> None:
+        """The child's whole life."""
+        import signal
+
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        drop_rights(owner)
+        rest = self.groups()
+        try:
+            relay = Relay(settings)
+            relay.connect()
+            while rest:
+                self.send(relay, rest[0])
+                rest.pop(0)
+            relay.quit()
+        except MailError as error:
+            for group in rest:
+                self.report_failure(group, error)
+        except Exception as error:  # noqa: BLE001 whatever it is, mail is kept
+            text = f"relay: {type(error).__name__}: {error}"
+            for group in rest:
+                self.report_failure(group, MailError("4.3.0", text, "none"))
+
+    def groups(self) -> list[dict[str, int]]:
+        """Recipient -> task number, for tasks that go in one transaction."""
+        found: dict[tuple, dict[str, int]] = {}
+        for number, task in enumerate(self.tasks):
+            key = (task.message.queue_id, task.head())
+            found.setdefault(key, {})[task.destination.target] = number
+        return list(found.values())
+
+    def send(self, relay: Relay, group: dict[str, int]) -> None:
+        """One transaction. Raises MailError when the connection is lost."""
+        task = self.tasks[next(iter(group.values()))]
+        try:
+            results = relay.send(task.message.file, task.head(), list(group))
+        except MailError as error:
+            if error.status == "4.4.2":
+                raise
+            self.report_failure(group, error)
+            relay.reset()
+            return
+        for recipient, result in results.items():
+            if isinstance(result, MailError):
+                self.report_failure({recipient: group[recipient]}, result)
+            else:
+                self.report(group[recipient], SENT, result[0], relay.name, result[1])
+
+    def report_failure(self, group: dict[str, int], error: MailError) -> None:
+        """The same failure for every task of a group."""
+        for number in group.values():
+            self.report(number, "failed", error.status, error.relay, error.text)
+
+    def report(self, number: int, *words: str) -> None:
+        """One result line for the parent."""
+        line = "\t".join((str(number), *map(printable, words)))
+        write_all(self.results, os_bytes(line + "\n"))
+
+    def finish(self) -> None:
+        """Settles the tasks by what the child said, and buries it."""
+        os.close(self.fd)
+        os.waitpid(self.pid, 0)
+        for line in self.text.split(b"\n")[:-1]:
+            number, outcome, status, relay, text = os_text(line).split("\t")
+            task = self.tasks[int(number)]
+            if outcome == SENT:
+                task.done, task.relay = (status, text), relay
+            else:
+                task.error = MailError(status, text, relay)
+        for task in self.tasks:
+            if not task.done and not task.error:
+                text = "the relay process ended without a result"
+                task.error = MailError("4.3.0", text, "none")
+
+
+# == 18 Queue runner: QueueRunner, take_lock ==================================
+# The schedule: which message is tried when, and what follows from it.
+# Failures: MailError for a queue that cannot be read; a message that cannot
+# is set aside.
+
+RESCAN = 10  # seconds between looks at the directories, should a wake-up be lost
+BATCH = 64  # messages that are open at once
+BUSY_TRIES = 30  # seconds that a locked mailbox is waited for before it counts
+GRACE = 5  # seconds that sessions and relays have when the daemon is stopped
+MAX_RELAYS = 20  # relay processes at once; Postfix's concurrency per destination
+# What is imported on the way of a message, some of it with a user's rights.
+RUNNER_MODULES = (
+    "mailbox",
+    "fcntl",
+    "mmap",
+    "re",
+    "heapq",
+    "smtplib",
+    "encodings.idna",
+)
+
+
+def take_lock(spool: Spool) -> int | None:
+    """Locks the queue against other runners: a descriptor, or None if taken.
+
+    The lock is the open directory's; it ends with the last process that has
+    it, however that ends.
+    """
+    import fcntl
+
+    fd = os.open(spool.path("queue"), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def is_locked(task: Task) -> bool:
+    """Whether a task only waits for a mailbox's lock."""
+    return bool(task.error) and task.error.text.endswith("is locked")
+
+
+def is_bounced(task: Task) -> bool:
+    """Whether a task failed for good."""
+    return bool(task.error) and not task.error.is_temporary
+
+
+class QueueRunner:
+    """Delivers what is due. One thread; needs the queue's lock.
+
+    add() and scan() fill the schedule, run_due() makes one pass, run_forever()
+    is the daemon's, run_once() that of `sendmail -q`. `fresh` are ids that no
+    earlier runner can have touched.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        spool: Spool,
+        log: Log,
+        users: Users,
+        fresh: set[str] = frozenset(),
+    ) -> None:
+        self.settings = settings
+        self.spool = spool
+        self.log = log
+        self.users = users
+        self.owner = queue_owner(settings, users)
+        self.schedule: list[tuple[float, str]] = []
+        self.known: set[str] = set()
+        self.busy: dict[str, int] = {}
+        self.jobs: dict[int, RelayJob] = {}
+        self.waiting: list[Task] = []
+        self.strangers: list[int] = []
+        suspects = set(spool.ids()) - set(fresh)
+        self.delivery = Delivery(settings, users, suspects)
+        aliases = AliasDatabase(settings.alias_maps[0], self.warn)
+        self.router = Router(settings, aliases, users, ForwardFiles(), self.warn)
+
+    def warn(self, text: str) -> None:
+        """A warning of the local delivery."""
+        self.log.warning("local", text)
+
+    def add(self, queue_id: str, when: float) -> None:
+        """Puts a message on the schedule, unless it is there."""
+        import heapq
+
+        if queue_id not in self.known:
+            self.known.add(queue_id)
+            heapq.heappush(self.schedule, (when, queue_id))
+
+    def scan(self) -> None:
+        """Finds messages that nobody announced, in queue/ and maildrop/."""
+        self.pick_up()
+        for queue_id in self.spool.ids():
+            if queue_id not in self.known:
+                try:
+                    self.add(queue_id, self.spool.due(queue_id))
+                except FileNotFoundError:
+                    continue
+
+    def flush(self) -> None:
+        """Makes everything due now."""
+        self.schedule = [(0.0, queue_id) for _, queue_id in sorted(self.schedule)]
+        self.scan()
+
+    def pick_up(self) -> None:
+        """Copies what users left in maildrop/ into the queue."""
+        drop = Maildrop(self.spool.directory)
+        try:
+            names = [name for name in os.listdir(drop.directory) if is_id(name)]
+        except OSError:
+            return
+        for name in sorted(names)[:1000]:
+            try:
+                self.take_drop(drop, name)
+            except (OSError, ValueError) as error:
+                self.log.warning("pickup", f"maildrop/{printable(name)}: {error}")
+                self.spool_away(drop, name)
+            except MailError as error:
+                self.log.warning("pickup", f"maildrop/{name}: {error.text}")
+                return  # no room: it stays where it is
+
+    def spool_away(self, drop: Maildrop, name: str) -> None:
+        """Moves a drop that is no message out of the way, never following it."""
+        try:
+            os.rename(f"{drop.directory}/{name}", self.spool.path("corrupt", name))
+        except OSError:
+            return
+
+    def take_drop(self, drop: Maildrop, name: str) -> None:
+        """Copies one drop; what it says of itself counts for nothing but mail."""
+        limit = self.settings.message_size_limit + MAX_ENVELOPE
+        uid, file = drop.take(name, limit)
+        with file:
+            now = time.time()
+            sender = str(Address.parse(file.envelope.sender))
+            recipients = [str(Address.parse(r)) for r in file.envelope.recipients]
+            envelope = Envelope(sender, recipients, arrived=now, origin=f"uid {uid}")
+            # The same id again after a crash: the same message, not a second.
+            if not self.spool.has(name):
+                with self.spool.create(envelope, name) as draft:
+                    host = self.settings.myhostname
+                    draft.write(received_field({"uid": uid}, host, name, now))
+                    for chunk in file.chunks():
+                        draft.write(chunk)
+                    draft.commit()
+                self.log.accepted(name, Client("local", True, uid), envelope)
+        os.unlink(f"{drop.directory}/{name}")
+
+    def run_due(self, now: float) -> bool:
+        """Tries up to BATCH messages that are due; whether there were any."""
+        import heapq
+
+        batch = []
+        while self.schedule and self.schedule[0][0] <= now and len(batch) < BATCH:
+            message = self.take_up(heapq.heappop(self.schedule)[1], now)
+            if message:
+                batch.append(message)
+        if not batch:
+            return False
+        self.deliver(batch)
+        for message in batch:
+            if not message.is_waiting:
+                self.settle(message)
+        return True
+
+    def take_up(self, queue_id: str, now: float) -> ActiveMessage | None:
+        """Opens a message; one that is none is set aside."""
+        try:
+            file = self.spool.open(queue_id)
+        except FileNotFoundError:
+            self.known.discard(queue_id)
+            return None
+        except ValueError as error:
+            self.set_aside(queue_id, str(error))
+            return None
+        except OSError as error:
+            self.log.warning("qmgr", f"{queue_id}: {error.strerror}")
+            self.known.discard(queue_id)
+            return None
+        message = ActiveMessage(file, self.spool.journal(queue_id), now)
+        if not message.journal and queue_id not in self.busy:
+            self.log.active(queue_id, file.size, file.envelope)
+        return message
+
+    def set_aside(self, queue_id: str, why: str) -> None:
+        """Keeps a message that cannot go anywhere, in corrupt/."""
+        path = self.spool.set_aside(queue_id)
+        self.known.discard(queue_id)
+        self.log.warning("qmgr", f"{queue_id}: {why}: kept as {path}")
+
+    def deliver(self, batch: list[ActiveMessage]) -> None:
+        """Makes the tasks of a batch and does them, by mailbox and by host."""
+        mailboxes: dict[str, list[Task]] = {}
+        for message in batch:
+            for task in message.plan(self.router, self.settings.hopcount_limit):
+                if task.done or task.error:
+                    continue
+                if task.destination.kind == "mailbox":
+                    mailboxes.setdefault(task.destination.user.name, []).append(task)
+                else:
+                    self.plan_relay(task)
+        for tasks in mailboxes.values():
+            self.delivery.to_mailbox(tasks[0].destination.user, tasks)
+        self.start_relays()
+
+    def plan_relay(self, task: Task) -> None:
+        """Puts a remote task in line, if there is a way out."""
+        if self.settings.relayhost:
+            self.waiting.append(task)
+            return
+        domain = task.destination.target.rpartition("@")[2]
+        text = (
+            f"no route to {domain}: relayhost is not set, and MX is not looked up yet"
+        )
+        task.error = MailError("4.4.4", text, "none")
+
+    def start_relays(self) -> None:
+        """Starts relay processes for the tasks in line."""
+        while self.waiting and len(self.jobs) < MAX_RELAYS:
+            tasks, self.waiting = self.waiting[:BATCH], self.waiting[BATCH:]
+            strangers = [*self.strangers, *self.jobs]
+            try:
+                job = RelayJob(self.settings, self.owner, tasks, strangers)
+            except OSError as error:
+                text = f"no relay process: {error.strerror}"
+                self.delivery.fail(tasks, MailError("4.3.0", text, "none"))
+                return
+            self.jobs[job.fd] = job
+
+    def hear(self, fd: int) -> None:
+        """Reads what a relay process says; at its end settles its messages."""
+        job = self.jobs[fd]
+        data = os.read(fd, BLOCK)
+        job.text += data
+        if data:
+            return
+        del self.jobs[fd]
+        job.finish()
+        for message in {
+            task.message.queue_id: task.message for task in job.tasks
+        }.values():
+            if not message.is_waiting:
+                self.settle(message)
+        self.start_relays()
+
+    def settle(self, message: ActiveMessage) -> None:
+        """Draws the consequences of an attempt: reports, journal, next time."""
+        try:
+            with message.file:
+                self.conclude(message)
+        except (OSError, MailError) as error:
+            # The queue's disk fails: the message stays, and is tried again.
+            self.log.warning("qmgr", f"{message.queue_id}: {error}")
+            self.retry(message, message.now + self.settings.minimal_backoff_time)
+
+    def conclude(self, message: ActiveMessage) -> None:
+        """What settle() does, when nothing goes wrong. Raises OSError, MailError."""
+        queue_id, now = message.queue_id, time.time()
+        is_locked_out = self.leave_locked(message)
+        if self.is_expired(message):
+            self.expire(message)
+        attempts = message.attempts(now)
+        failed = [task for task in message.tasks.values() if is_bounced(task)]
+        if failed:
+            self.report(message, failed, now)
+        for attempt in attempts:
+            self.log.attempt(queue_id, attempt, message.file.envelope.arrived)
+        if is_locked_out or any(not attempt.is_final for attempt in attempts):
+            if attempts:
+                durable = any(attempt.is_final for attempt in attempts)
+                self.spool.note(queue_id, attempts, durable)
+            self.delivery.suspects.discard(queue_id)
+            self.retry(message, now + 1) if is_locked_out else self.back_off(
+                message, now
+            )
+        elif self.spool.has(queue_id):
+            self.finish(message)
+
+    def leave_locked(self, message: ActiveMessage) -> bool:
+        """Takes out tasks whose mailbox is locked, if they can wait a second.
+
+        A reader holds a lock for a moment; that is no deferral yet.
+        """
+        tries = self.busy.pop(message.queue_id, 0)
+        if not message.is_busy or tries >= BUSY_TRIES:
+            return False
+        self.busy[message.queue_id] = tries + 1
+        tasks = message.tasks.items()
+        message.tasks = {key: task for key, task in tasks if not is_locked(task)}
+        return True
+
+    def finish(self, message: ActiveMessage) -> None:
+        """Removes a message that every recipient is done with."""
+        self.spool.remove(message.queue_id)
+        self.known.discard(message.queue_id)
+        self.delivery.suspects.discard(message.queue_id)
+        self.log.removed(message.queue_id)
+
+    def retry(self, message: ActiveMessage, when: float) -> None:
+        """Puts a message back on the schedule."""
+        self.known.discard(message.queue_id)
+        self.add(message.queue_id, when)
+
+    def back_off(self, message: ActiveMessage, now: float) -> None:
+        """Sets the next attempt, by age and chance."""
+        chance = os.urandom(1)[0] / 255
+        shortest = self.settings.minimal_backoff_time
+        longest = self.settings.maximal_backoff_time
+        when = now + retry_delay(message.age, shortest, longest, chance)
+        self.spool.wait_until(message.queue_id, when)
+        self.retry(message, when)
+
+    def is_expired(self, message: ActiveMessage) -> bool:
+        """Whether what cannot be delivered now has had its time."""
+        sender = message.file.envelope.sender
+        lifetime = (
+            self.settings.maximal_queue_lifetime
+            if sender
+            else self.settings.bounce_queue_lifetime
+        )
+        return message.age > lifetime
+
+    def expire(self, message: ActiveMessage) -> None:
+        """Turns what is deferred into bounced."""
+        for task in message.tasks.values():
+            if task.error and task.error.is_temporary:
+                status = "5" + task.error.status[1:]
+                task.error = MailError(status, task.error.text, task.error.relay)
+        sender = message.file.envelope.sender
+        text = (
+            f"{message.queue_id}: from=<{sender}>, status=expired, returned to sender"
+        )
+        self.log.line("qmgr", text)
+
+    def report(self, message: ActiveMessage, failed: list[Task], now: float) -> None:
+        """Queues a report of what failed, before it is written down as bounced.
+
+        Its id derives from the message's: after a crash in between it is
+        found, and not written twice. The null sender gets none (RFC 5321
+        section 4.5.5): its failures go to postmaster once, and end there.
+        """
+        envelope = message.file.envelope
+        if envelope.kind == "notice":
+            self.set_aside(message.queue_id, "nobody is left to tell of a failure")
+            return
+        to = envelope.sender or f"postmaster@{self.settings.myorigin}"
+        kind = "report" if envelope.sender else "notice"
+        rounds = sum(attempt.outcome == BOUNCED for attempt in message.journal)
+        report_id = f"{message.queue_id}B{rounds + 1}"
+        if self.spool.has(report_id):
+            return
+        failures = [(name, task.error) for task in failed for name in task.recipients]
+        report = Report(self.settings, to, failures, bytes(message.header))
+        origin = f"bounce of {message.queue_id}"
+        sealed = Envelope("", [to], arrived=now, origin=origin, kind=kind)
+        with self.spool.create(sealed, report_id) as draft:
+            host = self.settings.myhostname
+            draft.write(received_field({}, host, report_id, now))
+            draft.write(report.fields(report_id, now) + bytes(report))
+            draft.commit()  # the bounce is safe
+        self.log.reported(message.queue_id, report_id)
+        self.add(report_id, now)
+
+    def run_once(self) -> None:
+        """Tries everything once, and waits for the relays."""
+        import select
+
+        self.flush()
+        now = time.time()
+        while self.run_due(now) or self.jobs:
+            for fd in select.select(
+                list(self.jobs), [], [], 0 if not self.jobs else 60
+            )[0]:
+                self.hear(fd)
+
+    def run_forever(self, wake: int, ends: tuple[int, ...]) -> None:
+        """Runs until one of `ends` becomes readable: a signal, or no master.
+
+        `wake` brings what the SMTP server announces: ids and `flush`.
+        """
+        import select
+
+        self.sweep_and_scan()
+        next_scan = time.time() + RESCAN
+        while True:
+            now = time.time()
+            if now >= next_scan:
+                self.scan()
+                next_scan = now + RESCAN
+            has_more = self.run_due(now)
+            pause = 0 if has_more else min(self.pause(now), next_scan - now)
+            fds = [wake, *ends, *self.jobs]
+            ready = select.select(fds, [], [], max(0, pause))[0]
+            if any(fd in ready for fd in ends):
+                return self.wait_for_relays(GRACE)
+            for fd in ready:
+                self.listen(wake) if fd == wake else self.hear(fd)
+
+    def wait_for_relays(self, seconds: float) -> None:
+        """Hears out the relays: what they sent and nobody noted is sent twice."""
+        import select
+
+        end = time.monotonic() + seconds
+        self.waiting.clear()
+        while self.jobs and time.monotonic() < end:
+            for fd in select.select(list(self.jobs), [], [], 0.5)[0]:
+                self.hear(fd)
+
+    def sweep_and_scan(self) -> None:
+        """What a runner does first."""
+        self.spool.sweep(time.time())
+        self.scan()
+
+    def pause(self, now: float) -> float:
+        """Seconds until the next message is due."""
+        return self.schedule[0][0] - now if self.schedule else RESCAN
+
+    def listen(self, wake: int) -> None:
+        """Takes up what the SMTP server announces."""
+        for word in os_text(os.read(wake, 1 << 16)).split("\n"):
+            if word == "flush":
+                self.flush()
+            elif is_id(word):
+                self.add(word, time.time())
+
+
+# == 19 SMTP server: Stream, Conversation, WorkerPool, SmtpServer =============
+# Sessions over sockets: TCP, the submit socket, and -bs on standard input.
+# Failures: a reply to the client; whatever else goes wrong ends one session.
+
+READ_TIMEOUT = 300  # seconds a client may be silent, RFC 5321 section 4.5.3.2.7
+
+
+class Gone(Exception):
+    """The client is no longer there, or has been silent for too long."""
+
+    def __init__(self, why: str, reply: Reply | None = None) -> None:
+        super().__init__(why)
+        self.reply = reply
+
+
+class PipeStream:
+    """Standard input and output as a stream, for -bs; LF is as good as CRLF."""
+
+    def recv(self, size: int) -> bytes:
+        """Some bytes, b"" at the end."""
+        data = os.read(0, size)
+        return data if b"\r\n" in data else data.replace(b"\n", b"\r\n")
+
+    def sendall(self, data: bytes) -> None:
+        """All of `data`."""
+        write_all(1, data)
+
+
+class Desk:
+    """What a conversation needs of the house: one for each server process.
+
+    `announce(word)` tells the queue runner of a new message or a flush.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        spool: Spool,
+        log: Log,
+        router: Router,
+        announce: object,
+    ) -> None:
+        self.settings = settings
+        self.spool = spool
+        self.log = log
+        self.router = router
+        self.announce = announce
+
+
+class Conversation:
+    """One client's session over a stream: reads, feeds the Session, answers."""
+
+    def __init__(self, desk: Desk, stream: object, client: Client) -> None:
+        self.desk = desk
+        self.stream = stream
+        room = getattr(desk.spool, "free", lambda: sys.maxsize)
+        self.session = Session(desk.settings, client, desk.router.verify, room)
+        self.buffer = b""
+        self.is_skipping = False
+
+    def run(self) -> None:
+        """The whole conversation. Never raises for what the client does."""
+        client = self.session.client
+        try:
+            self.say(self.session.greeting())
+            while self.exchange():
+                pass
+        except Gone as gone:
+            if not client.is_local:
+                self.desk.log.line("smtpd", f"{gone} from {client}")
+            self.say_last(gone.reply)
+        except OSError:
+            if not client.is_local:
+                self.desk.log.line("smtpd", f"lost connection from {client}")
+
+    def say(self, *replies: Reply) -> None:
+        """Sends replies, all in one."""
+        self.stream.sendall(b"".join(map(bytes, replies)))
+
+    def say_last(self, reply: Reply | None) -> None:
+        """Tries to send a reply to a client that may be gone."""
+        try:
+            if reply:
+                self.say(reply)
+        except OSError:
+            return
+
+    def receive(self) -> bytes:
+        """Some bytes from the client. Raises Gone."""
+        import socket  # loaded long ago, but for -bs
+
+        try:
+            data = self.stream.recv(BLOCK)
+        except socket.timeout:  # noqa: UP041 no TimeoutError before Python 3.10
+            raise Gone("timeout", TIMED_OUT) from None
+        if not data:
+            raise Gone("lost connection", CLOSING_DOWN)
+        return data
+
+    def exchange(self) -> bool:
+        """Answers every command that is there; whether the session goes on.
+
+        The replies of a pipelined group go out in one piece (RFC 2920).
+        """
+        if b"\n" not in self.buffer:
+            self.buffer += self.receive()
+        replies = []
+        while b"\n" in self.buffer:
+            line, _, self.buffer = self.buffer.partition(b"\n")
+            reply = self.answer(line)
+            replies.append(reply)
+            if reply.action:
+                self.say(*replies)
+                replies = []
+                self.act(reply.action)
+                if reply.action == "close":
+                    return False
+        if len(self.buffer) > MAX_COMMAND:
+            self.is_skipping, self.buffer = True, b""  # the rest is no command
+        if replies:
+            self.say(*replies)
+        return True
+
+    def answer(self, line: bytes) -> Reply:
+        """The reply to one line, as it came up to its LF."""
+        was_skipping, self.is_skipping = self.is_skipping, False
+        if was_skipping or len(line) > MAX_COMMAND:
+            reply = self.session.counted(LINE_TOO_LONG, "")
+        elif not line.endswith(b"\r"):
+            reply = self.session.counted(BARE_LF, "")
+        else:
+            reply = self.session.feed(line[:-1])
+        self.write_notes()
+        return reply
+
+    def write_notes(self) -> None:
+        """Logs what the session refused."""
+        for note in self.session.notes:
+            self.desk.log.line("smtpd", note)
+        self.session.notes.clear()
+
+    def act(self, action: str) -> None:
+        """Does what a reply announced."""
+        if action == "data":
+            reply = self.take_message()
+            self.write_notes()
+            self.say(reply)
+        elif action == "queue":
+            for entry in self.desk.spool.entries():
+                self.stream.sendall(bytes(entry))
+            self.stream.sendall(b".\n\n")
+        elif action == "flush":
+            self.desk.announce("flush")
+
+    def take_message(self) -> Reply:
+        """Reads a message into the spool; the reply to its end.
+
+        Whatever fails, it is read to its end: what follows the real end is a
+        command, nothing before it. Nothing that can fail or takes long stands
+        between commit() and the reply (RFC 1047).
+        """
+        now = time.time()
+        envelope = self.session.envelope(now)
+        reader = DotReader(self.desk.settings.message_size_limit)
+        try:
+            with self.desk.spool.create(envelope) as draft:
+                client = self.session.client
+                self.desk.log.accepted(draft.queue_id, client, envelope)
+                draft.write(self.session.received(draft.queue_id, now))
+                self.copy(reader, draft.write)
+                if reader.fault:
+                    raise reader.fault
+                queue_id = draft.commit()
+        except MailError as error:
+            self.copy(reader, lambda chunk: None)
+            return self.session.failed(error)
+        reply = self.session.stored(queue_id)
+        self.desk.announce(queue_id)
+        return reply
+
+    def copy(self, reader: DotReader, write: object) -> None:
+        """Hands a message to `write`, to its end. Raises Gone, MailError."""
+        is_first = True
+        while not reader.ended:
+            chunk = reader.feed(self.buffer or self.receive())
+            self.buffer = b""
+            if chunk and is_first:
+                is_first, chunk = False, begin_body(chunk)
+            write(chunk)
+        self.buffer += reader.rest
+        reader.rest = b""
+
+
+class WorkerPool:
+    """A bounded number of threads that serve connections handed to them.
+
+    Threads are started as they are needed, and kept: none is started for a
+    message. submit() says no when all of them are busy.
+    """
+
+    def __init__(self, limit: int, serve: object) -> None:
+        import queue
+        import threading
+
+        self.limit = limit
+        self.serve = serve
+        self.waiting = queue.SimpleQueue()
+        self.guard = threading.Lock()
+        self.threads = 0
+        self.busy = 0
+        self.open: set = set()
+
+    def submit(self, connection: object) -> bool:
+        """Has a thread serve `connection`; False if there is none to spare."""
+        import threading
+
+        with self.guard:
+            if self.busy >= self.limit:
+                return False
+            self.busy += 1
+            self.open.add(connection[0])
+            if self.busy > self.threads:
+                try:
+                    threading.Thread(target=self.work, daemon=True).start()
+                except RuntimeError:  # the system has no thread for us
+                    self.busy -= 1
+                    return False
+                self.threads += 1
+        self.waiting.put(connection)
+        return True
+
+    def work(self) -> None:
+        """One thread's life: a connection after the other."""
+        while True:
+            connection = self.waiting.get()
+            try:
+                self.serve(*connection)
+            finally:
+                with self.guard:
+                    self.busy -= 1
+                    self.open.discard(connection[0])
+
+    def hang_up(self) -> None:
+        """Ends reading on every open connection: each says 421 and goes."""
+        import socket
+
+        with self.guard:
+            for connection in self.open:
+                try:
+                    connection.shutdown(socket.SHUT_RD)
+                except OSError:
+                    continue
+
+    def wait(self, seconds: float) -> bool:
+        """Waits until no connection is served; whether that came to be."""
+        end = time.monotonic() + seconds
+        while self.busy and time.monotonic() < end:
+            time.sleep(0.02)
+        return not self.busy
+
+
+def peer_uid(connection: object) -> int:
+    """The uid at the other end of a Unix socket, from the kernel.
+
+    -1 where the system does not say (SO_PEERCRED is Linux's).
+    """
+    import socket
+    import struct
+
+    if not hasattr(socket, "SO_PEERCRED"):
+        return -1
+    size = struct.calcsize("3i")
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    return struct.unpack("3i", data)[1]
+
+
+def in_networks(address: str, networks: tuple[str, ...]) -> bool:
+    """Whether a client's address is in one of `networks` (CIDR, [v6] too)."""
+    import ipaddress
+
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    for text in networks:
+        try:
+            network = ipaddress.ip_network(
+                text.replace("[", "").replace("]", ""), False
+            )
+        except ValueError:
+            continue
+        if ip.version == network.version and ip in network:
+            return True
+    return False
+
+
+class SmtpServer:
+    """The server process: socketserver listeners that share a pool.
+
+    `listeners` are bound sockets, made by the master before rights are
+    dropped. serve() returns when stop() was called.
+    """
+
+    def __init__(self, desk: Desk, listeners: list) -> None:
+        self.desk = desk
+        self.listeners = listeners
+        self.pool = WorkerPool(desk.settings.default_process_limit, self.converse)
+        self.servers: list = []
+
+    def serve(self, wait: object) -> None:
+        """Accepts connections on every listener until wait() returns.
+
+        wait() blocks in the process's main thread and returns how long open
+        sessions may go on, in seconds; 0 ends them with 421.
+        """
+        import threading
+
+        self.servers = [self.make_server(listener) for listener in self.listeners]
+        for server in self.servers:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        patience = wait()
+        for server in self.servers:
+            server.shutdown()
+        if not patience:
+            self.pool.hang_up()
+        self.pool.wait(patience or GRACE)
+
+    def make_server(self, listener: object) -> object:
+        """A socketserver.TCPServer on a bound socket, handing over to the pool."""
+        import socketserver  # 10 ms; only the daemon needs it
+
+        pool, refuse = self.pool, self.refuse
+
+        class Server(socketserver.TCPServer):
+            """Passes each connection on; a thread of the pool closes it."""
+
+            def process_request(self, request: object, client_address: object) -> None:
+                if not pool.submit((request, client_address)):
+                    refuse(request)
+
+            def handle_error(self, request: object, client_address: object) -> None:
+                """What goes wrong with one connection is that one's end."""
+
+        server = Server(listener.getsockname(), None, bind_and_activate=False)
+        server.socket.close()
+        server.socket = listener
+        return server
+
+    def refuse(self, connection: object) -> None:
+        """421 for a connection more than the pool has threads."""
+        try:
+            connection.setblocking(False)
+            connection.send(bytes(TOO_MANY_SESSIONS))
+        except OSError:
+            pass  # it is closed anyway
+        connection.close()
+
+    def converse(self, connection: object, address: object) -> None:
+        """One connection's life, in a thread of the pool."""
+        import socket
+
+        try:
+            connection.settimeout(READ_TIMEOUT)
+            if connection.family == socket.AF_UNIX:
+                client = Client("local", True, peer_uid(connection))
+            else:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                trusted = in_networks(address[0], self.desk.settings.mynetworks)
+                client = Client(address[0].replace("::ffff:", ""), trusted)
+            Conversation(self.desk, connection, client).run()
+        except Exception as error:  # noqa: BLE001 one session's end, not the server's
+            text = f"session ended by {type(error).__name__}: {error}"
+            self.desk.log.warning("smtpd", text)
+        finally:
+            connection.close()
+
+
+# == 20 Submission: House, SubmitSocket, Letter, Submission ===================
+# The client's side: how mail gets from a command into the queue.
+# Failures: MailError when nothing is in the queue.
+
+SUBMIT_TIMEOUT = 300  # seconds for a reply of the daemon
+RCPT_GROUP = 100  # recipients sent before their replies are read
+
+
+class House:
+    """What a program works with; each part is made when it is asked for."""
+
+    def __init__(self, environ: dict, path: str = "", echo: bool = False) -> None:
+        self.settings = read_settings(environ, path)
+        self.users = Users(self.settings.root)
+        self.user = self.users.caller(environ, os.getuid())
+        self.log = Log(self.settings, echo)
+        for row in SETTINGS:
+            if not row.is_used and self.settings.texts[row.name] != row.default:
+                text = f"{row.name} is set, but this version does not use it yet"
+                self.log.warning("minimta", text)
+
+    def spool(self) -> Spool:
+        """The queue."""
+        owner = queue_owner(self.settings, self.users)
+        return Spool(self.settings.queue_directory, owner)
+
+    def aliases(self) -> AliasDatabase:
+        """The alias database."""
+        return AliasDatabase(self.settings.alias_maps[0], self.warn)
+
+    def router(self) -> Router:
+        """A router that reads no .forward: who asks has no right to."""
+        return Router(self.settings, self.aliases(), self.users, None, self.warn)
+
+    def warn(self, text: str) -> None:
+        """A warning of the routing."""
+        self.log.warning("local", text)
+
+    def owns_queue(self) -> bool:
+        """Whether this process may write the queue itself."""
+        if os.geteuid() == 0:
+            return True
+        if not self.settings.root:
+            return False
+        place = self.settings.queue_directory
+        while not os.path.exists(place):
+            place = os.path.dirname(place)
+        return os.stat(place).st_uid == os.geteuid()
+
+
+class SubmitSocket:
+    """The daemon's submit socket: SMTP, where the kernel says who is calling."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self.buffer = b""
+
+    def connect(self) -> bool:
+        """Whether a daemon listens; reads its greeting."""
+        # socket.py costs 8 ms, as much as Python's whole start; its C half
+        # has all that is needed here.
+        import _socket
+
+        self.socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        self.socket.settimeout(SUBMIT_TIMEOUT)
+        try:
+            self.socket.connect(self.address())
+        except OSError:
+            self.socket.close()
+            return False
+        return self.reply()[0] == 220
+
+    def address(self) -> str:
+        """A name for the socket that fits into its address (107 bytes).
+
+        A longer path is entered; `sendmail` opens nothing relative afterwards.
+        """
+        path = f"{self.directory}/submit"
+        if len(os.fsencode(path)) < 104:
+            return path
+        os.chdir(self.directory)
+        return "submit"
+
+    def send(self, *lines: str) -> None:
+        """Sends command lines, together."""
+        self.socket.sendall(os_bytes("".join(f"{line}\r\n" for line in lines)))
+
+    def read_line(self) -> bytes:
+        """One line, without its end. Raises MailError."""
+        while b"\n" not in self.buffer:
+            data = self.socket.recv(1 << 16)
+            if not data:
+                raise MailError("4.4.2", "the daemon hung up")
+            self.buffer += data
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        return line.rstrip(b"\r")
+
+    def reply(self) -> tuple[int, str, str]:
+        """(code, enhanced status, text) of one reply."""
+        line = self.read_line()
+        while line[3:4] == b"-":
+            line = self.read_line()
+        status, _, text = os_text(line[4:]).partition(" ")
+        return int(line[:3]), status, text
+
+    def expect(self, wanted: int) -> str:
+        """The text of a reply that must have this code. Raises MailError."""
+        code, status, text = self.reply()
+        if code != wanted:
+            raise MailError(status if "." in status else "4.3.0", text)
+        return text
+
+    def offer(self, sender: str, recipients: list[str], options: str) -> dict:
+        """MAIL and RCPT; recipient -> MailError for each that is refused."""
+        self.send("EHLO localhost", f"MAIL FROM:<{sender}>{options}")
+        self.expect(250)
+        self.expect(250)
+        return self.offer_recipients(recipients, "")
+
+    def offer_recipients(self, recipients: list[str], options: str) -> dict:
+        """RCPT for each; recipient -> MailError for each that is refused."""
+        refused = {}
+        for start in range(0, len(recipients), RCPT_GROUP):
+            group = recipients[start : start + RCPT_GROUP]
+            self.send(*(f"RCPT TO:<{name}>{options}" for name in group))
+            for name in group:
+                try:
+                    self.expect(250)
+                except MailError as error:
+                    refused[name] = error
+        return refused
+
+    def transmit(self, chunks: object) -> str:
+        """DATA and the message; the queue id."""
+        self.send("DATA")
+        self.expect(354)
+        for block in dot_stuffed(chunks):
+            self.socket.sendall(block)
+        return self.expect(250).rpartition(" ")[2]
+
+    def entries(self) -> object:
+        """The queue, as XQUEUE lists it."""
+        self.send("XQUEUE")
+        self.expect(250)
+        block = b""
+        while True:
+            line = self.read_line()
+            if line == b"." and not block:
+                return
+            block += line + b"\n"
+            if not line:
+                yield QueueEntry.parse(block)
+                block = b""
+
+    def flush(self) -> None:
+        """Has everything in the queue tried now."""
+        self.send("XFLUSH")
+        self.expect(250)
+
+    def close(self) -> None:
+        """Hangs up."""
+        self.socket.close()
+
+
+class Letter:
+    """A message to submit: envelope, header, and the rest as chunks."""
+
+    def __init__(
+        self, sender: Address, recipients: list[Address], header: Header, body: object
+    ) -> None:
+        self.sender = sender
+        self.recipients = recipients
+        self.header = header
+        self.body = body
+
+    def chunks(self) -> object:
+        """The whole message, LF line ends, ending in one."""
+        last = b"\n"
+        head = bytes(self.header) + b"\n" + self.header.rest
+        yield head
+        last = head[-1:]
+        for chunk in self.body:
+            yield chunk
+            last = chunk[-1:] or last
+        if last != b"\n":
+            yield b"\n"
+
+    def options(self) -> str:
+        """MAIL parameters."""
+        ascii_only = all(a.is_ascii for a in (self.sender, *self.recipients))
+        return " BODY=8BITMIME" + ("" if ascii_only else " SMTPUTF8")
+
+
+def run_queue(house: House, spool: Spool, fresh: set[str] = frozenset()) -> bool:
+    """Tries everything in the queue once; False if somebody else is at it."""
+    lock = take_lock(spool)
+    if lock is None:
+        return False
+    try:
+        runner = QueueRunner(house.settings, spool, house.log, house.users, fresh)
+        runner.strangers = [lock]
+        runner.run_once()
+    finally:
+        os.close(lock)
+    return True
+
+
+def detach() -> None:
+    """Leaves the terminal and the caller's files behind."""
+    os.setsid()
+    os.chdir("/")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(nothing, fd)
+
+
+class Submission:
+    """Takes a Letter the best way there is; submit() is the door.
+
+    The daemon's submit socket; else the queue itself, where this process may
+    write it; else the maildrop. `delivery` says what happens to a queue that
+    no daemon serves: b runs it in the background, i waits for it, q leaves it.
+    """
+
+    def __init__(self, house: House, delivery: str = "b") -> None:
+        self.house = house
+        self.settings = house.settings
+        self.delivery = delivery
+        self.refused: dict[str, MailError] = {}
+
+    def submit(self, letter: Letter) -> str:
+        """The queue id, once the message is safe. Raises MailError.
+
+        `refused` then has the recipients that will be bounced.
+        """
+        daemon = SubmitSocket(self.settings.queue_directory)
+        try:
+            if daemon.connect():
+                return self.by_daemon(daemon, letter)
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise MailError("4.3.0", f"cannot hand over to the daemon: {why}") from None
+        self.check(letter)
+        if self.house.owns_queue():
+            return self.by_hand(letter)
+        return self.by_maildrop(letter)
+
+    def by_daemon(self, daemon: SubmitSocket, letter: Letter) -> str:
+        """Over the submit socket: 250 means that it is on disk."""
+        recipients = [str(address) for address in letter.recipients]
+        refused = daemon.offer(str(letter.sender), recipients, letter.options())
+        self.judge(recipients, refused)
+        bounced = [n for n, error in refused.items() if not error.is_temporary]
+        if bounced:
+            daemon.offer_recipients(bounced, " XBOUNCE")
+        queue_id = daemon.transmit(letter.chunks())
+        daemon.close()
+        return queue_id
+
+    def judge(self, recipients: list[str], refused: dict[str, MailError]) -> None:
+        """Raises MailError if no recipient is good, or one must wait."""
+        waiting = [error for error in refused.values() if error.is_temporary]
+        if waiting:
+            raise waiting[0]
+        if refused and len(refused) == len(set(recipients)):
+            raise next(iter(refused.values()))
+        self.refused = refused
+
+    def check(self, letter: Letter) -> None:
+        """What the daemon would say to the recipients, without a daemon."""
+        router = self.house.router()
+        refused = {}
+        for address in letter.recipients:
+            if self.settings.is_local(address.domain):
+                try:
+                    router.verify(address)
+                except MailError as error:
+                    refused[str(address)] = error
+        self.judge([str(address) for address in letter.recipients], refused)
+
+    def envelope(self, letter: Letter) -> Envelope:
+        """The envelope for the queue."""
+        recipients = [str(address) for address in letter.recipients]
+        origin = f"uid {os.getuid()}"
+        body = letter.options().replace("BODY=", "").strip()
+        more = {"arrived": time.time(), "origin": origin, "body": body}
+        return Envelope(str(letter.sender), recipients, **more)
+
+    def by_hand(self, letter: Letter) -> str:
+        """Straight into the queue, which then is run."""
+        spool = self.house.spool()
+        try:
+            spool.make()
+        except ProgramError as error:
+            raise MailError("4.3.0", str(error)) from None
+        envelope = self.envelope(letter)
+        with spool.create(envelope) as draft:
+            host, now = self.settings.myhostname, envelope.arrived
+            fields = {"uid": os.getuid()}
+            draft.write(received_field(fields, host, draft.queue_id, now))
+            self.copy(letter, draft)
+            queue_id = draft.commit()
+        self.house.log.accepted(queue_id, Client("local", True, os.getuid()), envelope)
+        self.run_queue(spool, queue_id)
+        return queue_id
+
+    def by_maildrop(self, letter: Letter) -> str:
+        """Into the maildrop, where a daemon or root's `sendmail -q` finds it."""
+        drop = Maildrop(self.settings.queue_directory)
+        try:
+            with drop.create(self.envelope(letter)) as draft:
+                self.copy(letter, draft)
+                return draft.commit()
+        except MailError as error:
+            text = f"no daemon, and the maildrop cannot be written: {error.text}"
+            raise MailError("4.3.0", text) from None
+
+    def copy(self, letter: Letter, draft: Draft) -> None:
+        """The message into a draft, within the limit. Raises MailError."""
+        room = self.settings.message_size_limit
+        for chunk in letter.chunks():
+            room -= len(chunk)
+            if room < 0:
+                raise MailError("5.3.4", "Message size exceeds fixed limit")
+            draft.write(chunk)
+
+    def run_queue(self, spool: Spool, queue_id: str) -> None:
+        """Has a message delivered that no daemon will deliver."""
+        if self.delivery == "q":
+            return
+        if self.delivery == "b" and os.fork():
+            return
+        code = EX_OK
+        try:
+            if self.delivery == "b":
+                detach()
+            run_queue(self.house, spool, {queue_id})
+        except (MailError, ProgramError, OSError) as error:
+            self.house.log.warning("qmgr", str(error))
+        finally:
+            if self.delivery == "b":
+                os._exit(code)
+
+
+# == 21 Daemon: Daemon, SignalPipe ============================================
+# The master: binds, starts the others and starts them again. Parses no mail.
+# Failures: ProgramError before it is up; afterwards a line in the log.
+
+BACKLOG = 512  # connections that wait to be accepted
+LONGEST_REST = 60  # seconds before a process that keeps dying is started again
+
+
+class SignalPipe:
+    """Signals as something to select() on; `came` has those not yet seen."""
+
+    def __init__(self, *numbers: int) -> None:
+        import signal
+
+        self.came: set[int] = set()
+        self.fd, write = os.pipe()
+        os.set_blocking(self.fd, False)
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        for number in numbers:
+            signal.signal(number, self.note)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+    def note(self, number: int, _: object) -> None:
+        """Remembers a signal; the wakeup descriptor has woken select()."""
+        self.came.add(number)
+
+    def take(self) -> set[int]:
+        """The signals that came since the last call."""
+        try:
+            os.read(self.fd, 4096)
+        except BlockingIOError:
+            pass  # none came
+        came, self.came = self.came, set()
+        return came
+
+
+class Child:
+    """One process of the daemon: how it is started, and when again."""
+
+    def __init__(self, name: str, start: object) -> None:
+        self.name = name
+        self.start = start
+        self.pid = 0
+        self.began = 0.0
+        self.rest = 0.0
+        self.due = 0.0
+
+    def died(self, now: float, was_asked: bool) -> None:
+        """Plans the next start: at once, or later the faster it died."""
+        self.pid = 0
+        long_lived = now - self.began > 10
+        self.rest = (
+            0.0 if was_asked or long_lived else min(self.rest * 2 + 1, LONGEST_REST)
+        )
+        self.due = now + self.rest
+
+
+class Daemon:
+    """The master process; run() is its life.
+
+    `lifeline` is a pipe that only the master can write to: when its end
+    comes, the master is gone, however it went, and its children go too.
+    """
+
+    def __init__(self, house: House, environ: dict, path: str = "") -> None:
+        self.house = house
+        self.environ = environ
+        self.path = path
+        self.spool = house.spool()
+        self.listeners: dict[tuple, object] = {}
+        self.asked: set[int] = set()
+        self.children = [
+            Child("smtpd", self.run_server),
+            Child("qmgr", self.run_runner),
+        ]
+
+    def open(self) -> None:
+        """Makes the queue, locks it, binds the sockets. Raises ProgramError."""
+        import signal
+
+        self.spool.make()
+        self.lock = take_lock(self.spool)
+        if self.lock is None:
+            where = self.spool.directory
+            why = f"another minimta runs the queue {where}: stop that one first"
+            raise ProgramError(EX_TEMPFAIL, why)
+        self.bind_all()
+        self.submit = self.bind_submit()
+        self.lifeline, self.lifeline_end = os.pipe()
+        self.wake, self.announce_end = os.pipe()
+        os.set_blocking(self.announce_end, False)
+        os.chdir("/")
+        self.signals = SignalPipe(
+            signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD
+        )
+
+    def bind_all(self) -> None:
+        """Binds the addresses of the settings, keeping those that are bound."""
+        settings = self.house.settings
+        wanted = [
+            (name.strip("[]"), settings.smtpd_port) for name in settings.inet_interfaces
+        ]
+        bound = {}
+        for address in wanted:
+            listener = self.listeners.get(address) or self.bind(*address)
+            if listener:
+                bound[address] = listener
+        for address, listener in self.listeners.items():
+            if address not in bound:
+                listener.close()
+        self.listeners = bound
+
+    def bind(self, host: str, port: int) -> object:
+        """A listening socket, None for IPv6 on a host that has none."""
+        import errno
+        import socket
+
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            listener = socket.socket(family)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind((host, port))
+            listener.listen(BACKLOG)
+        except OSError as error:
+            if ":" in host and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                return None
+            code = EX_NOPERM if isinstance(error, PermissionError) else EX_OSERR
+            todo = "stop the other mail server, or set smtpd_port"
+            if code == EX_NOPERM:
+                todo = "run as root, or set smtpd_port above 1023"
+            raise ProgramError(
+                code, f"{host}:{port}: {error.strerror}: {todo}"
+            ) from None
+        return listener
+
+    def bind_submit(self) -> object:
+        """The submit socket. The queue is locked: an old one is nobody's."""
+        import socket
+
+        listener = socket.socket(socket.AF_UNIX)
+        try:
+            os.chdir(self.spool.directory)  # its path may be too long to bind to
+            if os.path.lexists("submit"):
+                os.unlink("submit")
+            listener.bind("submit")
+            os.chmod("submit", 0o666)
+        except OSError as error:
+            why = f"{self.spool.directory}/submit: {error.strerror}"
+            raise ProgramError(EX_CANTCREAT, why) from None
+        listener.listen(BACKLOG)
+        return listener
+
+    def run(self) -> int:
+        """Keeps the children running until a signal ends it. The exit code."""
+        import select
+        import signal
+
+        self.house.log.line("master", f"daemon started -- version {__version__}")
+        while True:
+            self.start_children()
+            waits = [child.due for child in self.children if not child.pid]
+            pause = max(0, min(waits) - time.time()) if waits else None
+            select.select([self.signals.fd], [], [], pause)
+            came = self.signals.take()
+            if signal.SIGTERM in came or signal.SIGINT in came:
+                return self.stop()
+            if signal.SIGHUP in came:
+                self.reload()
+            self.bury()
+
+    def start_children(self) -> None:
+        """Starts whichever is not running and has rested."""
+        now = time.time()
+        for child in self.children:
+            if child.pid or child.due > now:
+                continue
+            child.began = now
+            try:
+                child.pid = os.fork()
+            except OSError as error:
+                self.house.log.warning("master", f"fork {child.name}: {error.strerror}")
+                child.died(now, False)
+                continue
+            if child.pid == 0:
+                self.be_child(child)
+
+    def be_child(self, child: Child) -> None:
+        """A child's whole life; never returns."""
+        code = EX_OK
+        try:
+            os.close(self.lifeline_end)
+            child.start()
+        except Exception as error:  # noqa: BLE001 the master starts it again
+            text = f"{child.name} ended by {type(error).__name__}: {error}"
+            self.house.log.warning("master", text)
+            code = EX_OSERR
+        finally:
+            os._exit(code)
+
+    def run_server(self) -> None:
+        """The SMTP server's process: no rights, no lock."""
+        import signal
+
+        os.close(self.lock)
+        os.close(self.wake)
+        signals = SignalPipe(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        preload("socketserver", "queue", "ipaddress", "struct", *ALIAS_MODULES)
+        drop_rights(queue_owner(self.house.settings, self.house.users))
+        house = self.house
+        desk = Desk(
+            house.settings, self.spool, house.log, house.router(), self.announce
+        )
+        server = SmtpServer(desk, [*self.listeners.values(), self.submit])
+        server.serve(lambda: self.wait_for_end(signals))
+
+    def wait_for_end(self, signals: SignalPipe) -> float:
+        """Blocks until the process should end; seconds that sessions may take.
+
+        SIGHUP: others take over with new settings, sessions may finish.
+        """
+        import select
+        import signal
+
+        ready = select.select([self.lifeline, signals.fd], [], [])[0]
+        only_reload = self.lifeline not in ready and signals.take() == {signal.SIGHUP}
+        return READ_TIMEOUT if only_reload else 0
+
+    def announce(self, word: str) -> None:
+        """Tells the runner of a queue id, or to flush; a full pipe may drop it."""
+        try:
+            os.write(self.announce_end, os_bytes(word + "\n"))
+        except OSError:
+            return  # the runner looks by itself in a few seconds
+
+    def run_runner(self) -> None:
+        """The queue runner's process: root, to become each recipient."""
+        import signal
+
+        for listener in (*self.listeners.values(), self.submit):
+            listener.close()
+        signals = SignalPipe(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        preload(*RUNNER_MODULES, *ALIAS_MODULES)
+        house = self.house
+        runner = QueueRunner(house.settings, self.spool, house.log, house.users)
+        runner.strangers = [self.lock, self.wake, self.announce_end, self.lifeline]
+        runner.run_forever(self.wake, (self.lifeline, signals.fd))
+
+    def bury(self) -> None:
+        """Takes note of children that ended."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            was_asked = pid in self.asked
+            self.asked.discard(pid)
+            for child in self.children:
+                if child.pid == pid:
+                    child.died(time.time(), was_asked)
+                    if not was_asked:
+                        text = f"process {child.name}[{pid}] ended with {status}"
+                        self.house.log.warning("master", text)
+
+    def reload(self) -> None:
+        """Reads the settings again; bad ones change nothing."""
+        import signal
+
+        try:
+            self.house = House(self.environ, self.path, self.house.log.echo)
+            self.bind_all()
+        except ProgramError as error:
+            self.house.log.warning("master", f"settings not read: {error}")
+            return
+        self.house.log.line("master", "settings read again")
+        for child in self.children:
+            if child.pid:
+                self.asked.add(child.pid)
+                os.kill(child.pid, signal.SIGHUP)
+                if child.name == "smtpd":
+                    child.died(time.time(), True)  # the next one takes over now
+
+    def stop(self) -> int:
+        """Ends the children, waits for them, and is done."""
+        import signal
+
+        pids = [child.pid for child in self.children if child.pid] + list(self.asked)
+        for pid in set(pids):
+            try:
+                os.kill(pid, signal.SIGTERM)
+            except ProcessLookupError:
+                continue
+        for pid in set(pids):
+            try:
+                os.waitpid(pid, 0)
+            except ChildProcessError:
+                continue
+        self.house.log.line("master", "daemon stopped")
+        return EX_OK
+
+
+# == 22 Mail reader: Terminal, Composer, MailReader ===========================
+# mail(1): what is typed, what is shown, what is left in the mailbox.
+# Source: POSIX mailx; where it is silent, Heirloom mailx.
+# Failures: a line on the terminal and the next prompt; ProgramError to end.
+
+IGNORED_FIELDS = (
+    "received in-reply-to message-id references mime-version "
+    "content-transfer-encoding status"
+).split()
+SCREEN = 20  # header lines on one screen
+
+
+def decoded(value: str) -> str:
+    """A header field's value with its RFC 2047 words decoded, safe to show."""
+    if "=?" in value:
+        from email.header import decode_header, make_header  # 20 ms
+
+        try:
+            value = str(make_header(decode_header(value)))
+        except (LookupError, ValueError):
+            pass  # shown as it came
+    return terminal_text(" ".join(value.split()))
+
+
+def sender_name(header: Header, from_line: bytes) -> str:
+    """The name of a message's author as the header list shows it."""
+    value = (header.values("from") or [""])[0]
+    name, angle, _ = value.partition("<")
+    if angle and name.strip():
+        return decoded(name.strip().strip('"'))
+    found = AddressScanner(value).scan()
+    words = os_text(from_line).split()
+    return decoded(found[0] if found else words[1] if len(words) > 1 else "")
+
+
+def mime_text(header: Header) -> str:
+    """The text of a MIME message, by the email package."""
+    import email  # 20 ms; plain mail does without
+    import email.policy
+
+    raw = bytes(header) + b"\n" + header.rest
+    try:
+        message = email.message_from_bytes(raw, policy=email.policy.default)
+        part = message.get_body(("plain", "html")) or message
+        data = part.get_payload(decode=True) or b""
+        charset = part.get_content_charset("utf-8")
+        text = data.decode(charset, "replace")
+    except (LookupError, ValueError, RecursionError):
+        text = header.rest.decode("utf-8", "replace")
+    return terminal_text(text)
+
+
+def body_text(header: Header, limit: int = 1 << 24) -> str:
+    """The readable text of a message: its text/plain part, decoded."""
+    kind = " ".join(header.values("content-type")).lower()
+    coding = " ".join(header.values("content-transfer-encoding")).lower()
+    if "multipart/" in kind or coding in ("quoted-printable", "base64"):
+        return mime_text(header)
+    return terminal_text(header.rest[:limit].decode("utf-8", "replace"))
+
+
+class Terminal:
+    """Standard input and output: lines in, text out, prompts where a person is."""
+
+    def __init__(self) -> None:
+        self.is_interactive = os.isatty(0)
+        self.buffer = b""
+
+    def say(self, text: str) -> None:
+        """Prints text as it is."""
+        write_all(1, text.encode("utf-8", "replace"))
+
+    def complain(self, text: str) -> None:
+        """A line on standard error."""
+        write_all(2, f"{printable(text)}\n".encode("utf-8", "replace"))
+
+    def read_line(self, prompt: str) -> bytes | None:
+        """A line without its end, None at the end of the input."""
+        if prompt and self.is_interactive:
+            self.say(prompt)
+        while b"\n" not in self.buffer:
+            data = os.read(0, 1 << 16)
+            if not data:
+                line, self.buffer = self.buffer, b""
+                return line or None
+            self.buffer += data
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        return line
+
+    def read_all(self) -> bytes:
+        """Everything that is left, ending in LF."""
+        blocks = [self.buffer]
+        self.buffer = b""
+        while blocks[-1] or len(blocks) == 1:
+            blocks.append(os.read(0, BLOCK))
+        text = b"".join(blocks).replace(b"\r\n", b"\n")
+        return text if not text or text.endswith(b"\n") else text + b"\n"
+
+
+def settings_address(house: House) -> str:
+    """The caller's own address."""
+    return str(Address(house.user.name, house.settings.myorigin))
+
+
+def unique_word(now: float) -> str:
+    """The left side of a Message-ID."""
+    t = time.gmtime(now)
+    stamp = f"{t.tm_year}{t.tm_mon:02}{t.tm_mday:02}{t.tm_hour:02}{t.tm_min:02}{t.tm_sec:02}"
+    return f"{stamp}.{os.urandom(6).hex().upper()}"
+
+
+class Composer:
+    """Makes a message out of what is typed, and submits it."""
+
+    def __init__(self, house: House, terminal: Terminal) -> None:
+        self.house = house
+        self.terminal = terminal
+
+    def read_body(self) -> bytes:
+        """The text up to end of file, or a lone dot on a terminal."""
+        if not self.terminal.is_interactive:
+            return self.terminal.read_all()
+        lines = []
+        while True:
+            line = self.terminal.read_line("")
+            if line is None or line == b".":
+                self.terminal.say("EOT\n")
+                break
+            lines.append(line + b"\n")
+        return b"".join(lines)
+
+    def send(self, sender: str, fields: list[tuple[str, str]], body: bytes) -> str:
+        """Submits a message; its queue id. Raises MailError.
+
+        `fields` are header fields; recipients are taken from To, Cc and Bcc.
+        """
+        house, user = self.house, self.house.user
+        header = Header([])
+        for name, value in fields:
+            clean = " ".join(value.replace("\r", "\n").split("\n"))
+            if clean.strip():
+                header = header.added(name, self.coded(name, clean))
+        for name, value in self.mime_fields(body):
+            header = header.added(name, value)
+        origin = settings_address(house)
+        address = header_addresses(sender)[0] if sender else Address.parse(origin)
+        recipients = [
+            found.qualified(house.settings.myorigin)
+            for found in header_recipients(header)
+        ]
+        now = time.time()
+        header = complete_header(
+            header,
+            {
+                "address": str(address.qualified(house.settings.myorigin)),
+                "name": gecos_name(user.gecos, user.name),
+                "host": house.settings.myhostname,
+                "unique": unique_word(now),
+                "now": now,
+            },
+        )
+        address = address.qualified(house.settings.myorigin)
+        submission = Submission(house)
+        queue_id = submission.submit(Letter(address, recipients, header, [body]))
+        for name, error in submission.refused.items():
+            self.terminal.complain(
+                f"{name}: {printable(error.text)}: it will be bounced"
+            )
+        return queue_id
+
+    def coded(self, name: str, value: str) -> str:
+        """A value fit for a header: what is not ASCII is encoded."""
+        if value.isascii() or name in ("To", "Cc", "Bcc", "From"):
+            return value
+        return encoded_word(value)
+
+    def mime_fields(self, body: bytes) -> list[tuple[str, str]]:
+        """What says how the text is to be read; decided by its bytes."""
+        charset, coding = "us-ascii", "7bit"
+        if not body.isascii():
+            coding = "8bit"
+            try:
+                body.decode("utf-8")
+                charset = "utf-8"
+            except UnicodeDecodeError:
+                charset = "unknown-8bit"
+        return [
+            ("MIME-Version", "1.0"),
+            ("Content-Type", f"text/plain; charset={charset}"),
+            ("Content-Transfer-Encoding", coding),
+        ]
+
+
+def unquoted(text: str) -> str:
+    """`text` with one > taken off each quoted `>From `, as mboxrd has it."""
+    if ">From " not in text:
+        return text
+    lines = text.split("\n")
+    return "\n".join(
+        line[1:]
+        if line.startswith(">") and line.lstrip(">").startswith("From ")
+        else line
+        for line in lines
+    )
+
+
+def reply_fields(header: Header, house: House) -> list[tuple[str, str]]:
+    """The header of an answer to everybody but oneself."""
+    own = Address(house.user.name, house.settings.myorigin)
+
+    def others(*names: str) -> list[str]:
+        found: list[str] = []
+        for value in (value for name in names for value in header.values(name)):
+            for address in header_addresses(value):
+                is_own = address.local == own.local and house.settings.is_local(
+                    address.domain
+                )
+                if not is_own and str(address) not in found:
+                    found.append(str(address))
+        return found
+
+    author = "reply-to" if header.has("reply-to") else "from"
+    to = others(author, "to") or [str(own)]
+    copies = [name for name in others("cc") if name not in to]
+    subject = decoded(" ".join(header.values("subject")[:1]))
+    if not subject.lower().startswith("re:"):
+        subject = f"Re: {subject}"
+    ids = header.values("message-id")[:1]
+    chain = [*" ".join(header.values("references")).split(), *ids]
+    return [
+        ("To", ", ".join(to)),
+        ("Cc", ", ".join(copies)),
+        ("Subject", subject),
+        ("In-Reply-To", " ".join(ids)),
+        ("References", " ".join(chain)),
+    ]
+
+
+class MailReader:
+    """A session on one folder: a line is a command and its messages.
+
+    `dot` is the current message's number, from 1. Commands are methods in
+    MAIL_COMMANDS; each takes the rest of the line and may raise ValueError
+    with what is wrong with it.
+    """
+
+    def __init__(self, house: House, terminal: Terminal, folder: Folder) -> None:
+        self.house = house
+        self.terminal = terminal
+        self.folder = folder
+        self.messages = folder.messages
+        self.is_over = False
+        self.was_printed = False
+        self.dot = self.first_dot()
+
+    def first_dot(self) -> int:
+        """The first new message, else the first unread one, else the first."""
+        for wanted in ("is_new", "is_unread"):
+            for number, message in enumerate(self.messages, 1):
+                if getattr(message, wanted):
+                    return number
+        return min(1, len(self.messages))
+
+    def run(self) -> int:
+        """The session. The exit code."""
+        say = self.terminal.say
+        say(f"minimta mail version {__version__}.  Type ? for help.\n{self.banner()}\n")
+        self.headers("")
+        while not self.is_over:
+            line = self.terminal.read_line("& ")
+            if line is None:
+                if self.terminal.is_interactive:
+                    say("\n")
+                self.quit("")
+            else:
+                self.obey(os_text(line).strip())
+        return EX_OK
+
+    def banner(self) -> str:
+        """`"/var/mail/bob": 2 messages 1 new 2 unread`."""
+        total = len(self.messages)
+        new = sum(message.is_new for message in self.messages)
+        unread = sum(message.is_unread for message in self.messages)
+        text = f'"{self.folder.path}": {total} message{"" if total == 1 else "s"}'
+        text += f" {new} new" if new else ""
+        text += f" {unread} unread" if unread > new else ""
+        return text + (" [Read only]" if self.folder.is_read_only else "")
+
+    def find_command(self, word: str) -> object:
+        """The command of a name or an unfinished one; next for none."""
+        if not word:
+            return MailReader.next
+        rows = [(names.split(), command) for names, command in self.COMMANDS]
+        for names, command in rows:
+            if word in names:
+                return command
+        for names, command in rows:
+            if any(name.startswith(word) for name in names):
+                return command
+        return None
+
+    def obey(self, line: str) -> None:
+        """One command line."""
+        end = 0
+        while end < len(line) and (
+            line[end].isalpha() or line[end] in "?=" and not end
+        ):
+            end += 1
+        word, rest = line[:end], line[end:].strip()
+        command = self.find_command(word)
+        if command is None:
+            self.terminal.say(f'Unknown command: "{terminal_text(word)}"\n')
+            return
+        try:
+            command(self, rest)
+        except ValueError as error:
+            self.terminal.say(f"{terminal_text(str(error))}\n")
+        except (MailError, ProgramError) as error:
+            self.terminal.complain(str(error))
+        except OSError as error:
+            self.terminal.complain(f"{error.filename or word}: {error.strerror}")
+
+    def numbers(self, text: str, is_deleted: bool = False) -> list[int]:
+        """The messages that a list names; the current one for an empty list.
+
+        Raises ValueError in mailx's words.
+        """
+        found: list[int] = []
+        for word in text.replace(",", " ").split() or [str(self.dot)]:
+            low, dash, high = word.partition("-")
+            if word == "*":
+                picked = [n for n, m in enumerate(self.messages, 1) if not m.state]
+            elif dash and low:
+                first, last = self.number(low), self.number(high)
+                picked = list(range(first, last + 1))
+            else:
+                picked = [self.number(word)]
+            found += [n for n in picked if n not in found]
+        for number in found:
+            if not 0 < number <= len(self.messages):
+                raise ValueError(f"{number}: Invalid message number")
+            if (self.messages[number - 1].state == "deleted") != is_deleted:
+                raise ValueError(f"{number}: Inappropriate message")
+        if not found:
+            raise ValueError("No applicable messages")
+        return found
+
+    def number(self, word: str) -> int:
+        """One message's number: digits, `.`, `$`, `^`, `+`, `-`."""
+        places = {".": self.dot, "$": len(self.messages), "^": 1}
+        places.update({"+": self.dot + 1, "-": self.dot - 1})
+        if word.isascii() and word.isdigit():
+            return int(word[:9])
+        if word not in places:
+            raise ValueError(f"{word}: Invalid message list")
+        return places[word]
+
+    def headers(self, rest: str) -> None:
+        """Lists the screen of headers that the current message is on."""
+        if not self.messages:
+            return
+        number = self.numbers(rest)[0] if rest else max(1, self.dot)
+        start = (number - 1) // SCREEN * SCREEN
+        for place in range(start, min(start + SCREEN, len(self.messages))):
+            if not self.messages[place].state == "deleted":
+                self.terminal.say(self.summary(place + 1) + "\n")
+
+    def summary(self, number: int) -> str:
+        """One line of the header list, 80 columns at the most."""
+        message = self.messages[number - 1]
+        from_line, header = self.folder.read(message)
+        mark = ">" if number == self.dot else " "
+        flag = "*" if message.state else "N" if message.is_new else "U"
+        if flag != "*" and not message.is_unread:
+            flag = " "
+        name = sender_name(header, from_line)[:20]
+        words = os_text(from_line).split()
+        date = terminal_text(" ".join(words[-5:])[:16])
+        if len(words) > 4 and len(words[-3]) == 1:
+            date = terminal_text(os_text(from_line).strip()[-24:][:16])
+        size = message.end - message.start
+        text = (
+            f"{mark}{flag}{number:3} {name:20}  {date:16} {message.lines:3}/{size:<5} "
+        )
+        subject = " ".join(header.values("subject")[:1])
+        return f'{text}"{decoded(subject)[: max(0, 76 - len(text))]}"'.rstrip()
+
+    def next(self, rest: str) -> None:
+        """Prints the next message, or the one named."""
+        if rest:
+            return self.show(str(self.numbers(rest)[0]))
+        number = self.dot
+        if self.was_printed or self.is_gone(number):
+            number += 1
+            while number <= len(self.messages) and self.is_gone(number):
+                number += 1
+        if not 0 < number <= len(self.messages):
+            raise ValueError("At EOF")
+        return self.show(str(number))
+
+    def is_gone(self, number: int) -> bool:
+        """Whether a message is deleted."""
+        return 0 < number and self.messages[number - 1].state == "deleted"
+
+    def show(self, rest: str) -> None:
+        """Prints messages."""
+        for number in self.numbers(rest):
+            message = self.messages[number - 1]
+            from_line, header = self.folder.read(message)
+            lines = [f"Message {number:2}:", terminal_text(os_text(from_line))]
+            for name, raw in header.fields:
+                if name not in IGNORED_FIELDS:
+                    label, _, value = os_text(raw).partition(":")
+                    lines.append(f"{label}: {decoded(value)}")
+            message.was_read = True
+            status = message.next_status() if message.status else "R"
+            lines.append(f"Status: {status}")
+            text = unquoted(body_text(header))
+            self.terminal.say("\n".join(lines) + "\n\n" + text)
+            self.dot, self.was_printed = number, True
+
+    def delete(self, rest: str) -> None:
+        """Deletes messages; u brings them back until q."""
+        for number in self.numbers(rest):
+            self.messages[number - 1].state = "deleted"
+            self.dot = number
+        alive = [n for n, m in enumerate(self.messages, 1) if m.state != "deleted"]
+        after = [number for number in alive if number > self.dot]
+        self.dot = (after or alive[-1:] or [0])[0]
+        self.was_printed = False
+
+    def undelete(self, rest: str) -> None:
+        """Brings deleted messages back."""
+        deleted = [n for n, m in enumerate(self.messages, 1) if m.state == "deleted"]
+        if not rest:
+            behind = [number for number in deleted if number >= self.dot]
+            rest = str((behind or deleted[-1:] or [0])[0])
+        for number in self.numbers(rest, True):
+            self.messages[number - 1].state = ""
+            self.dot = number
+
+    def reply(self, rest: str) -> None:
+        """Answers the sender and all who got it."""
+        number = self.numbers(rest)[0]
+        _, header = self.folder.read(self.messages[number - 1])
+        fields = reply_fields(header, self.house)
+        for name, value in fields:
+            if name in ("To", "Cc", "Subject") and value:
+                self.terminal.say(f"{name}: {terminal_text(value)}\n")
+        self.terminal.say("\n")
+        composer = Composer(self.house, self.terminal)
+        composer.send("", fields, composer.read_body())
+
+    def save(self, rest: str) -> None:
+        """Appends messages to a file: s [list] file. They leave the mailbox at q."""
+        numbers, path = self.split_file(rest)
+        pieces = []
+        for number in numbers:
+            message = self.messages[number - 1]
+            from_line, header = self.folder.read(message)
+            pieces.append(from_line + b"\n" + bytes(header) + b"\n" + header.rest)
+        self.append_to(path, b"".join(pieces), 0o600)
+        for number in numbers:
+            self.messages[number - 1].state = "saved"
+            self.messages[number - 1].was_read = True
+
+    def write(self, rest: str) -> None:
+        """Appends the text of messages, without headers, to a file."""
+        numbers, path = self.split_file(rest)
+        bodies = [self.folder.read(self.messages[n - 1])[1] for n in numbers]
+        text = "".join(unquoted(body_text(header)) for header in bodies)
+        self.append_to(path, text.encode("utf-8", "replace"), 0o666)
+
+    def split_file(self, rest: str) -> tuple[list[int], str]:
+        """(messages, file) of `[list] file`. Raises ValueError."""
+        words = rest.rsplit(None, 1)
+        if not words:
+            raise ValueError("No file specified")
+        path = os.path.expandvars(os.path.expanduser(words[-1].strip("\"'")))
+        return self.numbers(words[0] if len(words) > 1 else ""), path
+
+    def append_to(self, path: str, text: bytes, mode: int) -> None:
+        """Appends to a file of the reader's, durably, and says so."""
+        is_new = not os.path.exists(path)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        fd = os.open(path, flags, mode)
+        try:
+            write_all(fd, text)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        what = "[New file]" if is_new else "[Appended]"
+        lines = text.count(b"\n")
+        self.terminal.say(f'"{terminal_text(path)}" {what} {lines}/{len(text)}\n')
+
+    def help(self, _: str) -> None:
+        """This list."""
+        rows = []
+        for names, command in self.COMMANDS:
+            summary = (command.__doc__ or "").partition("\n")[0]
+            rows.append(f"{names.split()[-1]:10} {summary}\n")
+        self.terminal.say("".join(rows))
+
+    def exit(self, _: str) -> None:
+        """Leaves; the mailbox stays as it was."""
+        self.is_over = True
+
+    def quit(self, _: str) -> None:
+        """Leaves; what is deleted or saved is gone from the mailbox."""
+        self.is_over = True
+        if self.folder.is_read_only:
+            return
+        kept = self.folder.write()
+        if kept:
+            plural = "" if kept == 1 else "s"
+            self.terminal.say(f"Held {kept} message{plural} in {self.folder.path}\n")
+
+    # Abbreviation and name -> what it does, in the order of POSIX; ? prints it.
+    COMMANDS = (
+        ("n next", next),
+        ("p t print type", show),
+        ("h headers", headers),
+        ("d delete", delete),
+        ("u undelete", undelete),
+        ("r reply respond", reply),
+        ("s save", save),
+        ("w write", write),
+        ("q quit", quit),
+        ("x ex exit xit", exit),
+        ("? help", help),
+    )
+
+
+# =============================================================================
+# DOORS: the programs.
+# =============================================================================
+
+# == 23 Programs: SendmailOptions, cmd_sendmail, cmd_mail, cmd_serve ... ======
+# A program is a function from arguments to an exit code; its docstring is what
+# --help prints.
+# Failures: ProgramError and MailError, which main() turns into a line.
+
+KNOWN_MODES = "m s p i v d D l q V".split()  # of -bX
+
+# sendmail's letters: "" takes nothing, ":" an argument (glued or separate),
+# "?" one that is glued or none. What is done with it: see SendmailOptions.
+SENDMAIL_FLAGS = {
+    **dict.fromkeys("GIUcimnstv", ""),
+    **dict.fromkeys("ABCFLNORVXbfhopr", ":"),
+    **dict.fromkeys("EJMdeq", "?"),
+}
+
+
+class SendmailOptions:
+    """sendmail's command line, read: options in any order, recipients anywhere.
+
+    Every flag of any sendmail is taken; those with no meaning here are
+    ignored. Raises ProgramError EX_USAGE for one that nobody ever had.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        self.mode = "m"
+        self.sender: str | None = None
+        self.full_name = ""
+        self.reads_header = False
+        self.dot_ends = True
+        self.is_verbose = False
+        self.delivery = "b"
+        self.config = ""
+        self.alias_file = ""
+        self.hops = 0
+        self.recipients: list[str] = []
+        self.read(list(args))
+
+    def read(self, args: list[str]) -> None:
+        """Takes the arguments one by one."""
+        while args:
+            word = args.pop(0)
+            if word == "--":
+                self.recipients += args
+                return
+            if len(word) < 2 or word[0] != "-":
+                self.recipients.append(word)
+                continue
+            letters = word[1:]
+            while letters:
+                letter, letters = letters[0], letters[1:]
+                kind = SENDMAIL_FLAGS.get(letter)
+                if kind is None:
+                    raise ProgramError(
+                        EX_USAGE, f"illegal option -- {printable(letter)}"
+                    )
+                value = ""
+                if kind:
+                    value, letters = letters, ""
+                if kind == ":" and not value:
+                    if not args:
+                        text = f"option requires an argument -- {letter}"
+                        raise ProgramError(EX_USAGE, text)
+                    value = args.pop(0)
+                self.take(letter, value)
+
+    def take(self, letter: str, value: str) -> None:
+        """One option; letters without a row here mean nothing to us."""
+        rows = {
+            "b": self.take_mode,
+            "o": self.take_option,
+            "O": self.take_long_option,
+            "f": self.take_sender,
+            "r": self.take_sender,
+            "q": self.take_queue,
+        }
+        texts = {"F": "full_name", "C": "config"}
+        flags = {"t": ("reads_header", True), "i": ("dot_ends", False)}
+        flags.update({"v": ("is_verbose", True), "I": ("mode", "i")})
+        if letter in rows:
+            rows[letter](value)
+        elif letter in texts:
+            setattr(self, texts[letter], value)
+        elif letter in flags:
+            setattr(self, *flags[letter])
+        else:
+            self.check(letter, value)
+
+    def check(self, letter: str, value: str) -> None:
+        """Options that are not used, but whose value must make sense."""
+        allowed = {
+            "B": ("7bit", "8bitmime"),
+            "N": ("never", "success", "failure", "delay"),
+            "R": ("full", "hdrs", "headers"),
+        }
+        words = value.lower().split(",") if letter == "N" else [value.lower()]
+        if letter in allowed and not set(words) <= set(allowed[letter]):
+            raise ProgramError(EX_USAGE, f"bad value for -{letter}: {printable(value)}")
+        if letter == "h" and not value.isdigit():
+            raise ProgramError(EX_USAGE, f"Bad hop count ({printable(value)})")
+
+    def take_mode(self, value: str) -> None:
+        """-bX: what to be."""
+        if value not in KNOWN_MODES:
+            raise ProgramError(EX_USAGE, f"Invalid operation mode {printable(value)}")
+        if value == "q":
+            self.delivery = "q"
+        else:
+            self.mode = {"l": "d"}.get(value, value)
+
+    def take_option(self, value: str) -> None:
+        """-oX: sendmail's options by letter."""
+        if value in ("i", "itrue"):
+            self.dot_ends = False
+        elif value[:1] == "d" and value[1:2]:
+            self.delivery = {"i": "i", "f": "i", "q": "q", "d": "q"}.get(value[1], "b")
+        elif value[:1] == "A":
+            self.alias_file = value[1:]
+
+    def take_long_option(self, value: str) -> None:
+        """-O Name=value: sendmail's options by name."""
+        name, _, text = value.partition("=")
+        short = {"deliverymode": "d", "ignoredots": "i", "aliasfile": "A"}
+        letter = short.get(name.strip().lower())
+        if letter == "i" and text.strip().lower()[:1] in ("t", "y", "1", ""):
+            self.take_option("i")
+        elif letter in ("d", "A"):
+            self.take_option(letter + text.strip())
+
+    def take_sender(self, value: str) -> None:
+        """-f, -r: the envelope's sender; "" and <> are the null sender."""
+        self.sender = value
+
+    def take_queue(self, value: str) -> None:
+        """-q: run the queue; with -bd the interval, which is not needed."""
+        if self.mode not in ("d", "D"):
+            self.mode = "q"
+
+
+def read_sender(house: House, text: str | None) -> Address:
+    """The envelope sender that -f gives, or the caller's. Raises ProgramError."""
+    origin = house.settings.myorigin
+    if text is None:
+        return Address(house.user.name, origin)
+    try:
+        found = (
+            header_addresses(text) if text.strip() not in ("", "<>") else [Address("")]
+        )
+    except MailError as error:
+        raise ProgramError(EX_DATAERR, f"-f: {error.text}") from None
+    if len(found) != 1:
+        raise ProgramError(EX_DATAERR, f"-f: not an address: {printable(text, 100)}")
+    return found[0].qualified(origin)
+
+
+def read_recipients(house: House, words: list[str]) -> list[Address]:
+    """The recipients on a command line. Raises ProgramError.
+
+    They are addresses and nothing else: no |, no /file, no option.
+    """
+    found = []
+    for word in words:
+        if word.startswith("-") or not word.isprintable():
+            raise ProgramError(EX_USAGE, f"not a recipient: {printable(word, 100)}")
+        try:
+            found += header_addresses(word.removeprefix("\\"))
+        except MailError as error:
+            raise ProgramError(EX_DATAERR, error.text) from None
+    origin = house.settings.myorigin
+    return [address.qualified(origin) for address in found if address.local]
+
+
+def read_input(dot_ends: bool) -> object:
+    """Standard input as message chunks (LF). Raises ProgramError EX_NOINPUT."""
+    reader = InputReader(dot_ends)
+    while not reader.ended:
+        try:
+            data = os.read(0, BLOCK)
+        except OSError as error:
+            why = f"standard input cannot be read: {error.strerror}"
+            raise ProgramError(EX_NOINPUT, why) from None
+        yield reader.feed(data)
+        if not data:
+            return
+
+
+def read_header(chunks: object) -> Header:
+    """The header at the start of `chunks`; `rest` is what was read beyond it."""
+    block = b""
+    for chunk in chunks:
+        block += chunk
+        if b"\n\n" in block or len(block) > MAX_HEADER:
+            break
+    return Header.parse(drop_from_lines(block))
+
+
+def print_version() -> int:
+    """--version."""
+    write_all(1, os_bytes(f"minimta {__version__}\n"))
+    return EX_OK
+
+
+def complain(name: str, text: str) -> None:
+    """One line on standard error: NAME: what is wrong: what to do about it."""
+    try:
+        write_all(2, os_bytes(f"{name}: {printable(text)}\n"))
+    except OSError:
+        return  # nobody listens
+
+
+def find_recipients(house: House, header: Header) -> list[Address]:
+    """The recipients that -t finds. Raises ProgramError."""
+    try:
+        found = header_recipients(header)
+    except MailError as error:
+        raise ProgramError(EX_DATAERR, error.text) from None
+    origin = house.settings.myorigin
+    return [address.qualified(origin) for address in found if address.local]
+
+
+def send_stdin(options: SendmailOptions, environ: dict) -> int:
+    """Submits the message on standard input."""
+    if not (options.recipients or options.reads_header):
+        raise ProgramError(EX_USAGE, "no recipients: name them, or use -t")
+    house = House(environ, options.config)
+    sender = read_sender(house, options.sender)
+    recipients = read_recipients(house, options.recipients)
+    chunks = read_input(options.dot_ends)
+    header = read_header(chunks)
+    if options.reads_header:
+        recipients += find_recipients(house, header)
+    unique = list(dict.fromkeys(recipients))
+    if not unique:
+        raise ProgramError(EX_USAGE, "no recipients in the header or the arguments")
+    user, now = house.user, time.time()
+    origin = {
+        "address": str(sender) or str(Address(user.name, house.settings.myorigin)),
+        "name": options.full_name or gecos_name(user.gecos, user.name),
+        "host": house.settings.myhostname,
+        "unique": unique_word(now),
+        "now": now,
+    }
+    submission = Submission(house, options.delivery)
+    letter = Letter(sender, unique, complete_header(header, origin), chunks)
+    queue_id = submission.submit(letter)
+    for name, error in submission.refused.items():
+        complain("sendmail", f"{name}: {error.text}: it will be bounced")
+    if options.is_verbose:
+        write_all(2, os_bytes(f"sendmail: queued as {queue_id}\n"))
+    return EX_OK
+
+
+def pass_through(daemon: SubmitSocket, house: House) -> int:
+    """Carries bytes between the daemon and standard input and output."""
+    import select
+
+    stream = PipeStream()
+    greeting = f"220 {house.settings.myhostname} ESMTP minimta\r\n"
+    stream.sendall(os_bytes(greeting) + daemon.buffer)
+    ends = [0, daemon.socket.fileno()]
+    while True:
+        ready = select.select(ends, [], [])[0]
+        if ends[-1] in ready:
+            data = daemon.socket.recv(BLOCK)
+            if not data:
+                return EX_OK
+            stream.sendall(data)
+        elif 0 in ready:
+            data = stream.recv(BLOCK)
+            if data:
+                daemon.socket.sendall(data)
+            else:
+                daemon.socket.shutdown(1)  # SHUT_WR: what is owed still comes
+                ends.remove(0)
+
+
+def serve_stdin(options: SendmailOptions, environ: dict) -> int:
+    """-bs: SMTP on standard input, by the daemon or by this process."""
+    house = House(environ, options.config)
+    daemon = SubmitSocket(house.settings.queue_directory)
+    if daemon.connect():
+        return pass_through(daemon, house)
+    owns = house.owns_queue()
+    spool = house.spool() if owns else Maildrop(house.settings.queue_directory)
+    if owns:
+        spool.make()
+    stored: list[str] = []
+    desk = Desk(house.settings, spool, house.log, house.router(), stored.append)
+    Conversation(desk, PipeStream(), Client("local", True, os.getuid())).run()
+    if owns and stored and options.delivery != "q":
+        run_queue(house, spool, set(stored))
+    return EX_OK
+
+
+def verify_recipients(options: SendmailOptions, environ: dict) -> int:
+    """-bv: says of each recipient where it leads, in sendmail's words."""
+    house = House(environ, options.config)
+    if not options.recipients:
+        raise ProgramError(EX_USAGE, "no recipients to check")
+    code = EX_OK
+    for address in read_recipients(house, options.recipients):
+        for found in house.router().resolve(address, ()):
+            if found.error:
+                text = f"{found.target}... {found.error.text}"
+                code = found.error.exit_code
+            elif found.kind == "mailbox":
+                name = found.user.name
+                text = f"{found.target}... deliverable: mailer local, user {name}"
+            else:
+                mailer = {"remote": "esmtp", "null": "*file*"}[found.kind]
+                text = f"{found.target}... deliverable: mailer {mailer}"
+            write_all(1, os_bytes(printable(text) + "\n"))
+    return code
+
+
+def flush_queue(options: SendmailOptions, environ: dict) -> int:
+    """-q: tries everything in the queue now."""
+    house = House(environ, options.config)
+    daemon = SubmitSocket(house.settings.queue_directory)
+    if daemon.connect():
+        daemon.send("EHLO localhost")
+        daemon.expect(250)
+        daemon.flush()
+        return EX_OK
+    if not house.owns_queue():
+        raise ProgramError(EX_UNAVAILABLE, "the daemon is down: root can run the queue")
+    spool = house.spool()
+    spool.make()
+    if not run_queue(house, spool):
+        raise ProgramError(EX_TEMPFAIL, "another minimta runs the queue already")
+    return EX_OK
+
+
+def run_daemon(environ: dict, path: str, in_background: bool) -> int:
+    """Starts the daemon; in the background, returns once it listens."""
+    house = House(environ, path, echo=not in_background)
+    if os.geteuid() != 0 and not house.owns_queue():
+        raise ProgramError(
+            EX_NOPERM,
+            "the daemon of this host is root's: use MINIMTA_ROOT for your own",
+        )
+    daemon = Daemon(house, environ, path)
+    daemon.open()
+    if in_background:
+        # Everything that can go wrong has been tried: the sockets listen.
+        if os.fork():
+            os._exit(EX_OK)
+        detach()
+    return daemon.run()
+
+
+def start_daemon(options: SendmailOptions, environ: dict) -> int:
+    """-bD in the foreground, -bd in the background."""
+    return run_daemon(environ, options.config, options.mode == "d")
+
+
+def queue_entries(house: House) -> object:
+    """Every message in the queue. Raises ProgramError EX_UNAVAILABLE."""
+    if house.owns_queue():
+        if os.path.isdir(house.spool().path("queue")):
+            yield from house.spool().entries()
+        return
+    daemon = SubmitSocket(house.settings.queue_directory)
+    if not daemon.connect():
+        raise ProgramError(
+            EX_UNAVAILABLE, "the daemon is down, and only root may read the queue"
+        )
+    daemon.send("EHLO localhost")
+    daemon.expect(250)
+    yield from daemon.entries()
+    daemon.close()
+
+
+def show_queue(options: SendmailOptions, environ: dict) -> int:
+    """-bp: the queue, read by ourselves if we may, else by the daemon."""
+    house = House(environ, options.config)
+    for piece in mailq_text(queue_entries(house)):
+        write_all(1, os_bytes(piece))
+    return EX_OK
+
+
+def build_aliases(options: SendmailOptions, environ: dict) -> int:
+    """-bi: newaliases."""
+    if options.recipients or options.mode not in "mi":
+        raise ProgramError(EX_USAGE, "newaliases takes no such argument: see --help")
+    house = House(environ, options.config)
+    path = options.alias_file or house.settings.alias_maps[0]
+    table = AliasDatabase(path).rebuild()
+    for line, reason in table.problems:
+        complain("newaliases", f"{path}, line {line}: {reason}")
+    for line, reason in table.warnings + table.loops():
+        complain("newaliases", f"{path}, line {line}: warning: {reason}")
+    if table.problems:
+        return EX_DATAERR
+    items = [
+        (len(os_bytes(name)), len(os_bytes(value))) for name, value in table.items()
+    ]
+    longest = max((value for _, value in items), default=0)
+    total = sum(name + value for name, value in items)
+    text = f"{path}: {len(items)} aliases, longest {longest} bytes, {total} bytes total"
+    write_all(1, os_bytes(text + "\n"))
+    return EX_OK
+
+
+def cmd_sendmail(args: list[str], environ: dict) -> int:
+    """usage: sendmail [options] [recipient ...]      reads a message on stdin
+
+    -t           recipients from To, Cc and Bcc too; Bcc is removed
+    -f ADDR      envelope sender (also -r); '<>' is the null sender
+    -F NAME      full name, for a From field that is missing
+    -i, -oi      a line with only a dot does not end the message
+    -v           says what became of it
+    -odb -odi -odq   without a daemon: deliver behind, before, not at all
+    -bs          SMTP on standard input and output
+    -bp          the queue (mailq)          -q   try everything in it now
+    -bi          the aliases (newaliases)   -bv  check recipients
+    -bd, -bD     the daemon, in the background or the foreground
+    -C FILE      settings                   -oA FILE  the aliases file (-bi)
+    """
+    options = SendmailOptions(args)
+    if options.mode == "V":
+        return print_version()
+    modes = {"d": start_daemon, "D": start_daemon, "p": show_queue, "i": build_aliases}
+    modes.update({"s": serve_stdin, "v": verify_recipients, "q": flush_queue})
+    return modes.get(options.mode, send_stdin)(options, environ)
+
+
+def config_option(name: str, args: list[str]) -> str:
+    """The FILE of [-C FILE], all that some programs take."""
+    if args[:1] == ["-C"] and len(args) == 2:
+        return args[1]
+    if args:
+        raise ProgramError(
+            EX_USAGE, f"unknown argument {printable(args[0])}: see --help"
+        )
+    return ""
+
+
+def cmd_serve(args: list[str], environ: dict) -> int:
+    """usage: minimta.py serve [-C FILE]
+
+    Runs the daemon in the foreground: SMTP server and queue runner.
+    SIGTERM ends it, SIGHUP reads the settings again.
+    """
+    return run_daemon(environ, config_option("serve", args), False)
+
+
+def cmd_mailq(args: list[str], environ: dict) -> int:
+    """usage: mailq [-C FILE]
+
+    Shows the queue in Postfix's format; * is active, ! is on hold. Anyone may
+    ask while the daemon runs; without it, only who may read the queue.
+    """
+    if [word for word in args if word not in ("-v", "-Ac", "-Am")][:1] not in (
+        [],
+        ["-C"],
+    ):
+        raise ProgramError(
+            EX_USAGE, f"unknown argument {printable(args[0])}: see --help"
+        )
+    return show_queue(SendmailOptions(args), environ)
+
+
+def cmd_newaliases(args: list[str], environ: dict) -> int:
+    """usage: newaliases [-C FILE] [-oA FILE]
+
+    Builds the database from the aliases file, in one step: with a bad line
+    nothing is changed. Says how many aliases there are, and warns of loops.
+    """
+    return build_aliases(SendmailOptions(args), environ)
+
+
+def mailbox_path(house: House, options: dict, environ: dict, words: list[str]) -> str:
+    """Which mailbox to read: -f FILE, -u USER, $MAIL, or one's own."""
+    settings = house.settings
+    if "-f" in options:
+        return words[0] if words else os.path.join(house.user.home, "mbox")
+    if "-u" in options:
+        user = house.users.lookup(options["-u"])
+        if user is None:
+            name = printable(options["-u"], 60)
+            raise ProgramError(1, f'"{name}" is not a user of this system')
+        return f"{settings.mail_spool_directory}/{user.name}"
+    chosen = environ.get("MAIL", "")
+    if chosen and (not settings.root or chosen.startswith(settings.root + "/")):
+        return chosen
+    return f"{settings.mail_spool_directory}/{house.user.name}"
+
+
+def send_mail(house: House, options: dict, words: list[str]) -> int:
+    """mail with recipients: composes and submits."""
+    terminal = Terminal()
+    recipients = [str(address) for address in read_recipients(house, words)]
+    subject = options.get("-s", "")
+    if "-s" not in options and terminal.is_interactive:
+        subject = os_text(terminal.read_line("Subject: ") or b"")
+    composer = Composer(house, terminal)
+    body = composer.read_body()
+    if not body.strip():
+        if "-E" in options:
+            return EX_OK
+        terminal.complain("Null message body; hope that's ok")
+    fields = [("From", options["-r"])] if options.get("-r") else []
+    fields += [
+        ("To", ", ".join(recipients)),
+        ("Subject", subject),
+        ("Cc", options.get("-c", "")),
+        ("Bcc", options.get("-b", "")),
+    ]
+    composer.send(options.get("-r", ""), fields, body)
+    return EX_OK
+
+
+def read_mail(house: House, options: dict, environ: dict, words: list[str]) -> int:
+    """mail without recipients: reads a mailbox."""
+    name = options.get("-u", house.user.name)
+    path = mailbox_path(house, options, environ, words)
+    try:
+        is_empty = os.stat(path).st_size == 0
+    except FileNotFoundError:
+        is_empty = True
+    except OSError as error:
+        raise ProgramError(1, f"{path}: {error.strerror}") from None
+    if "-e" in options:
+        return 1 if is_empty else EX_OK
+    if is_empty:
+        where = f"{path}: no mail" if "-f" in options else f"No mail for {name}"
+        write_all(2, os_bytes(printable(where) + "\n"))
+        return 1
+    reader = MailReader(house, Terminal(), Folder(path))
+    if "-H" in options:
+        for number in range(1, len(reader.messages) + 1):
+            reader.terminal.say(reader.summary(number) + "\n")
+        return EX_OK
+    return reader.run()
+
+
+def cmd_mail(args: list[str], environ: dict) -> int:
+    """usage: mail [-s SUBJECT] [-c ADDR] [-b ADDR] [-r FROM] recipient ...
+       mail [-f [FILE]] [-u USER] [-e] [-H] [-N]
+
+    With recipients it sends: the text comes from standard input, or is typed
+    up to Ctrl-D. Without, it reads your mail: a number or Return prints, ?
+    lists the commands. -e only tells by its exit code whether there is mail.
+    """
+    import getopt  # small; argparse costs 10 ms
+
+    try:
+        pairs, words = getopt.gnu_getopt(
+            args, "s:c:b:r:f::u:eHNniEv".replace("f::", "f")
+        )
+    except getopt.GetoptError as error:
+        raise ProgramError(EX_USAGE, f"{error.msg}: see --help") from None
+    options = {}
+    for flag, value in pairs:
+        joined = (
+            f"{options[flag]}, {value}"
+            if flag in ("-c", "-b") and flag in options
+            else value
+        )
+        options[flag] = joined
+    house = House(environ)
+    if "-f" in options or "-u" in options:
+        return read_mail(house, options, environ, words)
+    if words:
+        return send_mail(house, options, words)
+    if any(flag in options for flag in ("-s", "-c", "-b", "-r")):
+        raise ProgramError(EX_USAGE, "recipients are needed with -s, -c, -b or -r")
+    return read_mail(house, options, environ, words)
+
+
+def cmd_config(args: list[str], environ: dict) -> int:
+    """usage: minimta.py config [-C FILE]
+
+    Prints every setting with its value, its default and where it came from.
+    """
+    settings = House(environ, config_option("config", args)).settings
+    for row in SETTINGS:
+        where = settings.sources.get(row.name, "default")
+        value = settings.expand(settings.texts[row.name])
+        text = f"{row.name} = {value}"
+        write_all(
+            1, os_bytes(f"{text:50} # {where}; default: {row.default or 'none'}\n")
+        )
+    return EX_OK
+
+
+def cmd_health(args: list[str], environ: dict) -> int:
+    """usage: minimta.py health [-C FILE]
+
+    Says whether the daemon answers: exit 0 if it does, 1 if not.
+    """
+    settings = House(environ, config_option("health", args)).settings
+    is_up = SubmitSocket(settings.queue_directory).connect()
+    write_all(
+        1, b"ok: the daemon answers\n" if is_up else b"the daemon does not answer\n"
+    )
+    return EX_OK if is_up else 1
+
+
+def print_help(program: object) -> None:
+    """A program's docstring, as it stands in this file."""
+    lines = (program.__doc__ or "").rstrip().split("\n")
+    write_all(
+        1, os_bytes("\n".join(line.removeprefix("    ") for line in lines) + "\n")
+    )
+
+
+def cmd_help(args: list[str], environ: dict) -> int:
+    """usage: minimta.py COMMAND [arguments]; COMMAND --help says more
+
+    sendmail    takes a message on standard input
+    newaliases  builds the alias database
+    mailq       shows the queue
+    mail        sends and reads mail
+    serve       the daemon, in the foreground
+    config      prints the settings
+    health      says whether the daemon answers
+
+    Linked as sendmail, newaliases, mailq, mail or mailx it is that program.
+    """
+    if args and args[0] not in ("help", "--help", "-h"):
+        text = f"unknown command {printable(args[0], 60)}: see minimta.py --help"
+        raise ProgramError(EX_USAGE, text)
+    print_help(cmd_help)
+    return EX_OK
+
+
+# == 24 Dispatch: PROGRAMS, main ==============================================
+# By what name it was called; and the one place that ends in words.
+
+PROGRAMS = {
+    "sendmail": cmd_sendmail,
+    "newaliases": cmd_newaliases,
+    "mailq": cmd_mailq,
+    "mail": cmd_mail,
+    "mailx": cmd_mail,
+    "Mail": cmd_mail,
+    "send-mail": cmd_sendmail,
+    "serve": cmd_serve,
+    "config": cmd_config,
+    "health": cmd_health,
+}
+
+
+def open_standard_files() -> bool:
+    """Opens /dev/null for each of 0, 1 and 2 that is closed; whether 0 was.
+
+    Else the queue file would become standard error, and the log its text.
+    """
+    was_closed = False
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            was_closed |= fd == 0
+            # Write-only for 0: reading it fails, as it should.
+            os.open(os.devnull, os.O_RDWR if fd else os.O_WRONLY)
+    return was_closed
+
+
+def main(argv: list[str]) -> int:
+    """Runs the program named by argv[0], else by argv[1]; returns its exit code.
+
+    The only place that turns an error into a line on stderr.
+    """
+    open_standard_files()
+    name, args = os.path.basename(argv[0]), argv[1:]
+    if name not in PROGRAMS and args and args[0] in PROGRAMS:
+        name, args = args[0], args[1:]
+    program = PROGRAMS.get(name, cmd_help)
+    try:
+        if "--version" in args[:1]:
+            return print_version()
+        if "--help" in args[:1]:
+            print_help(program)
+            return EX_OK
+        return program(args, dict(os.environ))
+    except ProgramError as error:
+        complain(name, str(error))
+        return error.code
+    except MailError as error:
+        complain(name, error.text)
+        return error.exit_code
+    except BrokenPipeError:
+        return EX_OK  # whoever read our output has seen enough
+    except OSError as error:
+        complain(name, f"{error.filename or 'system'}: {error.strerror}")
+        return EX_OSERR
+    except KeyboardInterrupt:
+        return 130  # 128 + SIGINT, as shells count
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

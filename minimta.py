@@ -5,6 +5,8 @@
 # current directory and PYTHON* out of a program that root runs, -S saves a
 # search for site packages. Byte code is used only where nobody else can write.
 pinned=
+# A directory on standard input would end Python before a word of ours.
+[ -d /dev/stdin ] && exec <&-
 for python in $pinned /usr/bin/python3 /usr/local/bin/python3 python3; do
     command -v "$python" >/dev/null 2>&1 && exec "$python" -IS -c '
 import os, sys
@@ -46,34 +48,34 @@ mass mailer. The way of a message (the boxes are names in this file):
 
 CONTENTS
 
-WORDS  text in, values out; no file, socket, clock or print
-   1 Failures
-   2 Settings
-   3 Addresses
-   4 Messages
-   5 Aliases
-   6 Queue words
-   7 Dialogue
-   8 Reports
-HANDS  each owns one thing outside the program
-   9 Log
-  10 Users
-  11 Spool
-  12 Alias database
-  13 Mailboxes
-  14 Folders
-  15 Relay
-WORK   what is done with them
-  16 Routing
-  17 Delivery
-  18 Queue runner
-  19 SMTP server
-  20 Submission
-  21 Daemon
-  22 Mail reader
-DOORS  the programs
-  23 Programs
-  24 Dispatch
+  WORDS  text in, values out; no file, socket, clock or print
+     1 Failures
+     2 Settings
+     3 Addresses
+     4 Messages
+     5 Aliases
+     6 Queue words
+     7 Dialogue
+     8 Reports
+  HANDS  each owns one thing outside the program
+     9 Log
+    10 Users
+    11 Spool
+    12 Alias database
+    13 Mailboxes
+    14 Folders
+    15 Relay
+  WORK   what is done with them
+    16 Routing
+    17 Delivery
+    18 Queue runner
+    19 SMTP server
+    20 Submission
+    21 Daemon
+    22 Mail reader
+  DOORS  the programs
+    23 Programs
+    24 Dispatch
 
 LAWS
 
@@ -132,6 +134,7 @@ EX_DATAERR = 65  # the input was bad: an address, a header, an aliases line
 EX_NOINPUT = 66  # the input could not be read
 EX_NOUSER = 67  # no such user here
 EX_UNAVAILABLE = 69  # something that is needed is not there
+EX_SOFTWARE = 70  # a fault in this program
 EX_OSERR = 71  # the system refused: fork, bind
 EX_CANTCREAT = 73  # a file could not be made
 EX_IOERR = 74  # reading or writing failed
@@ -652,6 +655,8 @@ def parse_path(text: str) -> tuple[Address, str]:
     text = text.lstrip(" ")
     if not text.startswith("<"):
         word, _, rest = text.partition(" ")
+        if rest and "=" not in rest:
+            raise bad_address(text)
         return Address.parse(word), rest
     is_quoted, place = False, 1
     while place < len(text) and (is_quoted or text[place] != ">"):
@@ -718,6 +723,8 @@ class AddressScanner:
         start = self.place
         while self.place < len(self.text) and self.text[self.place] != '"':
             self.place += 2 if self.text[self.place] == "\\" else 1
+        if self.place >= len(self.text):
+            raise bad_address(self.text, "unbalanced quotation mark")
         self.place += 1
         self.keep('"%s"' % self.text[start : self.place - 1])
 
@@ -1196,6 +1203,8 @@ def split_items(text: str) -> list[str]:
                 items.append(text[start:place])
                 start = place + 1
         place += 1
+    if is_quoted:
+        raise ValueError("unbalanced quotation mark")
     items.append(text[start:])
     return [item.strip() for item in items if item.strip()]
 
@@ -1527,7 +1536,7 @@ def mailq_text(entries: object) -> object:
 # Source: RFC 5321; 1870 SIZE, 2034 status codes, 2920, 6152, 6531.
 # Failures: never raises; every error is a Reply.
 
-MAX_COMMAND = 2048  # bytes with CRLF; RFC 5321 4.5.3.1.4 wants at least 512
+MAX_COMMAND = 1024  # bytes with CRLF; RFC 5321 4.5.3.1.4 wants at least 512
 MAX_ERRORS = 20  # Postfix smtpd_hard_error_limit
 
 
@@ -1600,7 +1609,7 @@ class Reply(Value):
     @classmethod
     def refusal(cls, error: MailError) -> Reply:
         """The reply for a failure: its status, and a code of the same class."""
-        codes = {"5.3.4": 552, "4.3.1": 452, "4.5.3": 452, "5.1.3": 501}
+        codes = {"5.3.4": 552, "4.3.1": 452, "5.1.3": 501, "5.7.1": 554}
         usual = 451 if error.is_temporary else 550
         code = codes.get(error.status, usual)
         return cls(code, error.status, printable(error.text, 400))
@@ -1620,7 +1629,8 @@ BAD_BYTES = Reply(500, "5.5.2", "Error: bad character in command")
 NEED_HELO = Reply(503, "5.5.1", "Error: send HELO/EHLO first")
 NEED_NAME = Reply(501, "5.5.4", "Syntax: EHLO hostname")
 NEED_MAIL = Reply(503, "5.5.1", "Error: need MAIL command")
-NEED_RCPT = Reply(554, "5.5.1", "Error: no valid recipients")
+NEED_RCPT = Reply(503, "5.5.1", "Error: need RCPT command")
+NO_RECIPIENTS = Reply(554, "5.5.1", "Error: no valid recipients")
 NESTED_MAIL = Reply(503, "5.5.1", "Error: nested MAIL command")
 MAIL_SYNTAX = Reply(501, "5.5.4", "Syntax: MAIL FROM:<address>")
 RCPT_SYNTAX = Reply(501, "5.5.4", "Syntax: RCPT TO:<address>")
@@ -1634,9 +1644,7 @@ TOO_MANY_ERRORS = Reply(421, "4.7.0", "Error: too many errors", action="close")
 TOO_MANY_SESSIONS = Reply(421, "4.7.0", "Error: too many connections", action="close")
 TIMED_OUT = Reply(421, "4.4.2", "Error: timeout exceeded", action="close")
 CLOSING_DOWN = Reply(421, "4.3.2", "Service going down", action="close")
-NOT_SMTP = Reply(
-    221, "2.7.0", "Error: I can break rules, too. Goodbye.", action="close"
-)
+NOT_SMTP = Reply(500, "5.5.2", "Error: this is SMTP", action="close")
 
 
 class Client(Value):
@@ -1670,6 +1678,7 @@ class Transaction:
         self.body = body
         self.is_utf8 = is_utf8
         self.recipients: list[str] = []
+        self.was_refused = False
 
 
 class Session:
@@ -1810,6 +1819,7 @@ class Session:
                 return NEEDS_UTF8
             self.check(recipient, "XBOUNCE" in options)
         except MailError as error:
+            transaction.was_refused = True
             return Reply.refusal(error)
         except KeyError:
             return UNKNOWN_PARAMETER
@@ -1826,7 +1836,10 @@ class Session:
             try:
                 self.verify(recipient)
             except MailError as error:
-                if not may_bounce or error.is_temporary:
+                # A local program may have nobody to try again for it: what
+                # cannot be told now waits in the queue.
+                may_wait = error.is_temporary and self.client.is_local
+                if not (may_bounce or may_wait):
                     raise self.rejected(recipient, error) from None
         elif not self.client.may_relay:
             if not self.settings.may_relay_to(recipient.domain):
@@ -1846,7 +1859,9 @@ class Session:
             return NO_PARAMETER
         if not self.transaction:
             return NEED_MAIL
-        return SEND_MESSAGE if self.transaction.recipients else NEED_RCPT
+        if self.transaction.recipients:
+            return SEND_MESSAGE
+        return NO_RECIPIENTS if self.transaction.was_refused else NEED_RCPT
 
     def envelope(self, now: float) -> Envelope:
         """The envelope of the message that follows DATA."""
@@ -3445,7 +3460,8 @@ class Relay:
             address = self.smtp.sock.getpeername()[0]
             self.name = f"{self.host}[{address}]:{self.port}"
             self.smtp.sock.settimeout(REPLY_TIMEOUT)
-            self.expect("initial connection", code, text, 220)
+            if code != 220:  # a host that lets nobody in today: try it again
+                raise self.refusal("initial connection", min(code, 499), text)
             self.smtp.ehlo_or_helo_if_needed()
         except smtplib.SMTPHeloError as error:
             raise self.refusal(
@@ -4068,15 +4084,8 @@ BUSY_TRIES = 30  # seconds that a locked mailbox is waited for before it counts
 GRACE = 5  # seconds that sessions and relays have when the daemon is stopped
 MAX_RELAYS = 20  # relay processes at once; Postfix's concurrency per destination
 # What is imported on the way of a message, some of it with a user's rights.
-RUNNER_MODULES = (
-    "mailbox",
-    "fcntl",
-    "mmap",
-    "re",
-    "heapq",
-    "smtplib",
-    "encodings.idna",
-)
+RUNNER_MODULES = ("mailbox", "fcntl", "mmap", "re", "heapq", "select", "tempfile")
+RELAY_MODULES = ("smtplib", "encodings.idna", "stringprep")
 
 
 def take_lock(spool: Spool) -> int | None:
@@ -4126,6 +4135,9 @@ class QueueRunner:
         self.spool = spool
         self.log = log
         self.users = users
+        preload(*RUNNER_MODULES, *ALIAS_MODULES)
+        if settings.relayhost:
+            preload(*RELAY_MODULES)
         self.owner = queue_owner(settings, users)
         self.schedule: list[tuple[float, str]] = []
         self.known: set[str] = set()
@@ -4413,7 +4425,10 @@ class QueueRunner:
         if self.spool.has(report_id):
             return
         failures = [(name, task.error) for task in failed for name in task.recipients]
-        report = Report(self.settings, to, failures, bytes(message.header))
+        header = bytes(message.header)
+        if kind == "notice":  # of a report, the text tells what was lost
+            header += b"\n" + message.header.rest
+        report = Report(self.settings, to, failures, header)
         origin = f"bounce of {message.queue_id}"
         sealed = Envelope("", [to], arrived=now, origin=origin, kind=kind)
         with self.spool.create(sealed, report_id) as draft:
@@ -5139,7 +5154,8 @@ class Submission:
                 try:
                     router.verify(address)
                 except MailError as error:
-                    refused[str(address)] = error
+                    if not error.is_temporary:
+                        refused[str(address)] = error
         self.judge([str(address) for address in letter.recipients], refused)
 
     def envelope(self, letter: Letter) -> Envelope:
@@ -5450,7 +5466,6 @@ class Daemon:
         for listener in (*self.listeners.values(), self.submit):
             listener.close()
         signals = SignalPipe(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        preload(*RUNNER_MODULES, *ALIAS_MODULES)
         house = self.house
         runner = QueueRunner(house.settings, self.spool, house.log, house.users)
         runner.strangers = [self.lock, self.wake, self.announce_end, self.lifeline]
@@ -5647,7 +5662,7 @@ class Composer:
 
         `fields` are header fields; recipients are taken from To, Cc and Bcc.
         """
-        house, user = self.house, self.house.user
+        house = self.house
         header = Header([])
         for name, value in fields:
             clean = " ".join(value.replace("\r", "\n").split("\n"))
@@ -5666,7 +5681,7 @@ class Composer:
             header,
             {
                 "address": str(address.qualified(house.settings.myorigin)),
-                "name": gecos_name(user.gecos, user.name),
+                "name": "",  # mailx leaves it to -r and the variable `from`
                 "host": house.settings.myhostname,
                 "unique": unique_word(now),
                 "now": now,
@@ -5777,7 +5792,7 @@ class MailReader:
     def run(self) -> int:
         """The session. The exit code."""
         say = self.terminal.say
-        say(f"minimta mail version {__version__}.  Type ? for help.\n{self.banner()}\n")
+        say(f"minimta mail {__version__}.  Type ? for help.\n{self.banner()}\n")
         self.headers("")
         while not self.is_over:
             line = self.terminal.read_line("& ")
@@ -6101,14 +6116,15 @@ class SendmailOptions:
                 kind = SENDMAIL_FLAGS.get(letter)
                 if kind is None:
                     raise ProgramError(
-                        EX_USAGE, f"illegal option -- {printable(letter)}"
+                        EX_USAGE,
+                        f"illegal option -- {printable(letter)}: see sendmail --help",
                     )
                 value = ""
                 if kind:
                     value, letters = letters, ""
                 if kind == ":" and not value:
                     if not args:
-                        text = f"option requires an argument -- {letter}"
+                        text = f"option requires an argument -- {letter}: see --help"
                         raise ProgramError(EX_USAGE, text)
                     value = args.pop(0)
                 self.take(letter, value)
@@ -6144,14 +6160,20 @@ class SendmailOptions:
         }
         words = value.lower().split(",") if letter == "N" else [value.lower()]
         if letter in allowed and not set(words) <= set(allowed[letter]):
-            raise ProgramError(EX_USAGE, f"bad value for -{letter}: {printable(value)}")
+            raise ProgramError(
+                EX_USAGE, f"bad value for -{letter}: {printable(value)}: see --help"
+            )
         if letter == "h" and not value.isdigit():
-            raise ProgramError(EX_USAGE, f"Bad hop count ({printable(value)})")
+            raise ProgramError(
+                EX_USAGE, f"Bad hop count ({printable(value)}): give a number"
+            )
 
     def take_mode(self, value: str) -> None:
         """-bX: what to be."""
         if value not in KNOWN_MODES:
-            raise ProgramError(EX_USAGE, f"Invalid operation mode {printable(value)}")
+            raise ProgramError(
+                EX_USAGE, f"Invalid operation mode {printable(value)}: see --help"
+            )
         if value == "q":
             self.delivery = "q"
         else:
@@ -6210,7 +6232,9 @@ def read_recipients(house: House, words: list[str]) -> list[Address]:
     found = []
     for word in words:
         if word.startswith("-") or not word.isprintable():
-            raise ProgramError(EX_USAGE, f"not a recipient: {printable(word, 100)}")
+            raise ProgramError(
+                EX_USAGE, f"not a recipient: {printable(word, 100)}: give an address"
+            )
         try:
             found += header_addresses(word.removeprefix("\\"))
         except MailError as error:
@@ -6280,7 +6304,9 @@ def send_stdin(options: SendmailOptions, environ: dict) -> int:
         recipients += find_recipients(house, header)
     unique = list(dict.fromkeys(recipients))
     if not unique:
-        raise ProgramError(EX_USAGE, "no recipients in the header or the arguments")
+        raise ProgramError(
+            EX_USAGE, "no recipients in the header or the arguments: name somebody"
+        )
     user, now = house.user, time.time()
     origin = {
         "address": str(sender) or str(Address(user.name, house.settings.myorigin)),
@@ -6345,7 +6371,7 @@ def verify_recipients(options: SendmailOptions, environ: dict) -> int:
     """-bv: says of each recipient where it leads, in sendmail's words."""
     house = House(environ, options.config)
     if not options.recipients:
-        raise ProgramError(EX_USAGE, "no recipients to check")
+        raise ProgramError(EX_USAGE, "no recipients to check: name one")
     code = EX_OK
     for address in read_recipients(house, options.recipients):
         for found in house.router().resolve(address, ()):
@@ -6431,7 +6457,7 @@ def show_queue(options: SendmailOptions, environ: dict) -> int:
 def build_aliases(options: SendmailOptions, environ: dict) -> int:
     """-bi: newaliases."""
     if options.recipients or options.mode not in "mi":
-        raise ProgramError(EX_USAGE, "newaliases takes no such argument: see --help")
+        raise ProgramError(EX_USAGE, "no such argument here: see newaliases --help")
     house = House(environ, options.config)
     path = options.alias_file or house.settings.alias_maps[0]
     table = AliasDatabase(path).rebuild()
@@ -6691,6 +6717,9 @@ PROGRAMS = {
     "health": cmd_health,
 }
 
+# What to do about a message that was not taken, by whether it may be later.
+ADVICE = {True: "nothing was queued, try again later", False: "nothing was queued"}
+
 
 def open_standard_files() -> bool:
     """Opens /dev/null for each of 0, 1 and 2 that is closed; whether 0 was.
@@ -6729,7 +6758,7 @@ def main(argv: list[str]) -> int:
         complain(name, str(error))
         return error.code
     except MailError as error:
-        complain(name, error.text)
+        complain(name, f"{error.text}: {ADVICE[error.is_temporary]}")
         return error.exit_code
     except BrokenPipeError:
         return EX_OK  # whoever read our output has seen enough
@@ -6738,6 +6767,10 @@ def main(argv: list[str]) -> int:
         return EX_OSERR
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT, as shells count
+    except Exception as error:  # noqa: BLE001 a traceback is nobody's message
+        text = f"{type(error).__name__}: {error}: a fault of minimta's, please report"
+        complain(name, text)
+        return EX_SOFTWARE
 
 
 if __name__ == "__main__":

@@ -319,7 +319,7 @@ BELOW_ROOT = ("alias_maps", "mail_spool_directory", "queue_directory", "maillog_
 
 
 def read_amount(text: str, units: dict[str, int]) -> int:
-    """`"1h30m"` or `"50M"` as a number of the smallest unit. Raises ValueError.
+    """`"1h30m"` or `"50M"` in the smallest unit. Raises ValueError.
 
     >>> read_amount("1h30m", TIME_UNITS), read_amount("10", SIZE_UNITS)
     (5400, 10)
@@ -393,7 +393,7 @@ def logical_lines(text: str) -> list[tuple[int, str]]:
 
 
 def host_defaults(host: str, root: str) -> tuple[dict, dict]:
-    """The defaults that hang on the host's name and the instance: texts, sources."""
+    """Defaults that hang on the host and the instance: texts, sources."""
     texts: dict[str, str] = {"myhostname": host}
     if root:
         texts.update(PRIVATE_DEFAULTS)
@@ -404,7 +404,7 @@ def host_defaults(host: str, root: str) -> tuple[dict, dict]:
 
 
 def complete(texts: dict) -> dict:
-    """`texts` with myhostname qualified and mydomain and mydestination filled."""
+    """`texts`, myhostname qualified, mydomain and mydestination filled."""
     host, domain = texts["myhostname"], texts.get("mydomain", "")
     if "." not in host:
         host = f"{host}.{domain or 'localdomain'}"
@@ -424,6 +424,22 @@ def unknown_setting(where: str, name: str, names: list[str]) -> ProgramError:
     return ProgramError(
         EX_CONFIG, f"{where}: unknown setting {printable(name, 60)}: {hint}"
     )
+
+
+def named_values(text: str, path: str) -> list[tuple[str, str, str]]:
+    """(where, setting, value) of each entry of a file. Raises ProgramError."""
+    names = {row.name.lower(): row.name for row in SETTINGS}
+    found = []
+    for number, line in logical_lines(text):
+        name, equals, value = line.partition("=")
+        where = f"{path}, line {number}"
+        if not equals or line[0] in " \t":
+            raise ProgramError(EX_CONFIG, f"{where}: need name = value")
+        known = names.get(name.strip().lower())
+        if known is None:
+            raise unknown_setting(where, name.strip(), list(names.values()))
+        found.append((where, known, value.strip()))
+    return found
 
 
 class Settings:
@@ -454,16 +470,8 @@ class Settings:
         Raises ProgramError EX_CONFIG.
         """
         texts, sources = host_defaults(host, root)
-        names = {row.name.lower(): row.name for row in SETTINGS}
-        for number, line in logical_lines(text):
-            name, equals, value = line.partition("=")
-            where = f"{path}, line {number}"
-            if not equals or line[0] in " \t":
-                raise ProgramError(EX_CONFIG, f"{where}: need name = value")
-            known = names.get(name.strip().lower())
-            if known is None:
-                raise unknown_setting(where, name.strip(), list(names.values()))
-            texts[known], sources[known] = value.strip(), where
+        for where, name, value in named_values(text, path):
+            texts[name], sources[name] = value, where
         for row in SETTINGS:
             variable = f"MINIMTA_{row.name.upper()}"
             if variable in environ:
@@ -487,13 +495,13 @@ class Settings:
         if "$" not in text or depth > 10:
             return text
         for row in sorted(SETTINGS, key=lambda row: -len(row.name)):
-            for spelling in ("${%s}" % row.name, f"${row.name}"):
+            for spelling in ("${" + row.name + "}", "$" + row.name):
                 if spelling in text:
                     text = text.replace(spelling, self.texts[row.name])
         return self.expand(text, depth + 1)
 
     def is_local(self, domain: str) -> bool:
-        """Whether mail for `domain` (or a literal of ours) is delivered here."""
+        """Whether mail for `domain` (or our literal) is delivered here."""
         domain = domain.lower().rstrip(".")
         if domain.startswith("["):
             ours = {f"[{name.strip('[]')}]" for name in self.inet_interfaces}
@@ -534,6 +542,11 @@ def os_bytes(text: str) -> bytes:
 def os_text(data: bytes) -> str:
     """`data` as text that os_bytes() turns back into the same bytes."""
     return data.decode("utf-8", "surrogateescape")
+
+
+def quoted(text: str) -> str:
+    """`text` as a quoted string, RFC 5322 section 3.2.4."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def is_atom_char(char: str) -> bool:
@@ -633,7 +646,7 @@ class Address(Value):
         local = self.local
         plain = local and all(is_atom_char(c) or c == "." for c in local)
         if not plain and (local or self.domain):
-            local = '"%s"' % local.replace("\\", "\\\\").replace('"', '\\"')
+            local = quoted(local)
         return f"{local}@{self.domain}" if self.domain else local
 
     def qualified(self, domain: str) -> Address:
@@ -647,6 +660,18 @@ class Address(Value):
         return self.local.isascii() and self.domain.isascii()
 
 
+def path_end(text: str) -> int:
+    """Where the > of a path is that `text` begins with. Raises MailError."""
+    is_quoted, place = False, 1
+    while place < len(text) and (is_quoted or text[place] != ">"):
+        if text[place] == '"':
+            is_quoted = not is_quoted
+        place += 2 if is_quoted and text[place] == "\\" else 1
+    if place >= len(text):
+        raise bad_address(text, "unbalanced angle bracket")
+    return place
+
+
 def parse_path(text: str) -> tuple[Address, str]:
     """(address, what follows) of a path `<...>`; a source route is dropped.
 
@@ -658,13 +683,7 @@ def parse_path(text: str) -> tuple[Address, str]:
         if rest and "=" not in rest:
             raise bad_address(text)
         return Address.parse(word), rest
-    is_quoted, place = False, 1
-    while place < len(text) and (is_quoted or text[place] != ">"):
-        place += is_quoted and text[place] == "\\"
-        is_quoted ^= text[place : place + 1] == '"' and text[place - 1] != "\\"
-        place += 1
-    if place >= len(text):
-        raise bad_address(text, "unbalanced angle bracket")
+    place = path_end(text)
     inner = text[1:place]
     if inner.startswith("@"):  # source route, RFC 5321 appendix C: ignored
         route, colon, inner = inner.partition(":")
@@ -726,13 +745,13 @@ class AddressScanner:
         if self.place >= len(self.text):
             raise bad_address(self.text, "unbalanced quotation mark")
         self.place += 1
-        self.keep('"%s"' % self.text[start : self.place - 1])
+        self.keep(self.text[start - 1 : self.place])
 
     def literal(self, _: str) -> None:
         """Keeps a domain literal whole: it may hold a colon."""
         end = self.text.find("]", self.place)
         end = len(self.text) if end < 0 else end
-        self.keep("[%s]" % self.text[self.place : end])
+        self.keep(f"[{self.text[self.place : end]}]")
         self.place = end + 1
 
     def open_angle(self, _: str) -> None:
@@ -790,7 +809,7 @@ DAYS = "Mon Tue Wed Thu Fri Sat Sun".split()
 
 
 def asctime(seconds: float) -> str:
-    """`"Wed Feb 19 05:10:01 2025"`, local time, never in the locale's words."""
+    """`"Wed Feb 19 05:10:01 2025"`, local time, in no locale's words."""
     t = time.localtime(seconds)
     return (
         f"{DAYS[t.tm_wday]} {MONTHS[t.tm_mon - 1]} {t.tm_mday:2} "
@@ -830,7 +849,7 @@ class DotReader:
         self.has_begun = False
 
     def feed(self, data: bytes) -> bytes:
-        """The message bytes that `data` completes (b"" once there is a fault)."""
+        """Message bytes that `data` completes; b"" once there is a fault."""
         text = self.held + data
         end = text.find(b"\r\n.\r\n")
         if end >= 0:
@@ -875,7 +894,7 @@ class InputReader:
         self.ended = False
 
     def feed(self, data: bytes) -> bytes:
-        """The message bytes that `data` completes; b"" as data ends the input."""
+        """Message bytes that `data` completes; b"" as data is the end."""
         text = self.held + data
         self.held = b""
         if data and text.endswith(b"\r"):
@@ -965,7 +984,7 @@ class Header:
 
 
 def drop_from_lines(block: bytes) -> bytes:
-    """`block` without leading `From ` and `>From ` lines, as Postfix drops them."""
+    """`block` without leading `From ` and `>From ` lines, as in Postfix."""
     while block.lstrip(b">").startswith(b"From "):
         block = block.partition(b"\n")[2]
     return block
@@ -998,7 +1017,7 @@ def display_name(text: str) -> str:
         return encoded_word(clean)
     if all(is_atom_char(c) and c != "." or c == " " for c in clean):
         return clean
-    return '"%s"' % clean.replace("\\", "\\\\").replace('"', '\\"')
+    return quoted(clean)
 
 
 def gecos_name(gecos: str, login: str) -> str:
@@ -1147,8 +1166,8 @@ MAX_DEPTH = 20  # aliases and forwards behind one another
 class Target(Value):
     """One destination in an alias or .forward.
 
-    `kind`: address (text is an address, may be bare), user (`\\name`: not
-    aliased further), null (/dev/null), file, pipe, include.
+    `kind`: address (text is an address, may be bare), user (a name behind
+    a backslash: not aliased further), null (/dev/null), file, pipe, include.
     """
 
     __slots__ = ("kind", "text")
@@ -1210,12 +1229,12 @@ def split_items(text: str) -> list[str]:
 
 
 def parse_targets(text: str) -> tuple[Target, ...]:
-    """The targets of an alias's value or a .forward line. Raises ValueError."""
+    """Targets of an alias's value or a .forward line. Raises ValueError."""
     return tuple(Target.parse(item) for item in split_items(text))
 
 
 def split_key(line: str) -> tuple[str, str]:
-    """(name, value) of an aliases line; the name folded, its quotes taken off."""
+    """(name, value) of an aliases line; the name folded and unquoted."""
     end = line.find('"', 1) + 1 if line.startswith('"') else 0
     colon = line.find(":", end)
     if colon < 0:
@@ -1540,6 +1559,11 @@ MAX_COMMAND = 1024  # bytes with CRLF; RFC 5321 4.5.3.1.4 wants at least 512
 MAX_ERRORS = 20  # Postfix smtpd_hard_error_limit
 
 
+def is_absent(value: str | None) -> bool:
+    """Whether a parameter was given without a value."""
+    return value is None
+
+
 def is_size(text: str) -> bool:
     """Whether `text` is a SIZE= value, RFC 1870 section 5."""
     return text.isascii() and text.isdigit() and len(text) <= 20
@@ -1549,25 +1573,22 @@ def is_size(text: str) -> bool:
 MAIL_PARAMETERS = {
     "SIZE": lambda value: bool(value) and is_size(value),
     "BODY": lambda value: bool(value) and value.upper() in ("7BIT", "8BITMIME"),
-    "SMTPUTF8": lambda value: value is None,
+    "SMTPUTF8": is_absent,
     "AUTH": bool,  # read and given no weight, RFC 4954 section 5
 }
 
 
-def read_parameters(text: str, known: object) -> dict[str, str | None]:
+def read_parameters(text: str, known: dict) -> dict[str, str | None]:
     """ESMTP parameters as keyword -> value (None without `=`).
 
-    Raises KeyError for one that is not known, ValueError for a bad or doubled
-    one.
+    `known` maps a keyword to a check of its value. Raises KeyError for one
+    that is not known, ValueError for a bad or doubled one.
     """
     found: dict[str, str | None] = {}
     for word in text.split():
         name, equals, value = word.partition("=")
         name = name.upper()
-        if name not in known:
-            raise KeyError(name)
-        check = known[name] if isinstance(known, dict) else lambda value: value is None
-        if name in found or not check(value if equals else None):
+        if not known[name](value if equals else None) or name in found:
             raise ValueError(word)
         found[name] = value if equals else None
     return found
@@ -1608,7 +1629,7 @@ class Reply(Value):
 
     @classmethod
     def refusal(cls, error: MailError) -> Reply:
-        """The reply for a failure: its status, and a code of the same class."""
+        """The reply for a failure: its status, a code of the same class."""
         codes = {"5.3.4": 552, "4.3.1": 452, "5.1.3": 501, "5.7.1": 554}
         usual = 451 if error.is_temporary else 550
         code = codes.get(error.status, usual)
@@ -1645,6 +1666,14 @@ TOO_MANY_SESSIONS = Reply(421, "4.7.0", "Error: too many connections", action="c
 TIMED_OUT = Reply(421, "4.4.2", "Error: timeout exceeded", action="close")
 CLOSING_DOWN = Reply(421, "4.3.2", "Service going down", action="close")
 NOT_SMTP = Reply(500, "5.5.2", "Error: this is SMTP", action="close")
+
+
+class Refusal(Exception):
+    """Ends a command with a reply."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply.lines[0])
+        self.reply = reply
 
 
 class Client(Value):
@@ -1725,14 +1754,23 @@ class Session:
         ):
             reply = UNKNOWN_COMMAND
         else:
-            reply = command(self, text)
+            reply = self.carry_out(command, text)
         return self.counted(reply, os_text(verb).upper())
+
+    def carry_out(self, command: object, text: str) -> Reply:
+        """One command; what it raises is its reply too."""
+        try:
+            return command(self, text)
+        except Refusal as refusal:
+            return refusal.reply
+        except MailError as error:
+            return Reply.refusal(error)
 
     def counted(self, reply: Reply, verb: str) -> Reply:
         """`reply`, unless it is one error too many; notes refusals."""
         if not reply.is_error:
             return reply
-        self.errors += 1
+        self.errors += not self.client.is_local
         if verb in ("MAIL", "RCPT", "DATA") and reply.code != 503:
             self.notes.append(self.rejection(verb, reply))
         return TOO_MANY_ERRORS if self.errors > MAX_ERRORS else reply
@@ -1776,24 +1814,14 @@ class Session:
             return NEED_HELO
         if self.transaction:
             return NESTED_MAIL
-        if text[:5].upper() != "FROM:":
-            return MAIL_SYNTAX
-        try:
-            sender, rest = parse_path(text[5:])
-            options = read_parameters(rest, MAIL_PARAMETERS)
-        except MailError as error:
-            return Reply.refusal(error)
-        except KeyError:
-            return UNKNOWN_PARAMETER
-        except ValueError:
-            return BAD_PARAMETER
+        sender, options = self.read_path(text, "FROM:", MAIL_SYNTAX, MAIL_PARAMETERS)
         size = int(options.get("SIZE") or 0)
         if size > self.settings.message_size_limit:
             return TOO_BIG
         if not sender.is_ascii and "SMTPUTF8" not in options:
             return NEEDS_UTF8
         if self.room() - size < self.settings.queue_minfree:
-            return Reply.refusal(MailError("4.3.1", "Insufficient system storage"))
+            raise MailError("4.3.1", "Insufficient system storage")
         body = options.get("BODY", "").upper()
         self.transaction = Transaction(sender, body, "SMTPUTF8" in options)
         return SENDER_OK
@@ -1803,30 +1831,35 @@ class Session:
         transaction = self.transaction
         if not transaction:
             return NEED_MAIL
-        if text[:3].upper() != "TO:":
-            return RCPT_SYNTAX
         limit = self.settings.smtpd_recipient_limit
         if len(transaction.recipients) >= limit and not self.client.is_local:
             return TOO_MANY_RECIPIENTS
-        try:
-            recipient, rest = parse_path(text[3:])
-            self.target = str(recipient)
-            # A local submitter that has good recipients too may hand over an
-            # unknown one to be bounced: its exit code cannot tell of both.
-            known = ("XBOUNCE",) if self.client.is_local else ()
-            options = read_parameters(rest, known)
-            if not recipient.is_ascii and not transaction.is_utf8:
-                return NEEDS_UTF8
-            self.check(recipient, "XBOUNCE" in options)
-        except MailError as error:
-            transaction.was_refused = True
-            return Reply.refusal(error)
-        except KeyError:
-            return UNKNOWN_PARAMETER
-        except ValueError:
-            return BAD_PARAMETER
+        transaction.was_refused = True  # until it is not
+        # A local submitter that has good recipients too may hand over an
+        # unknown one to be bounced: its exit code cannot tell of both.
+        known = {"XBOUNCE": is_absent} if self.client.is_local else {}
+        recipient, options = self.read_path(text, "TO:", RCPT_SYNTAX, known)
+        self.target = str(recipient)
+        if not recipient.is_ascii and not transaction.is_utf8:
+            return NEEDS_UTF8
+        self.check(recipient, "XBOUNCE" in options)
+        transaction.was_refused = False
         transaction.recipients.append(str(recipient.qualified(self.settings.myorigin)))
         return RECIPIENT_OK
+
+    def read_path(
+        self, text: str, prefix: str, syntax: Reply, known: dict
+    ) -> tuple[Address, dict]:
+        """(address, parameters) of MAIL or RCPT. Raises Refusal, MailError."""
+        if text[: len(prefix)].upper() != prefix:
+            raise Refusal(syntax)
+        address, rest = parse_path(text[len(prefix) :])
+        try:
+            return address, read_parameters(rest, known)
+        except KeyError:
+            raise Refusal(UNKNOWN_PARAMETER) from None
+        except ValueError:
+            raise Refusal(BAD_PARAMETER) from None
 
     def check(self, recipient: Address, may_bounce: bool) -> None:
         """Raises MailError if mail to `recipient` is not taken."""
@@ -1841,9 +1874,10 @@ class Session:
                 may_wait = error.is_temporary and self.client.is_local
                 if not (may_bounce or may_wait):
                     raise self.rejected(recipient, error) from None
-        elif not self.client.may_relay:
-            if not self.settings.may_relay_to(recipient.domain):
-                raise MailError("5.7.1", f"<{recipient}>: Relay access denied")
+        elif not (
+            self.client.may_relay or self.settings.may_relay_to(recipient.domain)
+        ):
+            raise MailError("5.7.1", f"<{recipient}>: Relay access denied")
 
     def rejected(self, recipient: Address, error: MailError) -> MailError:
         """`error` in the words that fail2ban and log readers look for."""
@@ -1994,7 +2028,7 @@ class Report:
         return os_bytes(text) + self.header
 
     def fields(self, queue_id: str, now: float) -> bytes:
-        """Its own header. Auto-Submitted keeps autoresponders quiet, RFC 3834."""
+        """Its own header; Auto-Submitted quiets autoresponders, RFC 3834."""
         rows = (
             ("Date", rfc_date(now)),
             ("From", f"Mail Delivery System <MAILER-DAEMON@{self.host}>"),
@@ -2156,7 +2190,7 @@ class User(Value):
 
 
 class Users:
-    """The user database: the system's, or `ROOT/etc/passwd` where it exists."""
+    """The user database: the system's, or `ROOT/etc/passwd` if it exists."""
 
     def __init__(self, root: str = "") -> None:
         path = f"{root}/etc/passwd"
@@ -2267,7 +2301,7 @@ def drop_rights(user: User) -> None:
 
 
 def preload(*names: str) -> None:
-    """Imports modules while their files can be read, before rights are dropped.
+    """Imports modules before rights are dropped, while they can be read.
 
     What is missing here shows where it is used.
     """
@@ -2291,7 +2325,7 @@ def queue_owner(settings: Settings, users: Users) -> User:
         else ["minimta", "daemon", "nobody"]
     )
     for name in names:
-        # Not the private instance's: this is a system user that owns processes.
+        # Not the private instance's: a user of the system, for processes.
         user = Users().exact(name)
         if user and user.uid != 0:
             return user
@@ -2357,7 +2391,7 @@ def storage_error(error: OSError) -> MailError:
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Writes all of `data`: a disk that fills up writes less than it is given."""
+    """Writes all of `data`: a disk that fills up takes less than that."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
@@ -2568,7 +2602,7 @@ class Spool:
         return sorted(name for name in os.listdir(self.path("queue")) if is_id(name))
 
     def open(self, queue_id: str, folder: str = "queue") -> QueueFile:
-        """Opens a message. Raises FileNotFoundError, ValueError (not a message)."""
+        """Opens a message. Raises FileNotFoundError, ValueError (is none)."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         fd = os.open(self.path(folder, queue_id), flags)
         try:
@@ -2601,7 +2635,7 @@ class Spool:
             return []
 
     def note(self, queue_id: str, attempts: list[Attempt], durable: bool) -> None:
-        """Appends to the journal. `durable` if a repetition would be a double."""
+        """Appends to the journal; `durable` if to repeat were to double."""
         path = self.path("journal", queue_id)
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(path, flags, 0o600)
@@ -2678,7 +2712,7 @@ class Maildrop:
         self.directory = f"{directory}/maildrop"
 
     def sync(self) -> None:
-        """Makes a new name durable; nobody may open this directory to fsync it."""
+        """Makes a new name durable; nobody may open the directory to fsync."""
         os.sync()
 
     def path(self, folder: str, name: str = "") -> str:
@@ -2696,7 +2730,7 @@ class Maildrop:
             raise storage_error(error) from None
 
     def take(self, name: str, limit: int) -> tuple[int, QueueFile]:
-        """(uid of its owner, the file) of one drop. Raises ValueError, OSError.
+        """(its owner's uid, the file) of one drop. Raises ValueError, OSError.
 
         Hostile until shown otherwise: no link, no device, one name, complete.
         """
@@ -2845,7 +2879,7 @@ class AliasDatabase:
         return table
 
     def replace(self, items: list[tuple[str, str]]) -> None:
-        """Builds beside the database and moves what was built into its place."""
+        """Builds beside the database and moves that into its place."""
         import dbm
         import tempfile
 
@@ -2862,7 +2896,7 @@ class AliasDatabase:
         sync_folder(folder)
 
     def move(self, aside: str, folder: str, base: str, built: list[str]) -> None:
-        """Puts the built files in place; the one that makes it visible last."""
+        """Puts the built files in place; what makes it visible comes last."""
         stale = [base + e for e in self.ENDINGS if base + e not in built]
         visible = [name for name in built if name.endswith(".dir")]
         for name in [*stale, *(visible if len(built) > 1 else [])]:
@@ -2881,7 +2915,7 @@ class AliasDatabase:
 
 
 class ForwardFiles:
-    """Reads ~/.forward with its owner's rights; read() is all there is to it."""
+    """Reads ~/.forward with its owner's rights; read() is all it does."""
 
     MAX_SIZE = 1 << 16  # bytes
 
@@ -3155,7 +3189,7 @@ class Mailbox:
             raise MailError("4.2.2", f"mailbox {self.path} is full")
 
     def cut_nuls(self) -> None:
-        """Cuts off a run of NULs at the end: a size written without its data."""
+        """Cuts NULs off the end: a size was written without its data."""
         size = end = os.fstat(self.fd).st_size
         while end and os.pread(self.fd, 1, end - 1) == b"\0":
             start = max(0, end - BLOCK)
@@ -3164,7 +3198,7 @@ class Mailbox:
             os.ftruncate(self.fd, end)
 
     def pad(self) -> None:
-        """Ends a foreign half message with an empty line, so that ours is seen."""
+        """Ends a foreign half message with an empty line: ours is seen."""
         size = os.fstat(self.fd).st_size
         tail = os.pread(self.fd, 3, max(0, size - 3))
         if size and not tail.endswith((b"\n\n", b"\n\r\n")):
@@ -3182,7 +3216,7 @@ class Mailbox:
             raise self.failure(error) from None
 
     def sync(self) -> None:
-        """Makes what was appended durable. Raises MailError: then it is gone."""
+        """Makes what was appended durable, or takes it back: MailError."""
         try:
             self.mbox.flush()
             if self.is_new:
@@ -3314,7 +3348,7 @@ class Folder:
         self.find_messages()
 
     def find_messages(self) -> None:
-        """Notes where each message begins: a From_ line behind an empty one."""
+        """Notes where messages begin: a From_ line behind an empty one."""
         import re
 
         pattern = re.compile(rb"^From [^\n]*\d\d:\d\d[^\n]*\d{4}", re.MULTILINE)
@@ -3353,7 +3387,7 @@ class Folder:
         return first + b"\n" + bytes(header) + b"\n" + body
 
     def write(self) -> int:
-        """Drops what is deleted or saved, writes each Status; returns how many.
+        """Drops what is deleted or saved, writes each Status; how many stay.
 
         In place, so that owner, mode and inode stay; the old end of the file
         is kept beside it until the new one is durable. Raises ProgramError.
@@ -3388,7 +3422,7 @@ class Folder:
         return self.size
 
     def replace_tail(self, offset: int, kept: list[FolderMessage]) -> None:
-        """Writes the file anew from `offset`; safe against a kill in between."""
+        """Writes the file anew from `offset`; a kill in between is safe."""
         end = os.fstat(self.fd).st_size
         if offset == self.size:
             return
@@ -3601,7 +3635,7 @@ class Destination(Value):
 
 
 class Router:
-    """Expands recipients by aliases, users and ~/.forward; resolve() is the door.
+    """Expands recipients by aliases, users, ~/.forward: resolve().
 
     `forwards` reads .forward files, or is None where that is not allowed (the
     SMTP server's process, a user's `sendmail`).
@@ -3712,7 +3746,7 @@ class Router:
     def expand_user(
         self, address: Address, trail: tuple, seen: tuple, is_plain: bool = False
     ) -> list[Destination]:
-        """Destinations of a local user: what ~/.forward says, or the mailbox."""
+        """Destinations of a user: what ~/.forward says, or the mailbox."""
         user = self.find_user(address.local)
         if user is None:
             return self.expand_stranger(address, trail, seen)
@@ -3742,7 +3776,7 @@ class Router:
         return [self.failed(address, "5.1.1", f'unknown user: "{address.local}"')]
 
     def forward_text(self, user: User) -> str:
-        """What a user's .forward says, its comments gone; "" for the mailbox."""
+        """What a user's .forward says, comments gone; "" for the mailbox."""
         if self.forwards is None:
             return ""
         text, why = self.forwards.read(user)
@@ -3753,7 +3787,7 @@ class Router:
     def expand_forward(
         self, text: str, mailbox: Destination, trail: tuple, seen: tuple
     ) -> list[Destination]:
-        """Destinations of a .forward; a line that cannot be read means the mailbox.
+        """Destinations of a .forward; a line that is none means the mailbox.
 
         For the user's typo the sender is not to blame.
         """
@@ -3898,7 +3932,7 @@ class ActiveMessage:
 
 
 class Delivery:
-    """Local couriers. `suspects` are queue ids that may be delivered already."""
+    """Local couriers; `suspects` are ids that may be delivered already."""
 
     def __init__(self, settings: Settings, users: Users, suspects: set[str]) -> None:
         self.settings = settings
@@ -3965,13 +3999,21 @@ class Delivery:
             return None
         if seen.st_mode & 0o020:
             return seen.st_gid
-        if seen.st_uid == 0 and not os.path.lexists(path):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-            fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
-            os.fchown(fd, user.uid, user.gid)
-            os.close(fd)
-            sync_folder(folder)
+        if seen.st_uid == 0:
+            self.make_mailbox(path, user)
         return None
+
+    def make_mailbox(self, path: str, user: User) -> None:
+        """Makes an empty mailbox, or gives away what a kill left root's."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(path, flags, 0o600)
+        try:
+            seen = os.fstat(fd)
+            if seen.st_uid == 0 and seen.st_size == 0 and seen.st_nlink == 1:
+                os.fchown(fd, user.uid, user.gid)
+                sync_folder(os.path.dirname(path))
+        finally:
+            os.close(fd)
 
 
 class RelayJob:
@@ -4195,14 +4237,14 @@ class QueueRunner:
                 return  # no room: it stays where it is
 
     def spool_away(self, drop: Maildrop, name: str) -> None:
-        """Moves a drop that is no message out of the way, never following it."""
+        """Moves a drop that is no message away, never following it."""
         try:
             os.rename(f"{drop.directory}/{name}", self.spool.path("corrupt", name))
         except OSError:
             return
 
     def take_drop(self, drop: Maildrop, name: str) -> None:
-        """Copies one drop; what it says of itself counts for nothing but mail."""
+        """Copies one drop; only its owner is believed, not what it says."""
         limit = self.settings.message_size_limit + MAX_ENVELOPE
         uid, file = drop.take(name, limit)
         with file:
@@ -4319,7 +4361,7 @@ class QueueRunner:
         self.start_relays()
 
     def settle(self, message: ActiveMessage) -> None:
-        """Draws the consequences of an attempt: reports, journal, next time."""
+        """Draws the consequences of an attempt: report, journal, next time."""
         try:
             with message.file:
                 self.conclude(message)
@@ -4329,7 +4371,7 @@ class QueueRunner:
             self.retry(message, message.now + self.settings.minimal_backoff_time)
 
     def conclude(self, message: ActiveMessage) -> None:
-        """What settle() does, when nothing goes wrong. Raises OSError, MailError."""
+        """What settle() does if all goes well. Raises OSError, MailError."""
         queue_id, now = message.queue_id, time.time()
         is_locked_out = self.leave_locked(message)
         if self.is_expired(message):
@@ -4408,7 +4450,7 @@ class QueueRunner:
         self.log.line("qmgr", text)
 
     def report(self, message: ActiveMessage, failed: list[Task], now: float) -> None:
-        """Queues a report of what failed, before it is written down as bounced.
+        """Queues a report of what failed, before it is noted as bounced.
 
         Its id derives from the message's: after a crash in between it is
         found, and not written twice. The null sender gets none (RFC 5321
@@ -4475,7 +4517,7 @@ class QueueRunner:
                 self.listen(wake) if fd == wake else self.hear(fd)
 
     def wait_for_relays(self, seconds: float) -> None:
-        """Hears out the relays: what they sent and nobody noted is sent twice."""
+        """Hears out the relays: what they send unheard is sent twice."""
         import select
 
         end = time.monotonic() + seconds
@@ -4518,7 +4560,7 @@ class Gone(Exception):
 
 
 class PipeStream:
-    """Standard input and output as a stream, for -bs; LF is as good as CRLF."""
+    """Standard input and output as a stream, for -bs; LF may end lines."""
 
     def recv(self, size: int) -> bytes:
         """Some bytes, b"" at the end."""
@@ -4552,7 +4594,7 @@ class Desk:
 
 
 class Conversation:
-    """One client's session over a stream: reads, feeds the Session, answers."""
+    """One client's session on a stream: reads, feeds Session, answers."""
 
     def __init__(self, desk: Desk, stream: object, client: Client) -> None:
         self.desk = desk
@@ -4828,7 +4870,7 @@ class SmtpServer:
         self.pool.wait(patience or GRACE)
 
     def make_server(self, listener: object) -> object:
-        """A socketserver.TCPServer on a bound socket, handing over to the pool."""
+        """A socketserver.TCPServer on a bound socket, feeding the pool."""
         import socketserver  # 10 ms; only the daemon needs it
 
         pool, refuse = self.pool, self.refuse
@@ -4928,7 +4970,7 @@ class House:
 
 
 class SubmitSocket:
-    """The daemon's submit socket: SMTP, where the kernel says who is calling."""
+    """The daemon's submit socket: SMTP; the kernel says who is calling."""
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
@@ -5185,7 +5227,7 @@ class Submission:
         return queue_id
 
     def by_maildrop(self, letter: Letter) -> str:
-        """Into the maildrop, where a daemon or root's `sendmail -q` finds it."""
+        """Into the maildrop, where a daemon or root's `sendmail -q` looks."""
         drop = Maildrop(self.settings.queue_directory)
         try:
             with drop.create(self.envelope(letter)) as draft:
@@ -5300,7 +5342,7 @@ class Daemon:
         ]
 
     def open(self) -> None:
-        """Makes the queue, locks it, binds the sockets. Raises ProgramError."""
+        """Makes the queue, locks it, binds sockets. Raises ProgramError."""
         import signal
 
         self.spool.make()
@@ -5320,7 +5362,7 @@ class Daemon:
         )
 
     def bind_all(self) -> None:
-        """Binds the addresses of the settings, keeping those that are bound."""
+        """Binds the settings' addresses, keeping those that are bound."""
         settings = self.house.settings
         wanted = [
             (name.strip("[]"), settings.smtpd_port) for name in settings.inet_interfaces
@@ -5453,7 +5495,7 @@ class Daemon:
         return READ_TIMEOUT if only_reload else 0
 
     def announce(self, word: str) -> None:
-        """Tells the runner of a queue id, or to flush; a full pipe may drop it."""
+        """Tells the runner an id, or to flush; a full pipe may drop it."""
         try:
             os.write(self.announce_end, os_bytes(word + "\n"))
         except OSError:
@@ -5588,7 +5630,7 @@ def body_text(header: Header, limit: int = 1 << 24) -> str:
 
 
 class Terminal:
-    """Standard input and output: lines in, text out, prompts where a person is."""
+    """Standard input and output; prompts only where a person is."""
 
     def __init__(self) -> None:
         self.is_interactive = os.isatty(0)
@@ -5633,7 +5675,7 @@ def settings_address(house: House) -> str:
 def unique_word(now: float) -> str:
     """The left side of a Message-ID."""
     t = time.gmtime(now)
-    stamp = f"{t.tm_year}{t.tm_mon:02}{t.tm_mday:02}{t.tm_hour:02}{t.tm_min:02}{t.tm_sec:02}"
+    stamp = time.strftime("%Y%m%d%H%M%S", t)  # digits only: no locale in them
     return f"{stamp}.{os.urandom(6).hex().upper()}"
 
 
@@ -5732,24 +5774,23 @@ def unquoted(text: str) -> str:
     )
 
 
+def others_in(header: Header, house: House, *names: str) -> list[str]:
+    """The addresses in these fields that are not the caller's own."""
+    found: list[str] = []
+    for value in (value for name in names for value in header.values(name)):
+        for address in header_addresses(value):
+            is_own = address.local == house.user.name
+            is_own = is_own and house.settings.is_local(address.domain)
+            if not is_own and str(address) not in found:
+                found.append(str(address))
+    return found
+
+
 def reply_fields(header: Header, house: House) -> list[tuple[str, str]]:
     """The header of an answer to everybody but oneself."""
-    own = Address(house.user.name, house.settings.myorigin)
-
-    def others(*names: str) -> list[str]:
-        found: list[str] = []
-        for value in (value for name in names for value in header.values(name)):
-            for address in header_addresses(value):
-                is_own = address.local == own.local and house.settings.is_local(
-                    address.domain
-                )
-                if not is_own and str(address) not in found:
-                    found.append(str(address))
-        return found
-
     author = "reply-to" if header.has("reply-to") else "from"
-    to = others(author, "to") or [str(own)]
-    copies = [name for name in others("cc") if name not in to]
+    to = others_in(header, house, author, "to") or [settings_address(house)]
+    copies = [name for name in others_in(header, house, "cc") if name not in to]
     subject = decoded(" ".join(header.values("subject")[:1]))
     if not subject.lower().startswith("re:"):
         subject = f"Re: {subject}"
@@ -5855,23 +5896,25 @@ class MailReader:
         """
         found: list[int] = []
         for word in text.replace(",", " ").split() or [str(self.dot)]:
-            low, dash, high = word.partition("-")
-            if word == "*":
-                picked = [n for n, m in enumerate(self.messages, 1) if not m.state]
-            elif dash and low:
-                first, last = self.number(low), self.number(high)
-                picked = list(range(first, last + 1))
-            else:
-                picked = [self.number(word)]
-            found += [n for n in picked if n not in found]
+            found += [n for n in self.range(word) if n not in found]
         for number in found:
             if not 0 < number <= len(self.messages):
                 raise ValueError(f"{number}: Invalid message number")
-            if (self.messages[number - 1].state == "deleted") != is_deleted:
+            if self.is_gone(number) != is_deleted:
                 raise ValueError(f"{number}: Inappropriate message")
         if not found:
             raise ValueError("No applicable messages")
         return found
+
+    def range(self, word: str) -> list[int]:
+        """The numbers that one word of a list names: `3`, `2-4`, `*`."""
+        if word == "*":
+            return [n for n, m in enumerate(self.messages, 1) if not m.state]
+        low, dash, high = word.partition("-")
+        if dash and low:
+            last = min(self.number(high), len(self.messages) + 1)
+            return list(range(self.number(low), last + 1))
+        return [self.number(word)]
 
     def number(self, word: str) -> int:
         """One message's number: digits, `.`, `$`, `^`, `+`, `-`."""
@@ -5890,7 +5933,7 @@ class MailReader:
         number = self.numbers(rest)[0] if rest else max(1, self.dot)
         start = (number - 1) // SCREEN * SCREEN
         for place in range(start, min(start + SCREEN, len(self.messages))):
-            if not self.messages[place].state == "deleted":
+            if not self.is_gone(place + 1):
                 self.terminal.say(self.summary(place + 1) + "\n")
 
     def summary(self, number: int) -> str:
@@ -5928,7 +5971,7 @@ class MailReader:
 
     def is_gone(self, number: int) -> bool:
         """Whether a message is deleted."""
-        return 0 < number and self.messages[number - 1].state == "deleted"
+        return number > 0 and self.messages[number - 1].state == "deleted"
 
     def show(self, rest: str) -> None:
         """Prints messages."""
@@ -5980,7 +6023,7 @@ class MailReader:
         composer.send("", fields, composer.read_body())
 
     def save(self, rest: str) -> None:
-        """Appends messages to a file: s [list] file. They leave the mailbox at q."""
+        """Appends messages to a file: s [list] file; they leave at q."""
         numbers, path = self.split_file(rest)
         pieces = []
         for number in numbers:
@@ -6043,7 +6086,7 @@ class MailReader:
             plural = "" if kept == 1 else "s"
             self.terminal.say(f"Held {kept} message{plural} in {self.folder.path}\n")
 
-    # Abbreviation and name -> what it does, in the order of POSIX; ? prints it.
+    # Abbreviation and name -> what it does; ? prints it.
     COMMANDS = (
         ("n next", next),
         ("p t print type", show),
@@ -6080,7 +6123,7 @@ SENDMAIL_FLAGS = {
 
 
 class SendmailOptions:
-    """sendmail's command line, read: options in any order, recipients anywhere.
+    """sendmail's command line: options in any order, recipients anywhere.
 
     Every flag of any sendmail is taken; those with no meaning here are
     ignored. Raises ProgramError EX_USAGE for one that nobody ever had.
@@ -6209,7 +6252,7 @@ class SendmailOptions:
 
 
 def read_sender(house: House, text: str | None) -> Address:
-    """The envelope sender that -f gives, or the caller's. Raises ProgramError."""
+    """The sender that -f gives, or the caller's. Raises ProgramError."""
     origin = house.settings.myorigin
     if text is None:
         return Address(house.user.name, origin)
@@ -6244,7 +6287,7 @@ def read_recipients(house: House, words: list[str]) -> list[Address]:
 
 
 def read_input(dot_ends: bool) -> object:
-    """Standard input as message chunks (LF). Raises ProgramError EX_NOINPUT."""
+    """Standard input as message chunks (LF). Raises ProgramError."""
     reader = InputReader(dot_ends)
     while not reader.ended:
         try:
@@ -6258,7 +6301,7 @@ def read_input(dot_ends: bool) -> object:
 
 
 def read_header(chunks: object) -> Header:
-    """The header at the start of `chunks`; `rest` is what was read beyond it."""
+    """The header at the start of `chunks`; `rest` was read beyond it."""
     block = b""
     for chunk in chunks:
         block += chunk
@@ -6738,7 +6781,7 @@ def open_standard_files() -> bool:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the program named by argv[0], else by argv[1]; returns its exit code.
+    """Runs the program that argv[0] names, else argv[1]; its exit code.
 
     The only place that turns an error into a line on stderr.
     """

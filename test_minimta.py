@@ -1859,10 +1859,10 @@ DIALOGUES = {
         S: 220
         C: FROBNICATE
         S: 50
-        C: GET / HTTP/1.1
-        S: 50
         C: NOOP
         S: 250
+        C: GET / HTTP/1.1
+        S: 500 5.5.2
     """,
     "VRFY tells nothing": """
         S: 220

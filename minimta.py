@@ -3955,8 +3955,9 @@ class Delivery:
                 task.message.is_busy = True
         except MailError as error:
             self.fail(tasks, error)
-        except OSError as error:
-            self.fail(tasks, MailError("4.2.0", f"mailbox {path}: {error.strerror}"))
+        except Exception as error:  # noqa: BLE001 one mailbox must not stop the others
+            why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            self.fail(tasks, MailError("4.2.0", f"mailbox {path}: {why}"))
 
     def append(self, mailbox: Mailbox, tasks: list[Task]) -> None:
         """The batch itself, inside the lock."""
@@ -4309,9 +4310,7 @@ class QueueRunner:
         """Makes the tasks of a batch and does them, by mailbox and by host."""
         mailboxes: dict[str, list[Task]] = {}
         for message in batch:
-            for task in message.plan(self.router, self.settings.hopcount_limit):
-                if task.done or task.error:
-                    continue
+            for task in self.plan(message):
                 if task.destination.kind == "mailbox":
                     mailboxes.setdefault(task.destination.user.name, []).append(task)
                 else:
@@ -4319,6 +4318,20 @@ class QueueRunner:
         for tasks in mailboxes.values():
             self.delivery.to_mailbox(tasks[0].destination.user, tasks)
         self.start_relays()
+
+    def plan(self, message: ActiveMessage) -> list[Task]:
+        """What is left to do of a message; one that cannot be planned waits."""
+        try:
+            tasks = message.plan(self.router, self.settings.hopcount_limit)
+        except Exception as error:  # noqa: BLE001 one message must not stop the others
+            text = f"{type(error).__name__}: {error}"
+            for name in message.file.envelope.recipients:
+                failure = MailError("4.3.0", f"cannot be routed: {text}")
+                task = Task(message, Destination("error", name, error=failure))
+                task.recipients.append(name)
+                message.tasks[task.destination.key] = task
+            return []
+        return [task for task in tasks if not (task.done or task.error)]
 
     def plan_relay(self, task: Task) -> None:
         """Puts a remote task in line, if there is a way out."""
@@ -4365,7 +4378,7 @@ class QueueRunner:
         try:
             with message.file:
                 self.conclude(message)
-        except (OSError, MailError) as error:
+        except Exception as error:  # noqa: BLE001 one message must not stop the others
             # The queue's disk fails: the message stays, and is tried again.
             self.log.warning("qmgr", f"{message.queue_id}: {error}")
             self.retry(message, message.now + self.settings.minimal_backoff_time)
@@ -4650,17 +4663,16 @@ class Conversation:
         """
         if b"\n" not in self.buffer:
             self.buffer += self.receive()
+        *lines, self.buffer = self.buffer.split(b"\n")
         replies = []
-        while b"\n" in self.buffer:
-            line, _, self.buffer = self.buffer.partition(b"\n")
+        for number, line in enumerate(lines, 1):
             reply = self.answer(line)
             replies.append(reply)
             if reply.action:
                 self.say(*replies)
-                replies = []
+                self.buffer = b"\n".join([*lines[number:], self.buffer])
                 self.act(reply.action)
-                if reply.action == "close":
-                    return False
+                return reply.action != "close"
         if len(self.buffer) > MAX_COMMAND:
             self.is_skipping, self.buffer = True, b""  # the rest is no command
         if replies:
@@ -5269,6 +5281,7 @@ class Submission:
 # Failures: ProgramError before it is up; afterwards a line in the log.
 
 BACKLOG = 512  # connections that wait to be accepted
+LOCK_PATIENCE = 2  # seconds
 LONGEST_REST = 60  # seconds before a process that keeps dying is started again
 
 
@@ -5346,7 +5359,13 @@ class Daemon:
         import signal
 
         self.spool.make()
+        # A daemon that was killed holds its lock until the kernel is done
+        # with it: wait a moment before taking it for alive.
+        give_up = time.monotonic() + LOCK_PATIENCE
         self.lock = take_lock(self.spool)
+        while self.lock is None and time.monotonic() < give_up:
+            time.sleep(0.05)
+            self.lock = take_lock(self.spool)
         if self.lock is None:
             where = self.spool.directory
             why = f"another minimta runs the queue {where}: stop that one first"

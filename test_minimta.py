@@ -2260,7 +2260,7 @@ class TestMailbox:
             instance.send("user1@localhost", letter("free"))
             wait_for(lambda: instance.with_token("user1", "free"))
             assert box.stat().st_size == 0  # to read and close it would unlock it
-            assert len(instance.queued()) == 1
+            wait_for(lambda: len(instance.queued()) == 1)
         instance.wait_message("payam", "locked")
 
 

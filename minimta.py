@@ -593,19 +593,19 @@ def is_literal(text: str) -> bool:
     return len(parts) == 4 and all(is_octet(part) for part in parts)
 
 
+def is_label(text: str) -> bool:
+    """Whether `text` may stand between the dots of a host name."""
+    fits = 0 < len(os_bytes(text)) <= MAX_LABEL and text.isprintable()
+    plain = all(c.isalnum() or c in "-_" or not c.isascii() for c in text)
+    return fits and plain and text[0] != "-" != text[-1]
+
+
 def is_domain(text: str) -> bool:
     """Whether `text` is a host name or an address literal, RFC 5321 4.1.2."""
     if text.startswith("["):
         return is_literal(text)
     labels = text[:-1].split(".") if text.endswith(".") else text.split(".")
-    return len(os_bytes(text)) <= MAX_DOMAIN and all(
-        0 < len(os_bytes(label)) <= MAX_LABEL
-        and not label.startswith("-")
-        and not label.endswith("-")
-        and all(c.isalnum() or c in "-_" or not c.isascii() for c in label)
-        and label.isprintable()
-        for label in labels
-    )
+    return len(os_bytes(text)) <= MAX_DOMAIN and all(map(is_label, labels))
 
 
 class Address(Value):
@@ -1163,6 +1163,14 @@ BUILT_IN_ALIASES = {"postmaster": "root", "mailer-daemon": "root", "abuse": "roo
 MAX_DEPTH = 20  # aliases and forwards behind one another
 
 
+def unescaped(text: str) -> str:
+    """The inside of a quoted string, each backslash taken for what follows."""
+    chars, rest = [], iter(text)
+    for char in rest:
+        chars.append(next(rest, "") if char == "\\" else char)
+    return "".join(chars)
+
+
 class Target(Value):
     """One destination in an alias or .forward.
 
@@ -1181,25 +1189,32 @@ class Target(Value):
         """The target that `item` spells. Raises ValueError with the reason."""
         bare = item
         if item[:2] in ('"|', '"/', '"\\', '":') and item[-1:] == '"':
-            bare = item[1:-1].replace('\\"', '"').replace("\\\\", "\\")
+            bare = unescaped(item[1:-1])
+        if bare == "/dev/null":
+            return cls("null", bare)
         for prefix, kind in (("|", "pipe"), (":include:", "include"), ("/", "file")):
             if bare.startswith(prefix):
-                text = bare[len(prefix) :].strip() if kind != "file" else bare
-                if not text:
+                text = bare if kind == "file" else bare[len(prefix) :].strip()
+                if text in ("", "/"):
                     raise ValueError(f"nothing behind {prefix}")
-                return cls("null" if text == "/dev/null" else kind, text)
+                return cls(kind, text)
+        return cls.parse_address(bare)
+
+    @classmethod
+    def parse_address(cls, bare: str) -> Target:
+        """The address, or user behind a backslash. Raises ValueError."""
         kind = "user" if bare.startswith("\\") else "address"
         try:
             found = header_addresses(bare[1:] if kind == "user" else bare)
         except MailError as error:
             raise ValueError(error.text) from None
         if len(found) != 1 or not found[0].local:
-            raise ValueError(f"not an address: {printable(item, 100)}")
+            raise ValueError(f"not an address: {printable(bare, 100)}")
         return cls(kind, str(found[0]))
 
     def __str__(self) -> str:
         shapes = {"user": "\\%s", "pipe": '"|%s"', "include": ":include:%s"}
-        text = self.text.replace('"', '\\"') if self.kind == "pipe" else self.text
+        text = quoted(self.text)[1:-1] if self.kind == "pipe" else self.text
         return shapes.get(self.kind, "%s") % text
 
 
@@ -2634,8 +2649,8 @@ class Spool:
         except OSError:
             return []
 
-    def note(self, queue_id: str, attempts: list[Attempt], durable: bool) -> None:
-        """Appends to the journal; `durable` if to repeat were to double."""
+    def note(self, queue_id: str, attempts: list[Attempt]) -> None:
+        """Appends to the journal; durably, where to repeat were to double."""
         path = self.path("journal", queue_id)
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(path, flags, 0o600)
@@ -2646,7 +2661,7 @@ class Spool:
             torn = size and os.pread(fd, 1, size - 1) != b"\n"
             lines = b"".join(map(bytes, attempts))
             write_all(fd, b"\n" + lines if torn else lines)
-            if durable:
+            if any(attempt.is_final for attempt in attempts):
                 os.fsync(fd)
         finally:
             os.close(fd)
@@ -3527,14 +3542,13 @@ class Relay:
         if "SMTPUTF8" in envelope.body and not self.smtp.has_extn("smtputf8"):
             raise MailError("5.6.7", f"{self.name} does not offer SMTPUTF8", self.name)
         self.smtp.command_encoding = "utf-8"
-        options = []
-        if self.smtp.has_extn("size"):
-            options.append(f"SIZE={len(head) + message.size}")
-        if self.smtp.has_extn("8bitmime"):
-            options.append("BODY=8BITMIME")
-        if "SMTPUTF8" in envelope.body:
-            options.append("SMTPUTF8")
-        words = " ".join([f"FROM:<{envelope.sender}>", *options])
+        options = (
+            ("size", f" SIZE={len(head) + message.size}"),
+            ("8bitmime", " BODY=8BITMIME"),
+            ("smtputf8", " SMTPUTF8" if "SMTPUTF8" in envelope.body else ""),
+        )
+        offered = (text for word, text in options if self.smtp.has_extn(word))
+        words = f"FROM:<{envelope.sender}>{''.join(offered)}"
         self.expect("MAIL FROM command", *self.smtp.docmd("MAIL", words), 250)
         results: dict = {}
         for recipient in recipients:
@@ -4320,7 +4334,7 @@ class QueueRunner:
         self.start_relays()
 
     def plan(self, message: ActiveMessage) -> list[Task]:
-        """What is left to do of a message; one that cannot be planned waits."""
+        """What is left to do of a message; one that makes no sense waits."""
         try:
             tasks = message.plan(self.router, self.settings.hopcount_limit)
         except Exception as error:  # noqa: BLE001 one message must not stop the others
@@ -4390,15 +4404,11 @@ class QueueRunner:
         if self.is_expired(message):
             self.expire(message)
         attempts = message.attempts(now)
-        failed = [task for task in message.tasks.values() if is_bounced(task)]
-        if failed:
-            self.report(message, failed, now)
+        self.report(message, now)
         for attempt in attempts:
             self.log.attempt(queue_id, attempt, message.file.envelope.arrived)
         if is_locked_out or any(not attempt.is_final for attempt in attempts):
-            if attempts:
-                durable = any(attempt.is_final for attempt in attempts)
-                self.spool.note(queue_id, attempts, durable)
+            self.spool.note(queue_id, attempts)
             self.delivery.suspects.discard(queue_id)
             self.retry(message, now + 1) if is_locked_out else self.back_off(
                 message, now
@@ -4462,7 +4472,7 @@ class QueueRunner:
         )
         self.log.line("qmgr", text)
 
-    def report(self, message: ActiveMessage, failed: list[Task], now: float) -> None:
+    def report(self, message: ActiveMessage, now: float) -> None:
         """Queues a report of what failed, before it is noted as bounced.
 
         Its id derives from the message's: after a crash in between it is
@@ -4470,6 +4480,9 @@ class QueueRunner:
         section 4.5.5): its failures go to postmaster once, and end there.
         """
         envelope = message.file.envelope
+        failed = [task for task in message.tasks.values() if is_bounced(task)]
+        if not failed:
+            return
         if envelope.kind == "notice":
             self.set_aside(message.queue_id, "nobody is left to tell of a failure")
             return
@@ -5224,7 +5237,8 @@ class Submission:
         """Straight into the queue, which then is run."""
         spool = self.house.spool()
         try:
-            spool.make()
+            if not os.path.isdir(spool.path("queue")):
+                spool.make()
         except ProgramError as error:
             raise MailError("4.3.0", str(error)) from None
         envelope = self.envelope(letter)
@@ -5750,12 +5764,32 @@ class Composer:
         )
         address = address.qualified(house.settings.myorigin)
         submission = Submission(house)
-        queue_id = submission.submit(Letter(address, recipients, header, [body]))
+        try:
+            queue_id = submission.submit(Letter(address, recipients, header, [body]))
+        except MailError:
+            self.rescue(bytes(header) + b"\n" + body)
+            raise
         for name, error in submission.refused.items():
             self.terminal.complain(
                 f"{name}: {printable(error.text)}: it will be bounced"
             )
         return queue_id
+
+    def rescue(self, text: bytes) -> None:
+        """Appends what could not be sent to ~/dead.letter, and says so."""
+        path = os.path.join(self.house.user.home, "dead.letter")
+        from_line = f"From {self.house.user.name}  {asctime(time.time())}\n"
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            fd = os.open(path, flags, 0o600)
+        except OSError as error:
+            self.terminal.complain(f"{path}: {error.strerror}: the text is lost")
+            return
+        try:
+            write_all(fd, os_bytes(from_line) + text + b"\n")
+        finally:
+            os.close(fd)
+        self.terminal.complain(f"the text is kept in {path}")
 
     def coded(self, name: str, value: str) -> str:
         """A value fit for a header: what is not ASCII is encoded."""
@@ -6799,6 +6833,13 @@ def open_standard_files() -> bool:
     return was_closed
 
 
+def fault(error: Exception) -> str:
+    """The words for what no program expected."""
+    if isinstance(error, OSError):
+        return f"{error.filename or 'system'}: {error.strerror}: mend that first"
+    return f"{type(error).__name__}: {error}: a fault of minimta's, please report it"
+
+
 def main(argv: list[str]) -> int:
     """Runs the program that argv[0] names, else argv[1]; its exit code.
 
@@ -6824,15 +6865,11 @@ def main(argv: list[str]) -> int:
         return error.exit_code
     except BrokenPipeError:
         return EX_OK  # whoever read our output has seen enough
-    except OSError as error:
-        complain(name, f"{error.filename or 'system'}: {error.strerror}")
-        return EX_OSERR
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT, as shells count
     except Exception as error:  # noqa: BLE001 a traceback is nobody's message
-        text = f"{type(error).__name__}: {error}: a fault of minimta's, please report"
-        complain(name, text)
-        return EX_SOFTWARE
+        complain(name, fault(error))
+        return EX_OSERR if isinstance(error, OSError) else EX_SOFTWARE
 
 
 if __name__ == "__main__":

@@ -2970,6 +2970,63 @@ class TestCrash:
         assert [key for key, count in found.items() if count > 1] == []
 
 
+# strace kills the process at the k-th call of each of these, for every k.
+DEADLY_CALLS = ("write", "fsync", "rename", "link", "unlink", "ftruncate", "fchown")
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="there is no strace here")
+class TestEveryInstant:
+    """A kill -9 at every system call that matters, one after the other."""
+
+    def killed_at(self, instance, call, count, *words, stdin=""):
+        """Run sendmail, killed at that call; whether it came so far."""
+        command = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}"]
+        command += ["-e", f"inject={call}:signal=SIGKILL:when={count}"]
+        command += [instance.bin / "sendmail", *words]
+        how = {"input": stdin.encode(), "capture_output": True, "env": instance.env()}
+        return subprocess.run(command, timeout=PATIENCE, **how).returncode != 0
+
+    def kills(self, make_instance, call, prepare, *words, stdin=""):
+        """An instance for each count that kills, until none does."""
+        for count in itertools.count(1):
+            instance = make_instance()
+            box = instance.mailbox("payam").parent
+            box.mkdir(parents=True)
+            box.chmod(0o1777)  # where a user may make locks
+            prepare(instance)
+            was_killed = self.killed_at(instance, call, count, *words, stdin=stdin)
+            assert instance.run("sendmail", "-q").code == 0
+            yield instance, was_killed
+            if not was_killed:
+                return
+
+    @pytest.mark.parametrize("call", DEADLY_CALLS)
+    def test_queued_mail_arrives_once(self, make_instance, call):
+        def prepare(instance):
+            words = ("-odq", "payam", "user1", "nosuchuser")
+            instance.run("sendmail", *words, stdin=letter("fragile"), user="user2")
+
+        for instance, _ in self.kills(make_instance, call, prepare, "-q"):
+            for user in LOCAL_USERS:  # user2 gets the report
+                assert len(instance.with_token(user, "fragile")) == 1
+                assert len(instance.messages(user)) == 1
+            assert instance.queued() == []
+            left = {path.name for path in instance.mailbox("payam").parent.iterdir()}
+            assert left == set(LOCAL_USERS)
+
+    @pytest.mark.parametrize("call", DEADLY_CALLS)
+    def test_mail_that_is_handed_in_is_whole_or_not_there(self, make_instance, call):
+        words = ("-odi", "payam")
+        text = letter("handed in")
+        kills = self.kills(make_instance, call, Instance.mailq, *words, stdin=text)
+        for instance, was_killed in kills:
+            found = instance.messages("payam")
+            assert len(found) <= 1
+            assert was_killed or len(found) == 1
+            assert all(message.endswith("\ntext\n\n") for message in found)
+            assert instance.queued() == []
+
+
 # == House: the laws of the file ==============================================
 # Read with ast: what minimta.py promises about itself.
 

@@ -4508,16 +4508,14 @@ class QueueRunner:
         self.add(report_id, now)
 
     def run_once(self) -> None:
-        """Tries everything once, and waits for the relays."""
+        """Tries everything once, reports too, and waits for the relays."""
         import select
 
         self.flush()
-        now = time.time()
-        while self.run_due(now) or self.jobs:
-            for fd in select.select(
-                list(self.jobs), [], [], 0 if not self.jobs else 60
-            )[0]:
-                self.hear(fd)
+        while self.run_due(time.time()) or self.jobs:
+            if self.jobs:
+                for fd in select.select(list(self.jobs), [], [])[0]:
+                    self.hear(fd)
 
     def run_forever(self, wake: int, ends: tuple[int, ...]) -> None:
         """Runs until one of `ends` becomes readable: a signal, or no master.

@@ -264,7 +264,7 @@ SETTINGS = (
     Setting("mynetworks", "list", "127.0.0.0/8, [::1]/128", "clients that may relay"),
     Setting("relay_domains", "list", "", "domains that anyone may relay to"),
     Setting("inet_interfaces", "list", "127.0.0.1, [::1]", "addresses to listen on"),
-    Setting("smtpd_port", "number", "25", "port to listen on"),
+    Setting("smtpd_port", "port", "25", "port to listen on"),
     Setting("relayhost", "text", "", "where remote mail goes: [host]:port"),
     Setting("transport_maps", "list", "", "(later) routes by recipient"),
     Setting("smtp_generic_maps", "list", "", "(later) sender rewriting"),
@@ -347,6 +347,7 @@ READERS = {
     "path": lambda text: text.rstrip("/") or "/",
     "list": read_list,
     "number": lambda text: read_amount(text, {}),
+    "port": lambda text: range(1 << 16).index(read_amount(text, {})),
     "size": lambda text: read_amount(text, SIZE_UNITS),
     "time": lambda text: read_amount(text, TIME_UNITS),
 }
@@ -395,12 +396,15 @@ def logical_lines(text: str) -> list[tuple[int, str]]:
 def host_defaults(host: str, root: str) -> tuple[dict, dict]:
     """Defaults that hang on the host and the instance: texts, sources."""
     texts: dict[str, str] = {"myhostname": host}
+    sources = {"myhostname": "the system's name"}
     if root:
         texts.update(PRIVATE_DEFAULTS)
         for row in SETTINGS:
             if row.name in BELOW_ROOT:
                 texts[row.name] = root + texts.get(row.name, row.default)
-    return texts, {}
+        names = (*PRIVATE_DEFAULTS, *BELOW_ROOT)
+        sources.update(dict.fromkeys(names, "private instance"))
+    return texts, sources
 
 
 def complete(texts: dict) -> dict:
@@ -500,11 +504,39 @@ class Settings:
                     text = text.replace(spelling, self.texts[row.name])
         return self.expand(text, depth + 1)
 
+    @property
+    def local_origin(self) -> str:
+        """What follows a bare recipient's @: myorigin, if that is local.
+
+        A bare name is a user or an alias of this host, also where senders
+        are to look like somebody else's.
+        """
+        names = (self.myorigin, self.myhostname, *self.mydestination)
+        return next(filter(self.is_local, names), self.myorigin)
+
+    @property
+    def alias_file(self) -> str:
+        """The aliases file, "" for none; Postfix's `hash:` is taken off."""
+        first = next(iter(self.alias_maps), "")
+        kind, colon, path = first.partition(":")
+        return path if colon and "/" not in kind else first
+
+    @property
+    def listen_on(self) -> list[str]:
+        """The addresses to listen on, without brackets."""
+        words = {"all": ("0.0.0.0", "::"), "loopback-only": ("127.0.0.1", "::1")}
+        words["localhost"] = words["loopback-only"]
+        return [
+            address.strip("[]")
+            for name in self.inet_interfaces
+            for address in words.get(name, (name,))
+        ]
+
     def is_local(self, domain: str) -> bool:
         """Whether mail for `domain` (or our literal) is delivered here."""
         domain = domain.lower().rstrip(".")
         if domain.startswith("["):
-            ours = {f"[{name.strip('[]')}]" for name in self.inet_interfaces}
+            ours = {f"[{address}]" for address in self.listen_on}
             return domain.replace("[ipv6:", "[") in ours | {"[127.0.0.1]", "[::1]"}
         return not domain or domain in {name.lower() for name in self.mydestination}
 
@@ -1705,6 +1737,8 @@ class Client(Value):
         self.uid = uid
 
     def __str__(self) -> str:
+        if self.is_local:
+            return f"uid={self.uid}"
         name = "localhost" if self.address in ("127.0.0.1", "::1") else "unknown"
         return f"{name}[{self.address}]"
 
@@ -1745,7 +1779,8 @@ class Session:
         self.is_extended = False
         self.transaction: Transaction | None = None
         self.errors = 0
-        self.target = ""  # the recipient that RCPT names, for the log
+        self.sender: Address | str = ""  # whom MAIL names, for the log
+        self.target = ""  # whom RCPT names
         self.notes: list[str] = []
 
     def greeting(self) -> Reply:
@@ -1792,7 +1827,7 @@ class Session:
 
     def rejection(self, verb: str, reply: Reply) -> str:
         """Postfix's log line for a refusal."""
-        sender = self.transaction.sender if self.transaction else ""
+        sender = self.transaction.sender if self.transaction else self.sender
         proto = "ESMTP" if self.is_extended else "SMTP"
         said = f"{reply.code} {reply.status} {reply.lines[0]}"
         target = f" to=<{self.target}>" if verb == "RCPT" else ""
@@ -1830,6 +1865,7 @@ class Session:
         if self.transaction:
             return NESTED_MAIL
         sender, options = self.read_path(text, "FROM:", MAIL_SYNTAX, MAIL_PARAMETERS)
+        self.sender = sender
         size = int(options.get("SIZE") or 0)
         if size > self.settings.message_size_limit:
             return TOO_BIG
@@ -1846,6 +1882,7 @@ class Session:
         transaction = self.transaction
         if not transaction:
             return NEED_MAIL
+        self.target = printable(text[3:].strip(" <>"), 100)
         limit = self.settings.smtpd_recipient_limit
         if len(transaction.recipients) >= limit and not self.client.is_local:
             return TOO_MANY_RECIPIENTS
@@ -1854,12 +1891,13 @@ class Session:
         # unknown one to be bounced: its exit code cannot tell of both.
         known = {"XBOUNCE": is_absent} if self.client.is_local else {}
         recipient, options = self.read_path(text, "TO:", RCPT_SYNTAX, known)
-        self.target = str(recipient)
         if not recipient.is_ascii and not transaction.is_utf8:
             return NEEDS_UTF8
         self.check(recipient, "XBOUNCE" in options)
         transaction.was_refused = False
-        transaction.recipients.append(str(recipient.qualified(self.settings.myorigin)))
+        transaction.recipients.append(
+            str(recipient.qualified(self.settings.local_origin))
+        )
         return RECIPIENT_OK
 
     def read_path(
@@ -1880,7 +1918,9 @@ class Session:
         """Raises MailError if mail to `recipient` is not taken."""
         if not recipient.local:
             raise bad_address("", "an address is needed")
-        if self.settings.is_local(recipient.qualified(self.settings.myorigin).domain):
+        if self.settings.is_local(
+            recipient.qualified(self.settings.local_origin).domain
+        ):
             try:
                 self.verify(recipient)
             except MailError as error:
@@ -2068,16 +2108,18 @@ class Report:
 
 
 class Log:
-    """Where log lines go: maillog_file, else syslog, else stderr.
+    """Where log lines go: maillog_file, else syslog.
 
-    `echo` repeats them on stderr: a daemon in the foreground of a terminal.
+    A daemon in the foreground repeats them on stderr (`echo`), but not where
+    they would be in the journal or on the same output twice.
     """
 
     def __init__(self, settings: Settings, echo: bool = False) -> None:
         self.name = settings.syslog_name
         self.path = settings.maillog_file
         self.facility = settings.syslog_facility
-        self.echo = echo
+        has_syslog = not self.path and os.path.exists("/dev/log")
+        self.echo = echo and self.path != "-" and (not has_syslog or os.isatty(2))
         self.host = settings.myhostname.partition(".")[0]
         self.fd = -1
         self.opened: tuple[int, int] | None = None
@@ -2096,9 +2138,7 @@ class Log:
                 self.append(data)
             elif os.path.exists("/dev/log"):
                 self.to_syslog(component, text)
-            elif not self.echo:
-                os.write(2, data)
-            if self.echo and self.path != "-":
+            if self.echo:
                 os.write(2, data)
         except OSError:
             pass  # a full disk must not stop mail
@@ -2612,9 +2652,9 @@ class Spool:
         except OSError:
             pass
 
-    def ids(self) -> list[str]:
+    def ids(self, folder: str = "queue") -> list[str]:
         """The ids of all messages, oldest first."""
-        return sorted(name for name in os.listdir(self.path("queue")) if is_id(name))
+        return sorted(name for name in os.listdir(self.path(folder)) if is_id(name))
 
     def open(self, queue_id: str, folder: str = "queue") -> QueueFile:
         """Opens a message. Raises FileNotFoundError, ValueError (is none)."""
@@ -2688,7 +2728,8 @@ class Spool:
                     os.unlink(self.path("incoming", name))
             except OSError:
                 continue
-        alive = set(self.ids())
+        folders = ("queue", "hold", "corrupt")
+        alive = {name for folder in folders for name in os.listdir(self.path(folder))}
         for name in os.listdir(self.path("journal")):
             if name not in alive:
                 try:
@@ -2706,14 +2747,17 @@ class Spool:
 
     def entries(self) -> object:
         """Every message as a QueueEntry, oldest first."""
-        for queue_id in self.ids():
-            try:
-                with self.open(queue_id) as message:
-                    entry = QueueEntry(queue_id, message.size, message.envelope)
-            except (OSError, ValueError):
-                continue  # delivered meanwhile
-            entry.note(self.journal(queue_id))
-            yield entry
+        for folder in ("queue", "hold"):
+            for queue_id in self.ids(folder):
+                try:
+                    with self.open(queue_id, folder) as message:
+                        entry = QueueEntry(queue_id, message.size, message.envelope)
+                except (OSError, ValueError):
+                    continue  # delivered meanwhile
+                entry.note(self.journal(queue_id))
+                if folder == "hold":
+                    entry.state = folder
+                yield entry
 
 
 class Maildrop:
@@ -2793,7 +2837,7 @@ class AliasDatabase:
 
     # What the backends make of a name. dbm.dumb writes three files: its .dir
     # is what makes it visible, so it is taken away first and put back last.
-    ENDINGS = (".dir", ".dat", ".bak", ".pag", ".db", "")
+    ENDINGS = (".dir", ".dat", ".bak", ".pag", ".db", "-wal", "-shm", "")
     MAX_KNOWN = 10_000  # names remembered between two changes of the files
 
     def __init__(self, path: str, warn: object = None) -> None:
@@ -2881,7 +2925,7 @@ class AliasDatabase:
                 table = AliasTable.parse(file.read())
         except OSError as error:
             raise ProgramError(
-                EX_NOINPUT, f"{self.path}: {error.strerror}: it should be a text file"
+                EX_NOINPUT, f"{self.path}: {error.strerror}: make it a text file"
             ) from None
         if not table.problems:
             try:
@@ -2903,12 +2947,27 @@ class AliasDatabase:
             with dbm.open(f"{aside}/{base}", "n") as database:
                 for name, value in items:
                     database[os_bytes(name)] = os_bytes(value)
+            self.end_journal(f"{aside}/{base}")
             built = sorted(os.listdir(aside))
             for name in built:
                 os.chmod(f"{aside}/{name}", 0o644)
                 self.sync_file(f"{aside}/{name}")
             self.move(aside, folder, base, built)
         sync_folder(folder)
+
+    def end_journal(self, path: str) -> None:
+        """Makes an SQLite database one file, which anybody may read.
+
+        dbm.sqlite3 leaves it in a mode whose readers have to write beside it.
+        """
+        import dbm
+
+        if dbm.whichdb(path) == "dbm.sqlite3":
+            import sqlite3
+
+            connection = sqlite3.connect(path)
+            connection.execute("PRAGMA journal_mode = delete")
+            connection.close()
 
     def move(self, aside: str, folder: str, base: str, built: list[str]) -> None:
         """Puts the built files in place; what makes it visible comes last."""
@@ -2977,6 +3036,7 @@ class ForwardFiles:
 # Source: RFC 4155 (mboxrd), Debian policy 11.6 (fcntl, then dotlock).
 # Failures: MailError 4.2.x; a mailbox that is in use raises Busy.
 
+CLOCK_SLACK = 60  # seconds that a mailbox may seem older than a message in it
 STALE_LOCK = 500  # seconds until anybody's dotlock is broken; Postfix
 
 
@@ -3148,6 +3208,7 @@ class Mailbox:
             raise self.failure(error) from None
         self.fd = self.mbox._file.fileno()
         self.start = -1
+        self.modified = os.fstat(self.fd).st_mtime
         self.lock = MailboxLock(self.path, self.fd)
         try:
             self.lock.acquire()
@@ -3167,7 +3228,10 @@ class Mailbox:
 
     def failure(self, error: OSError) -> MailError:
         """The failure for an error of the mailbox's disk or directory."""
-        return MailError("4.2.0", f"mailbox {self.path}: {error.strerror}")
+        import errno
+
+        why = "is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+        return MailError("4.2.0", f"mailbox {self.path}: {why}")
 
     def make_sure(self) -> bool:
         """Makes the file if there is none; looks at it if there is.
@@ -3754,7 +3818,9 @@ class Router:
             return [Destination("null", target.text)]
         what = {"pipe": "a command", "file": "a file", "include": "an include file"}
         text = f"delivery to {what[target.kind]} ({printable(target.text, 100)})"
-        error = MailError("4.3.5", f"{text} is not built yet: change {trail[-1][1]}")
+        kind, name = trail[-1]
+        place = f"the alias {name}" if kind == "alias" else f"~{name}/.forward"
+        error = MailError("4.3.5", f"{text} is not built yet: change {place}")
         return [Destination("error", f"{target.kind} {target.text}", error=error)]
 
     def expand_user(
@@ -3764,7 +3830,7 @@ class Router:
         user = self.find_user(address.local)
         if user is None:
             return self.expand_stranger(address, trail, seen)
-        target = f"{user.name}@{self.settings.myorigin}"
+        target = f"{user.name}@{self.settings.local_origin}"
         forwarders = self.forwarders(trail)
         mailbox = Destination("mailbox", target, user=user, forwarders=forwarders)
         on_the_way = [name for kind, name in trail if kind == "user"]
@@ -3829,7 +3895,7 @@ class Router:
     def forwarders(self, trail: tuple) -> tuple[str, ...]:
         """Whose .forward files a trail went through, last one first."""
         names = [name for kind, name in trail if kind == "user"]
-        return tuple(f"{name}@{self.settings.myorigin}" for name in reversed(names))
+        return tuple(f"{name}@{self.settings.local_origin}" for name in reversed(names))
 
     def failed(self, address: Address, status: str, text: str) -> Destination:
         """A destination that is none."""
@@ -3975,7 +4041,12 @@ class Delivery:
 
     def append(self, mailbox: Mailbox, tasks: list[Task]) -> None:
         """The batch itself, inside the lock."""
-        wanted = {t.message.queue_id for t in tasks} & self.suspects
+        wanted = {
+            task.message.queue_id
+            for task in tasks
+            if task.message.queue_id in self.suspects
+            and mailbox.modified > task.message.file.envelope.arrived - CLOCK_SLACK
+        }
         offsets = mailbox.find(wanted)
         added = []
         for task in tasks:
@@ -4145,21 +4216,26 @@ RUNNER_MODULES = ("mailbox", "fcntl", "mmap", "re", "heapq", "select", "tempfile
 RELAY_MODULES = ("smtplib", "encodings.idna", "stringprep")
 
 
-def take_lock(spool: Spool) -> int | None:
+def take_lock(spool: Spool, patience: float) -> int | None:
     """Locks the queue against other runners: a descriptor, or None if taken.
 
-    The lock is the open directory's; it ends with the last process that has
-    it, however that ends.
+    Waits up to `patience` seconds. The lock is the open directory's; it ends
+    with the last process that has it, however that ends. One that was killed
+    has it until the kernel is done with it.
     """
     import fcntl
 
+    give_up = time.monotonic() + patience
     fd = os.open(spool.path("queue"), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        return None
-    return fd
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except OSError:
+            if time.monotonic() > give_up:
+                os.close(fd)
+                return None
+            time.sleep(0.05)
 
 
 def is_locked(task: Task) -> bool:
@@ -4176,8 +4252,7 @@ class QueueRunner:
     """Delivers what is due. One thread; needs the queue's lock.
 
     add() and scan() fill the schedule, run_due() makes one pass, run_forever()
-    is the daemon's, run_once() that of `sendmail -q`. `fresh` are ids that no
-    earlier runner can have touched.
+    is the daemon's, run_once() that of `sendmail -q`.
     """
 
     def __init__(
@@ -4202,9 +4277,8 @@ class QueueRunner:
         self.jobs: dict[int, RelayJob] = {}
         self.waiting: list[Task] = []
         self.strangers: list[int] = []
-        suspects = set(spool.ids()) - set(fresh)
-        self.delivery = Delivery(settings, users, suspects)
-        aliases = AliasDatabase(settings.alias_maps[0], self.warn)
+        self.delivery = Delivery(settings, users, set(spool.ids()))
+        aliases = AliasDatabase(settings.alias_file, self.warn)
         self.router = Router(settings, aliases, users, ForwardFiles(), self.warn)
 
     def warn(self, text: str) -> None:
@@ -4231,8 +4305,8 @@ class QueueRunner:
 
     def flush(self) -> None:
         """Makes everything due now."""
-        self.schedule = [(0.0, queue_id) for _, queue_id in sorted(self.schedule)]
         self.scan()
+        self.schedule = [(0.0, queue_id) for _, queue_id in sorted(self.schedule)]
 
     def pick_up(self) -> None:
         """Copies what users left in maildrop/ into the queue."""
@@ -4467,9 +4541,8 @@ class QueueRunner:
                 status = "5" + task.error.status[1:]
                 task.error = MailError(status, task.error.text, task.error.relay)
         sender = message.file.envelope.sender
-        text = (
-            f"{message.queue_id}: from=<{sender}>, status=expired, returned to sender"
-        )
+        what = "returned to sender" if sender else "given up"
+        text = f"{message.queue_id}: from=<{sender}>, status=expired, {what}"
         self.log.line("qmgr", text)
 
     def report(self, message: ActiveMessage, now: float) -> None:
@@ -4486,7 +4559,7 @@ class QueueRunner:
         if envelope.kind == "notice":
             self.set_aside(message.queue_id, "nobody is left to tell of a failure")
             return
-        to = envelope.sender or f"postmaster@{self.settings.myorigin}"
+        to = envelope.sender or f"postmaster@{self.settings.local_origin}"
         kind = "report" if envelope.sender else "notice"
         rounds = sum(attempt.outcome == BOUNCED for attempt in message.journal)
         report_id = f"{message.queue_id}B{rounds + 1}"
@@ -4572,6 +4645,7 @@ class QueueRunner:
 # Sessions over sockets: TCP, the submit socket, and -bs on standard input.
 # Failures: a reply to the client; whatever else goes wrong ends one session.
 
+LINGER = 1  # seconds that a client has to take in why we hang up
 READ_TIMEOUT = 300  # seconds a client may be silent, RFC 5321 section 4.5.3.2.7
 
 
@@ -4627,14 +4701,19 @@ class Conversation:
         self.session = Session(desk.settings, client, desk.router.verify, room)
         self.buffer = b""
         self.is_skipping = False
+        self.has_quit = False
 
-    def run(self) -> None:
-        """The whole conversation. Never raises for what the client does."""
+    def run(self) -> bool:
+        """The whole conversation; whether the client said QUIT, or was gone.
+
+        Never raises for what the client does.
+        """
         client = self.session.client
         try:
             self.say(self.session.greeting())
             while self.exchange():
                 pass
+            return self.has_quit
         except Gone as gone:
             if not client.is_local:
                 self.desk.log.line("smtpd", f"{gone} from {client}")
@@ -4642,6 +4721,7 @@ class Conversation:
         except OSError:
             if not client.is_local:
                 self.desk.log.line("smtpd", f"lost connection from {client}")
+        return True
 
     def say(self, *replies: Reply) -> None:
         """Sends replies, all in one."""
@@ -4683,6 +4763,7 @@ class Conversation:
                 self.say(*replies)
                 self.buffer = b"\n".join([*lines[number:], self.buffer])
                 self.act(reply.action)
+                self.has_quit = reply == BYE
                 return reply.action != "close"
         if len(self.buffer) > MAX_COMMAND:
             self.is_skipping, self.buffer = True, b""  # the rest is no command
@@ -4843,22 +4924,27 @@ def peer_uid(connection: object) -> int:
     return struct.unpack("3i", data)[1]
 
 
-def in_networks(address: str, networks: tuple[str, ...]) -> bool:
-    """Whether a client's address is in one of `networks` (CIDR, [v6] too)."""
-    import ipaddress
+class Networks:
+    """mynetworks: who may relay. Raises ProgramError for a bad one."""
 
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip
-    for text in networks:
-        try:
-            network = ipaddress.ip_network(
-                text.replace("[", "").replace("]", ""), False
-            )
-        except ValueError:
-            continue
-        if ip.version == network.version and ip in network:
-            return True
-    return False
+    def __init__(self, texts: tuple[str, ...]) -> None:
+        import ipaddress
+
+        self.networks = []
+        for text in texts:
+            bare = text.replace("[", "").replace("]", "")
+            try:
+                self.networks.append(ipaddress.ip_network(bare, False))
+            except ValueError as error:
+                why = f"mynetworks: {error}: write 192.0.2.0/24 or [2001:db8::]/32"
+                raise ProgramError(EX_CONFIG, why) from None
+
+    def __contains__(self, address: str) -> bool:
+        import ipaddress
+
+        ip = ipaddress.ip_address(address.partition("%")[0])
+        ip = getattr(ip, "ipv4_mapped", None) or ip
+        return any(ip.version == n.version and ip in n for n in self.networks)
 
 
 class SmtpServer:
@@ -4872,6 +4958,7 @@ class SmtpServer:
         self.desk = desk
         self.listeners = listeners
         self.pool = WorkerPool(desk.settings.default_process_limit, self.converse)
+        self.networks = Networks(desk.settings.mynetworks)
         self.servers: list = []
 
     def serve(self, wait: object) -> None:
@@ -4922,6 +5009,19 @@ class SmtpServer:
             pass  # it is closed anyway
         connection.close()
 
+    def linger(self, connection: object) -> None:
+        """Reads on for a moment: a reset could overtake the last reply."""
+        import socket
+
+        try:
+            connection.shutdown(socket.SHUT_WR)
+            connection.settimeout(LINGER)
+            for _ in range(8):
+                if not connection.recv(BLOCK):
+                    return
+        except OSError:
+            return
+
     def converse(self, connection: object, address: object) -> None:
         """One connection's life, in a thread of the pool."""
         import socket
@@ -4932,9 +5032,10 @@ class SmtpServer:
                 client = Client("local", True, peer_uid(connection))
             else:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                trusted = in_networks(address[0], self.desk.settings.mynetworks)
+                trusted = address[0] in self.networks
                 client = Client(address[0].replace("::ffff:", ""), trusted)
-            Conversation(self.desk, connection, client).run()
+            if not Conversation(self.desk, connection, client).run():
+                self.linger(connection)
         except Exception as error:  # noqa: BLE001 one session's end, not the server's
             text = f"session ended by {type(error).__name__}: {error}"
             self.desk.log.warning("smtpd", text)
@@ -4947,6 +5048,7 @@ class SmtpServer:
 # Failures: MailError when nothing is in the queue.
 
 SUBMIT_TIMEOUT = 300  # seconds for a reply of the daemon
+RUN_PATIENCE = 60  # seconds until a queue that somebody else runs is left to them
 RCPT_GROUP = 100  # recipients sent before their replies are read
 
 
@@ -4970,7 +5072,7 @@ class House:
 
     def aliases(self) -> AliasDatabase:
         """The alias database."""
-        return AliasDatabase(self.settings.alias_maps[0], self.warn)
+        return AliasDatabase(self.settings.alias_file, self.warn)
 
     def router(self) -> Router:
         """A router that reads no .forward: who asks has no right to."""
@@ -4989,6 +5091,8 @@ class House:
         place = self.settings.queue_directory
         while not os.path.exists(place):
             place = os.path.dirname(place)
+        if not os.path.exists(self.settings.root):  # made on first use
+            return os.access(place, os.W_OK)
         return os.stat(place).st_uid == os.geteuid()
 
 
@@ -5135,13 +5239,13 @@ class Letter:
         return " BODY=8BITMIME" + ("" if ascii_only else " SMTPUTF8")
 
 
-def run_queue(house: House, spool: Spool, fresh: set[str] = frozenset()) -> bool:
+def run_queue(house: House, spool: Spool, patience: float) -> bool:
     """Tries everything in the queue once; False if somebody else is at it."""
-    lock = take_lock(spool)
+    lock = take_lock(spool, patience)
     if lock is None:
         return False
     try:
-        runner = QueueRunner(house.settings, spool, house.log, house.users, fresh)
+        runner = QueueRunner(house.settings, spool, house.log, house.users)
         runner.strangers = [lock]
         runner.run_once()
     finally:
@@ -5156,6 +5260,11 @@ def detach() -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(nothing, fd)
+
+
+def reason(error: MailError) -> str:
+    """Why a recipient is refused, in the words of sendmail."""
+    return "User unknown" if error.status == "5.1.1" else error.text
 
 
 class Submission:
@@ -5207,7 +5316,9 @@ class Submission:
         if waiting:
             raise waiting[0]
         if refused and len(refused) == len(set(recipients)):
-            raise next(iter(refused.values()))
+            error = next(iter(refused.values()))
+            names = printable(", ".join(refused), 200)
+            raise MailError(error.status, f"{names}: {reason(error)}")
         self.refused = refused
 
     def check(self, letter: Letter) -> None:
@@ -5247,7 +5358,7 @@ class Submission:
             self.copy(letter, draft)
             queue_id = draft.commit()
         self.house.log.accepted(queue_id, Client("local", True, os.getuid()), envelope)
-        self.run_queue(spool, queue_id)
+        self.run_queue(spool)
         return queue_id
 
     def by_maildrop(self, letter: Letter) -> str:
@@ -5270,22 +5381,22 @@ class Submission:
                 raise MailError("5.3.4", "Message size exceeds fixed limit")
             draft.write(chunk)
 
-    def run_queue(self, spool: Spool, queue_id: str) -> None:
+    def run_queue(self, spool: Spool) -> None:
         """Has a message delivered that no daemon will deliver."""
         if self.delivery == "q":
             return
         if self.delivery == "b" and os.fork():
             return
-        code = EX_OK
         try:
             if self.delivery == "b":
                 detach()
-            run_queue(self.house, spool, {queue_id})
+            # Another's run may have begun before our message was there.
+            run_queue(self.house, spool, RUN_PATIENCE)
         except (MailError, ProgramError, OSError) as error:
             self.house.log.warning("qmgr", str(error))
         finally:
             if self.delivery == "b":
-                os._exit(code)
+                os._exit(EX_OK)
 
 
 # == 21 Daemon: Daemon, SignalPipe ============================================
@@ -5370,14 +5481,9 @@ class Daemon:
         """Makes the queue, locks it, binds sockets. Raises ProgramError."""
         import signal
 
+        Networks(self.house.settings.mynetworks)  # before anything is opened
         self.spool.make()
-        # A daemon that was killed holds its lock until the kernel is done
-        # with it: wait a moment before taking it for alive.
-        give_up = time.monotonic() + LOCK_PATIENCE
-        self.lock = take_lock(self.spool)
-        while self.lock is None and time.monotonic() < give_up:
-            time.sleep(0.05)
-            self.lock = take_lock(self.spool)
+        self.lock = take_lock(self.spool, LOCK_PATIENCE)
         if self.lock is None:
             where = self.spool.directory
             why = f"another minimta runs the queue {where}: stop that one first"
@@ -5395,9 +5501,7 @@ class Daemon:
     def bind_all(self) -> None:
         """Binds the settings' addresses, keeping those that are bound."""
         settings = self.house.settings
-        wanted = [
-            (name.strip("[]"), settings.smtpd_port) for name in settings.inet_interfaces
-        ]
+        wanted = [(name, settings.smtpd_port) for name in settings.listen_on]
         bound = {}
         for address in wanted:
             listener = self.listeners.get(address) or self.bind(*address)
@@ -5539,6 +5643,7 @@ class Daemon:
         for listener in (*self.listeners.values(), self.submit):
             listener.close()
         signals = SignalPipe(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # relays end all the time
         house = self.house
         runner = QueueRunner(house.settings, self.spool, house.log, house.users)
         runner.strangers = [self.lock, self.wake, self.announce_end, self.lifeline]
@@ -5746,7 +5851,7 @@ class Composer:
         origin = settings_address(house)
         address = header_addresses(sender)[0] if sender else Address.parse(origin)
         recipients = [
-            found.qualified(house.settings.myorigin)
+            found.qualified(house.settings.local_origin)
             for found in header_recipients(header)
         ]
         now = time.time()
@@ -5768,9 +5873,7 @@ class Composer:
             self.rescue(bytes(header) + b"\n" + body)
             raise
         for name, error in submission.refused.items():
-            self.terminal.complain(
-                f"{name}: {printable(error.text)}: it will be bounced"
-            )
+            self.terminal.complain(f"{name}: {reason(error)}: it will be bounced")
         return queue_id
 
     def rescue(self, text: bytes) -> None:
@@ -6120,7 +6223,7 @@ class MailReader:
         rows = []
         for names, command in self.COMMANDS:
             summary = (command.__doc__ or "").partition("\n")[0]
-            rows.append(f"{names.split()[-1]:10} {summary}\n")
+            rows.append(f"{names:19} {summary}\n")
         self.terminal.say("".join(rows))
 
     def exit(self, _: str) -> None:
@@ -6129,10 +6232,8 @@ class MailReader:
 
     def quit(self, _: str) -> None:
         """Leaves; what is deleted or saved is gone from the mailbox."""
+        kept = 0 if self.folder.is_read_only else self.folder.write()
         self.is_over = True
-        if self.folder.is_read_only:
-            return
-        kept = self.folder.write()
         if kept:
             plural = "" if kept == 1 else "s"
             self.terminal.say(f"Held {kept} message{plural} in {self.folder.path}\n")
@@ -6216,6 +6317,8 @@ class SendmailOptions:
                 value = ""
                 if kind:
                     value, letters = letters, ""
+                if letter + value == "oA" and args:
+                    value += args.pop(0)
                 if kind == ":" and not value:
                     if not args:
                         text = f"option requires an argument -- {letter}: see --help"
@@ -6344,7 +6447,9 @@ def read_input(dot_ends: bool) -> object:
         try:
             data = os.read(0, BLOCK)
         except OSError as error:
-            why = f"standard input cannot be read: {error.strerror}"
+            why = (
+                f"standard input cannot be read: {error.strerror}: pipe the message in"
+            )
             raise ProgramError(EX_NOINPUT, why) from None
         yield reader.feed(data)
         if not data:
@@ -6413,7 +6518,7 @@ def send_stdin(options: SendmailOptions, environ: dict) -> int:
     letter = Letter(sender, unique, complete_header(header, origin), chunks)
     queue_id = submission.submit(letter)
     for name, error in submission.refused.items():
-        complain("sendmail", f"{name}: {error.text}: it will be bounced")
+        complain("sendmail", f"{name}: {reason(error)}: it will be bounced")
     if options.is_verbose:
         write_all(2, os_bytes(f"sendmail: queued as {queue_id}\n"))
     return EX_OK
@@ -6457,7 +6562,7 @@ def serve_stdin(options: SendmailOptions, environ: dict) -> int:
     desk = Desk(house.settings, spool, house.log, house.router(), stored.append)
     Conversation(desk, PipeStream(), Client("local", True, os.getuid())).run()
     if owns and stored and options.delivery != "q":
-        run_queue(house, spool, set(stored))
+        run_queue(house, spool, RUN_PATIENCE)
     return EX_OK
 
 
@@ -6495,7 +6600,7 @@ def flush_queue(options: SendmailOptions, environ: dict) -> int:
         raise ProgramError(EX_UNAVAILABLE, "the daemon is down: root can run the queue")
     spool = house.spool()
     spool.make()
-    if not run_queue(house, spool):
+    if not run_queue(house, spool, RUN_PATIENCE):
         raise ProgramError(EX_TEMPFAIL, "another minimta runs the queue already")
     return EX_OK
 
@@ -6504,10 +6609,9 @@ def run_daemon(environ: dict, path: str, in_background: bool) -> int:
     """Starts the daemon; in the background, returns once it listens."""
     house = House(environ, path, echo=not in_background)
     if os.geteuid() != 0 and not house.owns_queue():
-        raise ProgramError(
-            EX_NOPERM,
-            "the daemon of this host is root's: use MINIMTA_ROOT for your own",
-        )
+        where = house.settings.queue_directory
+        why = f"{where} is not yours: run as root, or set MINIMTA_ROOT for your own"
+        raise ProgramError(EX_NOPERM, why)
     daemon = Daemon(house, environ, path)
     daemon.open()
     if in_background:
@@ -6553,11 +6657,11 @@ def build_aliases(options: SendmailOptions, environ: dict) -> int:
     if options.recipients or options.mode not in "mi":
         raise ProgramError(EX_USAGE, "no such argument here: see newaliases --help")
     house = House(environ, options.config)
-    path = options.alias_file or house.settings.alias_maps[0]
+    path = options.alias_file or house.settings.alias_file
     table = AliasDatabase(path).rebuild()
     for line, reason in table.problems:
         complain("newaliases", f"{path}, line {line}: {reason}")
-    for line, reason in table.warnings + table.loops():
+    for line, reason in sorted(table.warnings + table.loops()):
         complain("newaliases", f"{path}, line {line}: warning: {reason}")
     if table.problems:
         return EX_DATAERR
@@ -6578,7 +6682,7 @@ def cmd_sendmail(args: list[str], environ: dict) -> int:
     -f ADDR      envelope sender (also -r); '<>' is the null sender
     -F NAME      full name, for a From field that is missing
     -i, -oi      a line with only a dot does not end the message
-    -v           says what became of it
+    -v           says the queue id
     -odb -odi -odq   without a daemon: deliver behind, before, not at all
     -bs          SMTP on standard input and output
     -bp          the queue (mailq)          -q   try everything in it now
@@ -6706,7 +6810,7 @@ def read_mail(house: House, options: dict, environ: dict, words: list[str]) -> i
 
 def cmd_mail(args: list[str], environ: dict) -> int:
     """usage: mail [-s SUBJECT] [-c ADDR] [-b ADDR] [-r FROM] recipient ...
-       mail [-f [FILE]] [-u USER] [-e] [-H] [-N]
+           mail [-f [FILE]] [-u USER] [-e] [-H] [-N]
 
     With recipients it sends: the text comes from standard input, or is typed
     up to Ctrl-D. Without, it reads your mail: a number or Return prints, ?

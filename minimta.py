@@ -971,19 +971,19 @@ class Header:
     @classmethod
     def parse(cls, block: bytes) -> Header:
         """The header at the start of `block` (bytes, LF line ends)."""
-        fields: list[tuple[str, bytes]] = []
+        found: list[tuple[str, int]] = []  # names, and where they begin
         place = 0
         while place < len(block):
             end = block.find(b"\n", place) + 1 or len(block)
             line = block[place:end]
-            if line[:1] in b" \t" and fields:
-                fields[-1] = (fields[-1][0], fields[-1][1] + line)
-            elif is_field(line):
+            if is_field(line):
                 name = line.partition(b":")[0].rstrip(b" \t")
-                fields.append((os_text(name).lower(), line))
-            else:
+                found.append((os_text(name).lower(), place))
+            elif line[:1] not in b" \t" or not found:
                 break
             place = end
+        ends = [start for _, start in found[1:]] + [place]
+        fields = [(name, block[a:b]) for (name, a), b in zip(found, ends)]
         rest = block[place:]
         return cls(fields, rest[1:] if rest.startswith(b"\n") else rest)
 
@@ -1240,14 +1240,14 @@ class Target(Value):
             found = header_addresses(bare[1:] if kind == "user" else bare)
         except MailError as error:
             raise ValueError(error.text) from None
-        if len(found) != 1 or not found[0].local:
+        if len(found) != 1 or found[0].local[:1] in ("", "|", "/", ":", "\\"):
             raise ValueError(f"not an address: {printable(bare, 100)}")
         return cls(kind, str(found[0]))
 
     def __str__(self) -> str:
-        shapes = {"user": "\\%s", "pipe": '"|%s"', "include": ":include:%s"}
-        text = quoted(self.text)[1:-1] if self.kind == "pipe" else self.text
-        return shapes.get(self.kind, "%s") % text
+        prefix = {"pipe": "|", "include": ":include:", "user": "\\"}.get(self.kind, "")
+        whole = prefix + self.text
+        return quoted(whole) if self.kind in ("pipe", "file", "include") else whole
 
 
 def split_items(text: str) -> list[str]:
@@ -1456,7 +1456,11 @@ class Envelope:
             rows[name.rstrip(":")] = value
         if "sender" not in rows or "arrived" not in rows or not recipients:
             raise ValueError("no sender, recipient or arrival time")
-        return cls(rows.pop("sender"), recipients, **rows)
+        known = ("arrived", "origin", "kind", "body")
+        more = {name: rows[name] for name in known if name in rows}
+        if not 0 <= float(rows["arrived"]) < 1e11:
+            raise ValueError("no arrival time")
+        return cls(rows["sender"], recipients, **more)
 
 
 class Attempt(Value):
@@ -2330,9 +2334,15 @@ class Rights:
     def __enter__(self) -> Rights:
         if self.is_root:
             self.before = os.getegid(), os.getgroups()
-            os.setgroups([self.user.gid])
-            os.setegid(self.gid)
-            os.seteuid(self.user.uid)
+            try:
+                os.setgroups([self.user.gid])
+                os.setegid(self.gid)
+                os.seteuid(self.user.uid)
+            except (OSError, OverflowError, ValueError) as error:
+                self.__exit__()
+                raise MailError(
+                    "4.3.0", f"cannot act as {self.user.name}: {error}"
+                ) from None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -2476,6 +2486,8 @@ class Draft:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             self.pending += bytes(envelope)
+            if len(self.pending) >= MAX_ENVELOPE:
+                raise MailError("5.5.3", "Too many recipients for one message")
             self.fd = os.open(self.path, flags, 0o600)
         except FileExistsError:
             raise
@@ -2637,12 +2649,15 @@ class Spool:
             # The id is ours as long as incoming/ID is: nobody else can rename
             # to queue/ID meanwhile. A clock set back finds its old ids taken.
             name = queue_id or new_id(time.time(), int.from_bytes(os.urandom(2), "big"))
-            if queue_id or not self.has(name):
-                try:
-                    return Draft(self, name, envelope)
-                except FileExistsError:
-                    if queue_id:
-                        self.sweep_draft(name)
+            try:
+                draft = Draft(self, name, envelope)
+            except FileExistsError:
+                if queue_id:
+                    self.sweep_draft(name)
+                continue
+            if not self.has(name):
+                return draft
+            draft.discard()
         raise MailError("4.3.0", "Cannot store the message: no queue id is free")
 
     def sweep_draft(self, name: str) -> None:
@@ -2662,7 +2677,7 @@ class Spool:
         fd = os.open(self.path(folder, queue_id), flags)
         try:
             return QueueFile(queue_id, fd)
-        except ValueError:
+        except (OSError, ValueError):
             os.close(fd)
             raise
 
@@ -2686,7 +2701,7 @@ class Spool:
         try:
             with open(self.path("journal", queue_id), "rb") as file:
                 return parse_journal(file.read())
-        except OSError:
+        except FileNotFoundError:
             return []
 
     def note(self, queue_id: str, attempts: list[Attempt]) -> None:
@@ -2788,6 +2803,14 @@ class Maildrop:
         except FileExistsError as error:
             raise storage_error(error) from None
 
+    def entries(self) -> list:
+        """Nothing: who may only write here sees no queue."""
+        return []
+
+    def free(self) -> int:
+        """Not known; a full disk shows in writing."""
+        return sys.maxsize
+
     def take(self, name: str, limit: int) -> tuple[int, QueueFile]:
         """(its owner's uid, the file) of one drop. Raises ValueError, OSError.
 
@@ -2850,20 +2873,23 @@ class AliasDatabase:
         self.text: dict[str, str] | None = None
 
     def lookup(self, name: str) -> str | None:
-        """The value of an alias (its targets, as text), or None."""
+        """The value of an alias (its targets, as text), or None.
+
+        Threads share this: each goes on with the dictionary it began with.
+        """
         name = name.lower()
         for _ in range(5):
             seen = signature(self.files)
             if seen != self.seen:
                 self.refresh(seen)
-            if name not in self.known:
-                value = self.fetch(name)
-                if signature(self.files) != seen:
-                    continue  # replaced while it was read: read again
-                if len(self.known) > self.MAX_KNOWN:
-                    self.known.clear()
-                self.known[name] = value
-            return self.known[name]
+            known = self.known
+            if name in known:
+                return known[name]
+            value = self.fetch(name)
+            if signature(self.files) == seen:  # not replaced while it was read
+                if len(known) < self.MAX_KNOWN:
+                    known[name] = value
+                return value
         raise MailError("4.3.0", f"{self.path}: alias database keeps changing")
 
     def refresh(self, seen: tuple) -> None:
@@ -2880,14 +2906,15 @@ class AliasDatabase:
 
     def fetch(self, name: str) -> str | None:
         """Reads one name from the database, else from the text."""
-        if self.text is None and any(self.seen[1:]):
+        text = self.text
+        if text is None and any(self.seen[1:]):
             try:
                 return self.fetch_from_database(name)
             except Exception as error:  # noqa: BLE001 each backend has its own
                 self.warn(f"{self.name} cannot be read ({printable(str(error), 100)})")
-        if self.text is None:
-            self.text = self.read_text()
-        return self.text.get(name)
+        if text is None:
+            text = self.text = self.read_text()
+        return text.get(name)
 
     def fetch_from_database(self, name: str) -> str | None:
         """One name from the database; keys may carry a NUL (Postfix's do)."""
@@ -3036,23 +3063,15 @@ class ForwardFiles:
 # Source: RFC 4155 (mboxrd), Debian policy 11.6 (fcntl, then dotlock).
 # Failures: MailError 4.2.x; a mailbox that is in use raises Busy.
 
+MAX_NULS = 1 << 26  # bytes at a mailbox's end that are cut off as torn
+SEARCH = 1 << 22  # bytes of a mailbox searched at once
+OVERLAP = 1 << 16  # bytes of them searched again: the head of one message
 CLOCK_SLACK = 60  # seconds that a mailbox may seem older than a message in it
 STALE_LOCK = 500  # seconds until anybody's dotlock is broken; Postfix
 
 
 class Busy(Exception):
     """The mailbox is locked by another program: try again in a moment."""
-
-
-def is_alive(pid: int) -> bool:
-    """Whether there is such a process."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
 
 
 class MailboxLock:
@@ -3120,8 +3139,8 @@ class MailboxLock:
             fd = os.open(self.path, flags)
             words, age = os.read(fd, 64).split(), time.time() - os.fstat(fd).st_mtime
             os.close(fd)
-            ours = len(words) == 2 and words[1] == b"minimta" and words[0].isdigit()
-            if not (age > STALE_LOCK or ours and not is_alive(int(words[0]))):
+            # A living minimta would hold the fcntl lock, which is ours now.
+            if age <= STALE_LOCK and words[1:] != [b"minimta"]:
                 return False
             os.unlink(self.path)
         except FileNotFoundError:
@@ -3270,9 +3289,11 @@ class Mailbox:
     def cut_nuls(self) -> None:
         """Cuts NULs off the end: a size was written without its data."""
         size = end = os.fstat(self.fd).st_size
-        while end and os.pread(self.fd, 1, end - 1) == b"\0":
+        while end and size - end < MAX_NULS and os.pread(self.fd, 1, end - 1) == b"\0":
             start = max(0, end - BLOCK)
             end = start + len(os.pread(self.fd, end - start, start).rstrip(b"\0"))
+        if size - end >= MAX_NULS:
+            raise MailError("4.2.0", f"mailbox {self.path} ends in a hole")
         if end != size:
             os.ftruncate(self.fd, end)
 
@@ -3310,21 +3331,25 @@ class Mailbox:
         One pass over the file, for the messages that a crash may have left
         delivered. Only our own Received counts: the first, in the header.
         """
-        import mmap
         import re
 
-        found: dict[str, int] = {}
-        if not wanted or not os.fstat(self.fd).st_size:
-            return found
+        # By blocks, not mmap: who owns the file may truncate it meanwhile.
         pattern = re.compile(rb"\n\t(?:by [^\n]* )?id (\w+)[;\n]")
-        with mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ) as text:
+        found: dict[str, int] = {}
+        text, base = b"", 0
+        while wanted:
+            block = os.pread(self.fd, SEARCH, base + len(text))
+            text += block
             for match in pattern.finditer(text):
                 queue_id = os_text(match[1])
-                if queue_id in wanted:
-                    begin = text.rfind(b"\nFrom ", 0, match.start()) + 1
-                    above = text[begin : match.start()]
-                    if above.count(b"\nReceived:") == 1 and b"\n\n" not in above:
-                        found[queue_id] = begin
+                begin = text.rfind(b"\nFrom ", 0, match.start()) + 1
+                above = text[begin : match.start()]
+                is_own = above.count(b"\nReceived:") == 1 and b"\n\n" not in above
+                if queue_id in wanted and is_own and above.startswith(b"From "):
+                    found[queue_id] = base + begin
+            if not block:
+                break
+            base, text = base + max(0, len(text) - OVERLAP), text[-OVERLAP:]
         return found
 
     def already_has(self, offset: int | None, render: object) -> bool:
@@ -3337,7 +3362,28 @@ class Mailbox:
         state = self.compare(place, render())
         if state == "torn":
             os.ftruncate(self.fd, place)
-        return offset is not None and state in ("whole", "changed")
+        if offset is None or state != "changed":
+            return state == "whole" and offset is not None
+        return self.has_end(offset, render())
+
+    def has_end(self, offset: int, chunks: object) -> bool:
+        """Whether a message that was changed still has its last bytes.
+
+        If not, it was torn, and something was appended behind it.
+        """
+        last = b""
+        for chunk in chunks:
+            last = (last + chunk)[-200:]
+        last, text, place = last.strip(), b"", offset + 1
+        while last:
+            block = os.pread(self.fd, BLOCK, place)
+            text, place = text[-300:] + block, place + len(block)
+            end = text.find(b"\nFrom ")
+            if last in (text if end < 0 else text[:end]):
+                return True
+            if end >= 0 or not block:
+                return False
+        return True
 
     def compare(self, offset: int, chunks: object) -> str:
         """What stands at `offset`, held against the text it should have.
@@ -3424,7 +3470,15 @@ class Folder:
             raise ProgramError(1, f"{path}: {error.strerror}") from None
         if os.fstat(self.fd).st_mode & 0o170000 != 0o100000:
             raise ProgramError(1, f"{path}: not a regular file")
-        self.find_messages()
+        self.lock = MailboxLock(path, self.fd)
+        if self.is_read_only:
+            self.find_messages()
+            return
+        self.lock_patiently()  # or half a message might be taken for a whole one
+        try:
+            self.find_messages()
+        finally:
+            self.lock.release()
 
     def find_messages(self) -> None:
         """Notes where messages begin: a From_ line behind an empty one."""
@@ -3438,7 +3492,7 @@ class Folder:
                 match.start()
                 for match in pattern.finditer(text)
                 if match.start() == 0
-                or text[: match.start()].endswith((b"\n\n", b"\n\r\n"))
+                or text.endswith((b"\n\n", b"\n\r\n"), 0, match.start())
             ]
             if text.startswith(b"From ")
             else []
@@ -3446,6 +3500,7 @@ class Folder:
         if text and not starts:
             raise ProgramError(1, f"{self.path}: not a mailbox")
         self.size = len(text)
+        self.seen = (os.fstat(self.fd).st_ino, hash(text))
         for start, end in zip(starts, [*starts[1:], len(text)]):
             header = Header.parse(text[start:end].partition(b"\n")[2][:MAX_HEADER])
             status = "".join(header.values("status"))
@@ -3471,24 +3526,31 @@ class Folder:
         In place, so that owner, mode and inode stay; the old end of the file
         is kept beside it until the new one is durable. Raises ProgramError.
         """
-        lock = MailboxLock(self.path, self.fd)
-        self.lock_patiently(lock)
+        self.lock_patiently()
         try:
-            if os.fstat(self.fd).st_size < self.size:
-                raise ProgramError(1, f"{self.path}: changed by another program")
+            if self.fingerprint() != self.seen:
+                raise ProgramError(
+                    1, f"{self.path}: another program changed it: x leaves it so"
+                )
             kept = [message for message in self.messages if not message.state]
             self.replace_tail(self.first_change(), kept)
         except OSError as error:
             raise ProgramError(EX_IOERR, f"{self.path}: {error.strerror}") from None
         finally:
-            lock.release()
+            self.lock.release()
         return len(kept)
 
-    def lock_patiently(self, lock: MailboxLock) -> None:
+    def fingerprint(self) -> tuple[int, int]:
+        """What differs if anything but the file's end was changed since."""
+        now = os.stat(self.path)
+        text = os.pread(self.fd, self.size, 0)
+        return now.st_ino, hash(text)
+
+    def lock_patiently(self) -> None:
         """Waits for a deliverer to finish, thirty seconds at the most."""
         for _ in range(300):
             try:
-                return lock.acquire()
+                return self.lock.acquire()
             except Busy:
                 time.sleep(0.1)
         raise ProgramError(EX_TEMPFAIL, f"{self.path}: locked by another program")
@@ -3659,16 +3721,15 @@ class Relay:
         said = f"host {self.name} said: {code} {words} (in reply to {stage})"
         return MailError(status, said, self.name)
 
-    def reset(self) -> None:
-        """Makes ready for the next message. Raises MailError."""
+    def reset(self) -> bool:
+        """Makes ready for the next message; whether the host is there."""
         import smtplib
 
         try:
             self.smtp.rset()
         except (OSError, smtplib.SMTPException):
-            raise MailError(
-                "4.4.2", f"lost connection with {self.name}", self.name
-            ) from None
+            return False
+        return True
 
     def quit(self) -> None:
         """Says goodbye; what the host says to that does not matter."""
@@ -3712,6 +3773,35 @@ class Destination(Value):
         return f"{self.kind} {self.target}"
 
 
+class Trail:
+    """How an address was come by while a recipient is expanded.
+
+    `steps` are ("alias", name) and ("user", name) in order; `passed` the
+    users of the message's Delivered-To fields. What one step leads to is
+    expanded once for the whole recipient, however often it is named.
+    """
+
+    def __init__(self, steps: tuple, passed: frozenset, visited: set) -> None:
+        self.steps = steps
+        self.passed = passed
+        self.visited = visited
+
+    def then(self, kind: str, name: str) -> Trail:
+        """The trail with one step more."""
+        return Trail((*self.steps, (kind, name)), self.passed, self.visited)
+
+    def names(self, kind: str) -> list[str]:
+        """The names of its steps of one kind."""
+        return [name for step, name in self.steps if step == kind]
+
+    def is_first(self, text: str) -> bool:
+        """Whether this step leads to `text` for the first time; notes it."""
+        place = (text, self.steps[-1:])
+        is_first = place not in self.visited
+        self.visited.add(place)
+        return is_first
+
+
 class Router:
     """Expands recipients by aliases, users, ~/.forward: resolve().
 
@@ -3735,7 +3825,7 @@ class Router:
 
     def verify(self, address: Address) -> None:
         """Raises MailError unless mail to a local address can be delivered."""
-        found = self.resolve(address, ())
+        found = self.resolve(address, frozenset())
         errors = [destination.error for destination in found if destination.error]
         for error in errors:
             if error.is_temporary and error.status == "4.3.0":
@@ -3743,39 +3833,50 @@ class Router:
         if errors and len(errors) == len(found) and not errors[0].is_temporary:
             raise errors[0]
 
-    def resolve(self, address: Address, seen: tuple[str, ...]) -> list[Destination]:
+    def passed(self, texts: list[str]) -> frozenset[str]:
+        """The users a message has been through, by its Delivered-To fields."""
+        found = set()
+        for text in dict.fromkeys(texts):
+            try:
+                address = Address.parse(text)
+            except MailError:
+                continue
+            if self.settings.is_local(address.domain):
+                found.add(address.local)
+        return frozenset(found)
+
+    def resolve(self, address: Address, passed: frozenset) -> list[Destination]:
         """The destinations of one recipient, each once.
 
-        `seen` are the Delivered-To addresses that the message already bears.
+        `passed` are the users that the message has been through already.
         """
         found: dict[str, Destination] = {}
-        for destination in self.expand(address, (), seen):
+        for destination in self.expand(address, Trail((), passed, set())):
             found.setdefault(destination.key, destination)
         return list(found.values())
 
-    def expand(self, address: Address, trail: tuple, seen: tuple) -> list[Destination]:
-        """Destinations of `address`; `trail` is how it was come by.
-
-        The trail has ("alias", name) and ("user", name) in order.
-        """
+    def expand(self, address: Address, trail: Trail) -> list[Destination]:
+        """Destinations of `address`, nothing where it was expanded before."""
+        if not trail.is_first(str(address)):
+            return []
         if not self.settings.is_local(address.domain):
             forwarders = self.forwarders(trail)
             return [Destination("remote", str(address), forwarders=forwarders)]
-        if len(trail) > MAX_DEPTH:
+        if len(trail.steps) > MAX_DEPTH:
             return [self.failed(address, "5.4.6", "aliases nested too deeply")]
         try:
             alias = self.find_alias(address.local, trail)
         except MailError as error:
             return [Destination("error", str(address), error=error)]
         if alias is None:
-            return self.expand_user(address, trail, seen)
+            return self.expand_user(address, trail)
         name, value = alias
-        if ("alias", name) in trail:
+        if ("alias", name) in trail.steps:
             why = f"alias database loop for {printable(name, 100)}"
             return [self.failed(address, "5.4.6", why)]
-        return self.expand_targets(value, (*trail, ("alias", name)), seen)
+        return self.expand_targets(value, trail.then("alias", name))
 
-    def find_alias(self, local: str, trail: tuple) -> tuple[str, str] | None:
+    def find_alias(self, local: str, trail: Trail) -> tuple[str, str] | None:
         """(name, value) of the alias for a local part, or None.
 
         An alias that names itself means the mailbox. Raises MailError.
@@ -3785,7 +3886,8 @@ class Router:
             if value is None and self.users.lookup(name) is None:
                 value = BUILT_IN_ALIASES.get(name)
             if value is not None:
-                return None if trail[-1:] == (("alias", name),) else (name, value)
+                is_itself = trail.steps[-1:] == (("alias", name),)
+                return None if is_itself else (name, value)
         return None
 
     def spellings(self, local: str) -> list[str]:
@@ -3795,64 +3897,60 @@ class Router:
             return [local, local[: local.index(delimiter, 1)]]
         return [local]
 
-    def expand_targets(
-        self, value: str, trail: tuple, seen: tuple
-    ) -> list[Destination]:
+    def expand_targets(self, value: str, trail: Trail) -> list[Destination]:
         """Destinations of an alias's value or a .forward line."""
-        found = []
-        for item in split_items(value):
-            try:
-                found += self.expand_target(Target.parse(item), trail, seen)
-            except ValueError as error:
-                name = Address(trail[-1][1])
-                found.append(self.failed(name, "5.1.3", str(error)))
-        return found
+        try:
+            targets = parse_targets(value)
+        except ValueError as error:
+            return [self.failed(Address(trail.steps[-1][1]), "4.3.5", str(error))]
+        return [found for t in targets for found in self.expand_target(t, trail)]
 
-    def expand_target(self, target: Target, trail: tuple, seen: tuple) -> list:
+    def expand_target(self, target: Target, trail: Trail) -> list[Destination]:
         """Destinations of one target."""
         if target.kind == "address":
-            return self.expand(Address.parse(target.text), trail, seen)
+            return self.expand(Address.parse(target.text), trail)
         if target.kind == "user":
-            return self.expand_user(Address.parse(target.text), trail, seen, True)
+            return self.expand_user(Address.parse(target.text), trail, True)
         if target.kind == "null":
             return [Destination("null", target.text)]
         what = {"pipe": "a command", "file": "a file", "include": "an include file"}
         text = f"delivery to {what[target.kind]} ({printable(target.text, 100)})"
-        kind, name = trail[-1]
+        kind, name = trail.steps[-1]
         place = f"the alias {name}" if kind == "alias" else f"~{name}/.forward"
         error = MailError("4.3.5", f"{text} is not built yet: change {place}")
         return [Destination("error", f"{target.kind} {target.text}", error=error)]
 
     def expand_user(
-        self, address: Address, trail: tuple, seen: tuple, is_plain: bool = False
+        self, address: Address, trail: Trail, is_plain: bool = False
     ) -> list[Destination]:
         """Destinations of a user: what ~/.forward says, or the mailbox."""
         user = self.find_user(address.local)
         if user is None:
-            return self.expand_stranger(address, trail, seen)
+            return self.expand_stranger(address, trail)
         target = f"{user.name}@{self.settings.local_origin}"
         forwarders = self.forwarders(trail)
         mailbox = Destination("mailbox", target, user=user, forwarders=forwarders)
-        on_the_way = [name for kind, name in trail if kind == "user"]
+        on_the_way = trail.names("user")
         if is_plain or on_the_way[-1:] == [user.name]:
             return [mailbox]  # its own name in its .forward means the mailbox
         text = self.forward_text(user)
         if not text:
             return [mailbox]
-        if user.name in on_the_way or self.has_passed(user, seen):
+        if user.name in on_the_way or user.name in trail.passed:
             return [self.failed(address, "5.4.6", f"mail forwarding loop for {target}")]
-        return self.expand_forward(text, mailbox, (*trail, ("user", user.name)), seen)
+        return self.expand_forward(text, mailbox, trail.then("user", user.name))
 
     def find_user(self, local: str) -> User | None:
         """The user of a local part, with or without +detail."""
         return next(filter(None, map(self.users.lookup, self.spellings(local))), None)
 
-    def expand_stranger(self, address: Address, trail: tuple, seen: tuple) -> list:
+    def expand_stranger(self, address: Address, trail: Trail) -> list[Destination]:
         """Destinations of a local part that nobody has."""
         way_out = self.settings.luser_relay
-        if way_out and ("alias", "luser_relay") not in trail:
-            trail = (*trail, ("alias", "luser_relay"))
-            return self.expand(Address.parse(way_out), trail, seen)
+        if way_out and "luser_relay" not in trail.names("alias"):
+            return self.expand(
+                Address.parse(way_out), trail.then("alias", "luser_relay")
+            )
         return [self.failed(address, "5.1.1", f'unknown user: "{address.local}"')]
 
     def forward_text(self, user: User) -> str:
@@ -3865,37 +3963,29 @@ class Router:
         return "\n".join(line for _, line in logical_lines(text))
 
     def expand_forward(
-        self, text: str, mailbox: Destination, trail: tuple, seen: tuple
+        self, text: str, mailbox: Destination, trail: Trail
     ) -> list[Destination]:
         """Destinations of a .forward; a line that is none means the mailbox.
 
         For the user's typo the sender is not to blame.
         """
-        found = []
+        found, problems = [], []
         for line in text.split("\n"):
             try:
                 parse_targets(line)
-                found += self.expand_targets(line, trail, seen)
+                found += self.expand_targets(line, trail)
             except ValueError as error:
-                self.warn(f"{mailbox.user.home}/.forward: {error}: kept in the mailbox")
-                found.append(mailbox)
+                problems.append(str(error))
+        if problems:
+            path = f"{mailbox.user.home}/.forward"
+            self.warn(f"{path}: {problems[0]}: a copy is kept in the mailbox")
+            found.append(mailbox)
         return found
 
-    def has_passed(self, user: User, seen: tuple) -> bool:
-        """Whether the message went through this user's hands before."""
-        for text in seen:
-            try:
-                address = Address.parse(text)
-            except MailError:
-                continue
-            if self.settings.is_local(address.domain) and address.local == user.name:
-                return True
-        return False
-
-    def forwarders(self, trail: tuple) -> tuple[str, ...]:
+    def forwarders(self, trail: Trail) -> tuple[str, ...]:
         """Whose .forward files a trail went through, last one first."""
-        names = [name for kind, name in trail if kind == "user"]
-        return tuple(f"{name}@{self.settings.local_origin}" for name in reversed(names))
+        names = reversed(trail.names("user"))
+        return tuple(f"{name}@{self.settings.local_origin}" for name in names)
 
     def failed(self, address: Address, status: str, text: str) -> Destination:
         """A destination that is none."""
@@ -3921,9 +4011,21 @@ class Task:
         self.recipients: list[str] = []
         self.error = destination.error
         self.done: tuple[str, str] | None = None
+        self.pause = 0  # seconds after which it may go where it may not go now
         self.relay = "local"
         if destination.kind == "null":
             self.done = ("2.0.0", "discarded")
+
+    def attempts(self, now: float) -> list[Attempt]:
+        """What became of it, as a journal line for each recipient."""
+        error, key = self.error, self.destination.key
+        outcome = SENT if not error else DEFERRED if error.is_temporary else BOUNCED
+        status, text = (error.status, error.text) if error else self.done
+        relay = error.relay if error else self.relay
+        return [
+            Attempt(now, outcome, status, recipient, key, relay, printable(text))
+            for recipient in self.recipients
+        ]
 
     def head(self) -> bytes:
         """The trace fields that a delivery puts on top of the message."""
@@ -3957,7 +4059,7 @@ class ActiveMessage:
         self.now = now
         self.header = file.header()
         self.tasks: dict[str, Task] = {}
-        self.is_busy = False
+        self.is_settled = False
 
     @property
     def age(self) -> float:
@@ -3966,11 +4068,16 @@ class ActiveMessage:
 
     def plan(self, router: Router, hopcount_limit: int) -> list[Task]:
         """Its tasks: a destination each, without those that are done."""
-        finished = {(a.recipient, a.destination) for a in self.journal if a.is_final}
-        reached = {destination for _, destination in finished}
+        latest = {(a.recipient, a.destination): a for a in self.journal}
+        finished = {pair for pair, attempt in latest.items() if attempt.is_final}
+        reached = {pair[1] for pair in finished if latest[pair].outcome == SENT}
+        waiting = {name for name, _ in latest.keys() - finished}
+        done = {name for name, _ in finished} - waiting
         too_far = len(self.header.values("received")) > hopcount_limit
-        seen = tuple(self.header.values("delivered-to"))
+        seen = router.passed(self.header.values("delivered-to"))
         for recipient in self.file.envelope.recipients:
+            if recipient in done:
+                continue  # wherever the aliases may lead by now
             if too_far:
                 error = MailError("5.4.6", "too many hops")
                 found = [Destination("error", recipient, error=error)]
@@ -3985,7 +4092,7 @@ class ActiveMessage:
                     task.done = ("2.0.0", "delivered already")
         return list(self.tasks.values())
 
-    def resolve(self, router: Router, recipient: str, seen: tuple) -> list:
+    def resolve(self, router: Router, recipient: str, seen: frozenset) -> list:
         """The destinations of one recipient of the envelope."""
         try:
             return router.resolve(Address.parse(recipient), seen)
@@ -3994,16 +4101,8 @@ class ActiveMessage:
 
     def attempts(self, now: float) -> list[Attempt]:
         """What became of every task, as journal lines."""
-        found = []
-        for task in self.tasks.values():
-            error = task.error
-            outcome = SENT if not error else DEFERRED if error.is_temporary else BOUNCED
-            status, text = (error.status, error.text) if error else task.done
-            relay = error.relay if error else task.relay
-            for recipient in task.recipients:
-                words = (recipient, task.destination.key, relay, printable(text))
-                found.append(Attempt(now, outcome, status, *words))
-        return found
+        tasks = self.tasks.values()
+        return [attempt for task in tasks for attempt in task.attempts(now)]
 
     @property
     def is_waiting(self) -> bool:
@@ -4032,7 +4131,7 @@ class Delivery:
         except Busy:
             self.fail(tasks, MailError("4.2.0", f"mailbox {path} is locked"))
             for task in tasks:
-                task.message.is_busy = True
+                task.pause = 1
         except MailError as error:
             self.fail(tasks, error)
         except Exception as error:  # noqa: BLE001 one mailbox must not stop the others
@@ -4138,8 +4237,8 @@ class RelayJob:
             relay = Relay(settings)
             relay.connect()
             while rest:
-                self.send(relay, rest[0])
-                rest.pop(0)
+                if not self.send(relay, rest.pop(0)) and rest:
+                    relay.connect()
             relay.quit()
         except MailError as error:
             for group in rest:
@@ -4157,22 +4256,20 @@ class RelayJob:
             found.setdefault(key, {})[task.destination.target] = number
         return list(found.values())
 
-    def send(self, relay: Relay, group: dict[str, int]) -> None:
-        """One transaction. Raises MailError when the connection is lost."""
+    def send(self, relay: Relay, group: dict[str, int]) -> bool:
+        """One transaction; whether the connection is good for another."""
         task = self.tasks[next(iter(group.values()))]
         try:
             results = relay.send(task.message.file, task.head(), list(group))
         except MailError as error:
-            if error.status == "4.4.2":
-                raise
             self.report_failure(group, error)
-            relay.reset()
-            return
+            return error.status != "4.4.2" and relay.reset()
         for recipient, result in results.items():
             if isinstance(result, MailError):
                 self.report_failure({recipient: group[recipient]}, result)
             else:
                 self.report(group[recipient], SENT, result[0], relay.name, result[1])
+        return True
 
     def report_failure(self, group: dict[str, int], error: MailError) -> None:
         """The same failure for every task of a group."""
@@ -4184,21 +4281,31 @@ class RelayJob:
         line = "\t".join((str(number), *map(printable, words)))
         write_all(self.results, os_bytes(line + "\n"))
 
-    def finish(self) -> None:
-        """Settles the tasks by what the child said, and buries it."""
-        os.close(self.fd)
-        os.waitpid(self.pid, 0)
-        for line in self.text.split(b"\n")[:-1]:
+    def take(self, data: bytes) -> None:
+        """Settles tasks by what the child says; b"" is its end."""
+        *lines, self.text = (self.text + data).split(b"\n")
+        for line in lines:
             number, outcome, status, relay, text = os_text(line).split("\t")
             task = self.tasks[int(number)]
             if outcome == SENT:
                 task.done, task.relay = (status, text), relay
             else:
                 task.error = MailError(status, text, relay)
+        if not data:
+            self.finish()
+
+    def finish(self) -> None:
+        """Buries the child; what it said nothing of is tried again."""
+        os.close(self.fd)
+        os.waitpid(self.pid, 0)
         for task in self.tasks:
             if not task.done and not task.error:
                 text = "the relay process ended without a result"
                 task.error = MailError("4.3.0", text, "none")
+
+    def messages(self) -> list[ActiveMessage]:
+        """The messages of its tasks."""
+        return list({id(task.message): task.message for task in self.tasks}.values())
 
 
 # == 18 Queue runner: QueueRunner, take_lock ==================================
@@ -4210,7 +4317,9 @@ RESCAN = 10  # seconds between looks at the directories, should a wake-up be los
 BATCH = 64  # messages that are open at once
 BUSY_TRIES = 30  # seconds that a locked mailbox is waited for before it counts
 GRACE = 5  # seconds that sessions and relays have when the daemon is stopped
-MAX_RELAYS = 20  # relay processes at once; Postfix's concurrency per destination
+MAX_RELAYS = 4  # relay processes at once, each with a batch of open files
+MAX_WAITING = 2 * BATCH  # remote recipients in line for them
+RELAY_PAUSE = 5  # seconds until one that found no place in the line asks again
 # What is imported on the way of a message, some of it with a user's rights.
 RUNNER_MODULES = ("mailbox", "fcntl", "mmap", "re", "heapq", "select", "tempfile")
 RELAY_MODULES = ("smtplib", "encodings.idna", "stringprep")
@@ -4236,11 +4345,6 @@ def take_lock(spool: Spool, patience: float) -> int | None:
                 os.close(fd)
                 return None
             time.sleep(0.05)
-
-
-def is_locked(task: Task) -> bool:
-    """Whether a task only waits for a mailbox's lock."""
-    return bool(task.error) and task.error.text.endswith("is locked")
 
 
 def is_bounced(task: Task) -> bool:
@@ -4313,22 +4417,29 @@ class QueueRunner:
         drop = Maildrop(self.spool.directory)
         try:
             names = [name for name in os.listdir(drop.directory) if is_id(name)]
+            names = [name for name in names if len(name) == 10]  # no report's id
         except OSError:
             return
         for name in sorted(names)[:1000]:
             try:
                 self.take_drop(drop, name)
-            except (OSError, ValueError) as error:
-                self.log.warning("pickup", f"maildrop/{printable(name)}: {error}")
-                self.spool_away(drop, name)
             except MailError as error:
                 self.log.warning("pickup", f"maildrop/{name}: {error.text}")
-                return  # no room: it stays where it is
+                if error.is_temporary:
+                    return  # no room: it stays where it is
+                self.spool_away(drop, name)
+            except Exception as error:  # noqa: BLE001 whatever a user wrote there
+                self.log.warning("pickup", f"maildrop/{name}: {error}")
+                self.spool_away(drop, name)
 
     def spool_away(self, drop: Maildrop, name: str) -> None:
-        """Moves a drop that is no message away, never following it."""
+        """Moves a drop that is no message away, never following it.
+
+        Under a name of its own, so that nothing in corrupt/ is lost.
+        """
+        path = self.spool.path("corrupt", f"{name}.{os.urandom(6).hex()}")
         try:
-            os.rename(f"{drop.directory}/{name}", self.spool.path("corrupt", name))
+            os.rename(f"{drop.directory}/{name}", path)
         except OSError:
             return
 
@@ -4340,7 +4451,10 @@ class QueueRunner:
             now = time.time()
             sender = str(Address.parse(file.envelope.sender))
             recipients = [str(Address.parse(r)) for r in file.envelope.recipients]
-            envelope = Envelope(sender, recipients, arrived=now, origin=f"uid {uid}")
+            more = {"arrived": now, "origin": f"uid {uid}"}
+            if "SMTPUTF8" in file.envelope.body:
+                more["body"] = "8BITMIME SMTPUTF8"
+            envelope = Envelope(sender, recipients, **more)
             # The same id again after a crash: the same message, not a second.
             if not self.spool.has(name):
                 with self.spool.create(envelope, name) as draft:
@@ -4371,8 +4485,13 @@ class QueueRunner:
 
     def take_up(self, queue_id: str, now: float) -> ActiveMessage | None:
         """Opens a message; one that is none is set aside."""
+        file = None
         try:
             file = self.spool.open(queue_id)
+            if os.fstat(file.fd).st_mtime > now:
+                # Flushed: after a crash it must come before what is newer.
+                self.spool.wait_until(queue_id, now)
+            message = ActiveMessage(file, self.spool.journal(queue_id), now)
         except FileNotFoundError:
             self.known.discard(queue_id)
             return None
@@ -4380,18 +4499,22 @@ class QueueRunner:
             self.set_aside(queue_id, str(error))
             return None
         except OSError as error:
+            if file:
+                os.close(file.fd)
             self.log.warning("qmgr", f"{queue_id}: {error.strerror}")
             self.known.discard(queue_id)
             return None
-        message = ActiveMessage(file, self.spool.journal(queue_id), now)
         if not message.journal and queue_id not in self.busy:
             self.log.active(queue_id, file.size, file.envelope)
         return message
 
     def set_aside(self, queue_id: str, why: str) -> None:
         """Keeps a message that cannot go anywhere, in corrupt/."""
-        path = self.spool.set_aside(queue_id)
         self.known.discard(queue_id)
+        try:
+            path = self.spool.set_aside(queue_id)
+        except OSError as error:
+            path = f"queue/{queue_id} ({error.strerror})"
         self.log.warning("qmgr", f"{queue_id}: {why}: kept as {path}")
 
     def deliver(self, batch: list[ActiveMessage]) -> None:
@@ -4423,8 +4546,12 @@ class QueueRunner:
 
     def plan_relay(self, task: Task) -> None:
         """Puts a remote task in line, if there is a way out."""
-        if self.settings.relayhost:
+        if self.settings.relayhost and len(self.waiting) < MAX_WAITING:
             self.waiting.append(task)
+            return
+        if self.settings.relayhost:  # each that waits keeps a file open
+            task.error = MailError("4.4.5", "more mail goes out than can at once")
+            task.pause = RELAY_PAUSE
             return
         domain = task.destination.target.rpartition("@")[2]
         text = (
@@ -4435,73 +4562,75 @@ class QueueRunner:
     def start_relays(self) -> None:
         """Starts relay processes for the tasks in line."""
         while self.waiting and len(self.jobs) < MAX_RELAYS:
-            tasks, self.waiting = self.waiting[:BATCH], self.waiting[BATCH:]
             strangers = [*self.strangers, *self.jobs]
+            tasks = self.waiting[:BATCH]
             try:
                 job = RelayJob(self.settings, self.owner, tasks, strangers)
             except OSError as error:
-                text = f"no relay process: {error.strerror}"
-                self.delivery.fail(tasks, MailError("4.3.0", text, "none"))
-                return
+                self.log.warning("qmgr", f"no relay process: {error.strerror}")
+                return  # the next pass tries again
+            self.waiting = self.waiting[BATCH:]
             self.jobs[job.fd] = job
 
     def hear(self, fd: int) -> None:
         """Reads what a relay process says; at its end settles its messages."""
         job = self.jobs[fd]
         data = os.read(fd, BLOCK)
-        job.text += data
-        if data:
-            return
-        del self.jobs[fd]
-        job.finish()
-        for message in {
-            task.message.queue_id: task.message for task in job.tasks
-        }.values():
-            if not message.is_waiting:
+        job.take(data)
+        if not data:
+            del self.jobs[fd]
+        for message in job.messages():
+            if not (message.is_waiting or message.is_settled):
                 self.settle(message)
         self.start_relays()
 
     def settle(self, message: ActiveMessage) -> None:
         """Draws the consequences of an attempt: report, journal, next time."""
+        message.is_settled = True
         try:
             with message.file:
                 self.conclude(message)
         except Exception as error:  # noqa: BLE001 one message must not stop the others
             # The queue's disk fails: the message stays, and is tried again.
+            # What was delivered could not be noted: look before the next time.
+            self.delivery.suspects.add(message.queue_id)
             self.log.warning("qmgr", f"{message.queue_id}: {error}")
             self.retry(message, message.now + self.settings.minimal_backoff_time)
 
     def conclude(self, message: ActiveMessage) -> None:
         """What settle() does if all goes well. Raises OSError, MailError."""
         queue_id, now = message.queue_id, time.time()
-        is_locked_out = self.leave_locked(message)
+        later = self.put_off(message)
         if self.is_expired(message):
             self.expire(message)
         attempts = message.attempts(now)
         self.report(message, now)
         for attempt in attempts:
             self.log.attempt(queue_id, attempt, message.file.envelope.arrived)
-        if is_locked_out or any(not attempt.is_final for attempt in attempts):
-            self.spool.note(queue_id, attempts)
-            self.delivery.suspects.discard(queue_id)
-            self.retry(message, now + 1) if is_locked_out else self.back_off(
-                message, now
-            )
+        if later or any(not attempt.is_final for attempt in attempts):
+            if attempts:
+                held = [found for task in later for found in task.attempts(now)]
+                self.spool.note(queue_id, attempts + held)
+            if later:
+                self.retry(message, now + max(task.pause for task in later))
+            else:
+                self.back_off(message, now)
         elif self.spool.has(queue_id):
             self.finish(message)
 
-    def leave_locked(self, message: ActiveMessage) -> bool:
-        """Takes out tasks whose mailbox is locked, if they can wait a second.
+    def put_off(self, message: ActiveMessage) -> list[Task]:
+        """Takes out tasks that can wait a moment, which is no deferral yet.
 
-        A reader holds a lock for a moment; that is no deferral yet.
+        A reader holds a lock for a second; relays are busy for some.
         """
+        tasks = [task for task in message.tasks.values() if task.pause]
         tries = self.busy.pop(message.queue_id, 0)
-        if not message.is_busy or tries >= BUSY_TRIES:
-            return False
+        if not tasks or tries >= BUSY_TRIES:
+            return []
         self.busy[message.queue_id] = tries + 1
-        tasks = message.tasks.items()
-        message.tasks = {key: task for key, task in tasks if not is_locked(task)}
-        return True
+        for task in tasks:
+            del message.tasks[task.destination.key]
+        return tasks
 
     def finish(self, message: ActiveMessage) -> None:
         """Removes a message that every recipient is done with."""
@@ -4563,14 +4692,14 @@ class QueueRunner:
         kind = "report" if envelope.sender else "notice"
         rounds = sum(attempt.outcome == BOUNCED for attempt in message.journal)
         report_id = f"{message.queue_id}B{rounds + 1}"
-        if self.spool.has(report_id):
+        origin = f"bounce of {message.queue_id}"
+        if self.has_report(report_id, origin):
             return
         failures = [(name, task.error) for task in failed for name in task.recipients]
         header = bytes(message.header)
         if kind == "notice":  # of a report, the text tells what was lost
             header += b"\n" + message.header.rest
         report = Report(self.settings, to, failures, header)
-        origin = f"bounce of {message.queue_id}"
         sealed = Envelope("", [to], arrived=now, origin=origin, kind=kind)
         with self.spool.create(sealed, report_id) as draft:
             host = self.settings.myhostname
@@ -4580,15 +4709,24 @@ class QueueRunner:
         self.log.reported(message.queue_id, report_id)
         self.add(report_id, now)
 
+    def has_report(self, report_id: str, origin: str) -> bool:
+        """Whether a report was queued before a crash."""
+        try:
+            with self.spool.open(report_id) as file:
+                return file.envelope.origin == origin
+        except FileNotFoundError:
+            return False
+
     def run_once(self) -> None:
         """Tries everything once, reports too, and waits for the relays."""
         import select
 
         self.flush()
         while self.run_due(time.time()) or self.jobs:
+            for fd in select.select(list(self.jobs), [], [], 0.5 * bool(self.jobs))[0]:
+                self.hear(fd)
             if self.jobs:
-                for fd in select.select(list(self.jobs), [], [])[0]:
-                    self.hear(fd)
+                self.scan()  # what came meanwhile has nobody else
 
     def run_forever(self, wake: int, ends: tuple[int, ...]) -> None:
         """Runs until one of `ends` becomes readable: a signal, or no master.
@@ -4605,6 +4743,7 @@ class QueueRunner:
                 self.scan()
                 next_scan = now + RESCAN
             has_more = self.run_due(now)
+            self.start_relays()
             pause = 0 if has_more else min(self.pause(now), next_scan - now)
             fds = [wake, *ends, *self.jobs]
             ready = select.select(fds, [], [], max(0, pause))[0]
@@ -4634,7 +4773,7 @@ class QueueRunner:
 
     def listen(self, wake: int) -> None:
         """Takes up what the SMTP server announces."""
-        for word in os_text(os.read(wake, 1 << 16)).split("\n"):
+        for word in dict.fromkeys(os_text(os.read(wake, 1 << 16)).split("\n")):
             if word == "flush":
                 self.flush()
             elif is_id(word):
@@ -4660,10 +4799,19 @@ class Gone(Exception):
 class PipeStream:
     """Standard input and output as a stream, for -bs; LF may end lines."""
 
+    def __init__(self) -> None:
+        self.held = b""
+
     def recv(self, size: int) -> bytes:
-        """Some bytes, b"" at the end."""
-        data = os.read(0, size)
-        return data if b"\r\n" in data else data.replace(b"\n", b"\r\n")
+        """Some bytes, each LF made CRLF; b"" at the end."""
+        data = self.held + os.read(0, size)
+        if data.endswith(b"\r") and data != self.held:
+            self.held, data = b"\r", data[:-1]  # its LF may be still to come
+            return data.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n") or self.recv(
+                size
+            )
+        self.held = b""
+        return data.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
 
     def sendall(self, data: bytes) -> None:
         """All of `data`."""
@@ -4697,7 +4845,7 @@ class Conversation:
     def __init__(self, desk: Desk, stream: object, client: Client) -> None:
         self.desk = desk
         self.stream = stream
-        room = getattr(desk.spool, "free", lambda: sys.maxsize)
+        room = desk.spool.free
         self.session = Session(desk.settings, client, desk.router.verify, room)
         self.buffer = b""
         self.is_skipping = False
@@ -4830,12 +4978,15 @@ class Conversation:
 
     def copy(self, reader: DotReader, write: object) -> None:
         """Hands a message to `write`, to its end. Raises Gone, MailError."""
-        is_first = True
+        first: bytes | None = b""  # the first line, which may come in pieces
         while not reader.ended:
             chunk = reader.feed(self.buffer or self.receive())
             self.buffer = b""
-            if chunk and is_first:
-                is_first, chunk = False, begin_body(chunk)
+            if first is not None:
+                first += chunk
+                if b"\n" not in first and len(first) < MAX_COMMAND and not reader.ended:
+                    continue
+                chunk, first = begin_body(first), None
             write(chunk)
         self.buffer += reader.rest
         reader.rest = b""
@@ -5385,14 +5536,17 @@ class Submission:
         """Has a message delivered that no daemon will deliver."""
         if self.delivery == "q":
             return
-        if self.delivery == "b" and os.fork():
-            return
+        try:
+            if self.delivery == "b" and os.fork():
+                return
+        except OSError:
+            return  # the mail is safe; the next run takes it along
         try:
             if self.delivery == "b":
                 detach()
             # Another's run may have begun before our message was there.
             run_queue(self.house, spool, RUN_PATIENCE)
-        except (MailError, ProgramError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 the mail is safe, whatever it is
             self.house.log.warning("qmgr", str(error))
         finally:
             if self.delivery == "b":
@@ -5671,10 +5825,13 @@ class Daemon:
         """Reads the settings again; bad ones change nothing."""
         import signal
 
+        before = self.house
         try:
-            self.house = House(self.environ, self.path, self.house.log.echo)
+            self.house = House(self.environ, self.path, before.log.echo)
+            Networks(self.house.settings.mynetworks)
             self.bind_all()
         except ProgramError as error:
+            self.house = before
             self.house.log.warning("master", f"settings not read: {error}")
             return
         self.house.log.line("master", "settings read again")
@@ -5723,8 +5880,8 @@ def decoded(value: str) -> str:
 
         try:
             value = str(make_header(decode_header(value)))
-        except (LookupError, ValueError):
-            pass  # shown as it came
+        except Exception:  # noqa: BLE001, S110 hostile mail is shown as it came
+            pass
     return terminal_text(" ".join(value.split()))
 
 
@@ -5734,7 +5891,10 @@ def sender_name(header: Header, from_line: bytes) -> str:
     name, angle, _ = value.partition("<")
     if angle and name.strip():
         return decoded(name.strip().strip('"'))
-    found = AddressScanner(value).scan()
+    try:
+        found = AddressScanner(value).scan()
+    except MailError:
+        found = [value]
     words = os_text(from_line).split()
     return decoded(found[0] if found else words[1] if len(words) > 1 else "")
 
@@ -6463,7 +6623,10 @@ def read_header(chunks: object) -> Header:
         block += chunk
         if b"\n\n" in block or len(block) > MAX_HEADER:
             break
-    return Header.parse(drop_from_lines(block))
+    header = Header.parse(drop_from_lines(block))
+    if len(block) > MAX_HEADER and not header.rest:
+        raise ProgramError(EX_DATAERR, "the header is over 1 MB: shorten it")
+    return header
 
 
 def print_version() -> int:
@@ -6573,7 +6736,7 @@ def verify_recipients(options: SendmailOptions, environ: dict) -> int:
         raise ProgramError(EX_USAGE, "no recipients to check: name one")
     code = EX_OK
     for address in read_recipients(house, options.recipients):
-        for found in house.router().resolve(address, ()):
+        for found in house.router().resolve(address, frozenset()):
             if found.error:
                 text = f"{found.target}... {found.error.text}"
                 code = found.error.exit_code

@@ -12,7 +12,11 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import doctest
+import email.header
+import email.utils
 import fcntl
+import importlib
 import itertools
 import os
 import pty
@@ -711,6 +715,4620 @@ def mounted(*words):
         yield
     finally:
         subprocess.run(["umount", "-l", words[-1]], check=True)
+
+
+# == 1 Failures: Value, ProgramError, MailError, exit codes ===================
+
+
+class TestExamples:
+    """What the docstrings show."""
+
+    def test_every_example_in_a_docstring_is_true(self):
+        failed, tried = doctest.testmod(minimta)
+        assert failed == 0
+        assert tried >= 7
+
+
+class TestValue:
+    """Records that are equal when their fields are."""
+
+    def test_equal_fields_make_equal_values(self):
+        assert minimta.Address("a", "b") == minimta.Address("a", "b")
+
+    def test_a_differing_field_makes_a_different_value(self):
+        assert minimta.Address("a", "b") != minimta.Address("a", "c")
+
+    def test_values_of_two_kinds_are_never_equal(self):
+        assert minimta.Address("a", "b") != minimta.Target("a", "b")
+
+    def test_equal_values_are_one_key(self):
+        assert len({minimta.Address("a", "b"), minimta.Address("a", "b")}) == 1
+
+    def test_a_value_shows_its_fields(self):
+        assert repr(minimta.Address("a", "b")) == "Address('a', 'b')"
+
+
+EXIT_CODE_ROWS = [
+    # whatever may succeed later
+    ("4.0.0", 75),
+    ("4.3.1", 75),
+    ("4.4.1", 75),
+    # an address that cannot be read, as recipient or sender
+    ("5.1.3", 65),
+    ("5.1.7", 65),
+    # an address that nobody has
+    ("5.1.0", 67),
+    ("5.1.1", 67),
+    ("5.1.2", 67),
+    # a message that is too big or malformed
+    ("5.2.3", 65),
+    ("5.3.4", 65),
+    ("5.5.2", 65),
+    ("5.6.7", 65),
+    # a loop
+    ("5.4.6", 78),
+    # not allowed
+    ("5.7.1", 77),
+    # everything else
+    ("5.0.0", 69),
+    ("5.2.0", 69),
+    ("5.4.4", 69),
+]
+
+
+class TestMailError:
+    """A failure: status, sentence, and what `sendmail` exits with."""
+
+    @pytest.mark.parametrize(("status", "code"), EXIT_CODE_ROWS)
+    def test_a_status_has_its_exit_code(self, status, code):
+        assert minimta.MailError(status, "why").exit_code == code
+
+    @pytest.mark.parametrize(("status", "code"), EXIT_CODE_ROWS)
+    def test_temporary_means_exit_75(self, status, code):
+        assert minimta.MailError(status, "why").is_temporary == (code == 75)
+
+
+PRINTABLE_ROWS = [
+    # text passes
+    ("plain, ümlaut", "plain, ümlaut"),
+    # what ends a line, anywhere
+    ("a\nb\rc\x0bd\x85e\u2028f", "a?b?c?d?e?f"),
+    # what drives a terminal
+    ("\x1b[2J\x9bm\x7f", "?[2J?m?"),
+    # what is no character
+    ("\udcff\0", "??"),
+]
+
+
+class TestPrintable:
+    """Text from outside on one line."""
+
+    @pytest.mark.parametrize(("given", "wanted"), PRINTABLE_ROWS)
+    def test_controls_become_question_marks(self, given, wanted):
+        assert minimta.printable(given) == wanted
+
+    def test_text_as_long_as_the_limit_is_whole(self):
+        assert minimta.printable("x" * 10, 10) == "x" * 10
+
+    def test_longer_text_is_cut_and_says_so(self):
+        assert minimta.printable("x" * 11, 10) == "x" * 10 + "..."
+
+
+# == 2 Settings: Setting, SETTINGS, Settings ==================================
+
+
+def make_settings(text="", root="", host="host.example", **environ):
+    """Settings as a file with that text gives them."""
+    return minimta.Settings.parse(text, environ, host, root, "/etc/minimta.conf")
+
+
+def settings_error(text, **how):
+    """What is wrong with a settings file."""
+    with pytest.raises(minimta.ProgramError) as caught:
+        make_settings(text, **how)
+    assert caught.value.code == 78
+    return str(caught.value)
+
+
+GOOD_VALUES = [
+    # numbers
+    ("smtpd_port = 26", 26),
+    ("smtpd_port=26", 26),
+    # sizes: bytes, or a unit of 1024
+    ("message_size_limit = 10", 10),
+    ("message_size_limit = 0", 0),
+    ("message_size_limit = 2k", 2 << 10),
+    ("message_size_limit = 50M", 50 << 20),
+    ("message_size_limit = 1g", 1 << 30),
+    # times: seconds, or units, one behind the other
+    ("minimal_backoff_time = 90", 90),
+    ("minimal_backoff_time = 90s", 90),
+    ("minimal_backoff_time = 2m", 120),
+    ("minimal_backoff_time = 1h30m", 5400),
+    ("minimal_backoff_time = 5d", 432000),
+    ("minimal_backoff_time = 1W", 604800),
+    # a list has commas or blanks between its words
+    ("mydestination = a, b c,d", ("a", "b", "c", "d")),
+    ("mydestination =", ()),
+    # paths: without the last slash
+    ("queue_directory = /q/", "/q"),
+    ("queue_directory = /", "/"),
+    # text: as it is
+    ("relayhost = [mx.example]:587", "[mx.example]:587"),
+    # the case of a name does not count
+    ("SMTPD_Port = 26", 26),
+    # the later of two lines counts
+    ("smtpd_port = 26\nsmtpd_port = 27", 27),
+    # DOS line ends
+    ("smtpd_port = 26\r\n", 26),
+]
+
+BAD_VALUES = [
+    # no number
+    *("smtpd_port = ", "smtpd_port = x", "smtpd_port = -1", "smtpd_port = 1k"),
+    "smtpd_port = 2 5",
+    # no port
+    "smtpd_port = 65536",
+    # no unit, or nothing before it
+    *("message_size_limit = 1x", "message_size_limit = M", "message_size_limit = k5"),
+    *("minimal_backoff_time = 5y", "minimal_backoff_time = 1.5h"),
+    # digits of another script
+    "smtpd_port = \u0662\u0665",
+]
+
+COMMENT_ROWS = [
+    # a # where a word could begin
+    ("# all", ""),
+    ("  # all", ""),
+    ("a # b", "a "),
+    ("a\t# b", "a\t"),
+    # inside a word it is a letter
+    ("a#b", "a#b"),
+    # inside double quotes, or behind a backslash, too
+    ('"a # b" # c', '"a # b" '),
+    ("a \\# b", "a \\# b"),
+    ('"a \\" # b" # c', '"a \\" # b" '),
+]
+
+LINE_ROWS = [
+    ("a\nb", [(1, "a"), (2, "b")]),
+    # empty lines and comments are nothing, but counted
+    ("\n# c\n \na", [(4, "a")]),
+    # white space in front continues the line before
+    ("a\n  b\n\tc\nd", [(1, "a b c"), (4, "d")]),
+    # also across a comment and an empty line
+    ("a\n# c\n\n  b", [(1, "a b")]),
+    # the first line has nothing to continue
+    ("  a", [(1, "  a")]),
+]
+
+
+class TestSettings:
+    """minimta.conf, the environment and the host as values."""
+
+    @pytest.mark.parametrize(("line", "wanted"), GOOD_VALUES)
+    def test_a_value_has_the_type_of_its_kind(self, line, wanted):
+        name = line.partition("=")[0].strip().lower()
+        assert getattr(make_settings(line), name) == wanted
+
+    @pytest.mark.parametrize("line", BAD_VALUES)
+    def test_a_bad_value_names_file_line_and_setting(self, line):
+        name = line.partition("=")[0].strip()
+        why = settings_error(f"# one\n\n{line}\n")
+        assert why.startswith(f"/etc/minimta.conf, line 3: {name}")
+
+    @pytest.mark.parametrize(("given", "wanted"), COMMENT_ROWS)
+    def test_a_comment_begins_where_a_word_could(self, given, wanted):
+        assert minimta.strip_comment(given) == wanted
+
+    @pytest.mark.parametrize(("given", "wanted"), LINE_ROWS)
+    def test_lines_are_joined_and_numbered(self, given, wanted):
+        assert minimta.logical_lines(given) == wanted
+
+    def test_a_value_goes_on_in_the_next_line(self):
+        assert make_settings("mydestination = a,\n  b").mydestination == ("a", "b")
+
+    @pytest.mark.parametrize("line", ["smtpd_port", "  smtpd_port = 1"])
+    def test_a_line_that_is_no_setting_is_named(self, line):
+        assert settings_error(line).startswith("/etc/minimta.conf, line 1: need name")
+
+    def test_an_unknown_name_is_told_the_nearest(self):
+        why = settings_error("mesage_size_limit = 1")
+        assert why == (
+            "/etc/minimta.conf, line 1: unknown setting mesage_size_limit: "
+            "did you mean message_size_limit?"
+        )
+
+    def test_a_name_like_no_other_is_told_where_names_are(self):
+        assert settings_error("qqq = 1").endswith("see minimta.py config")
+
+    @pytest.mark.parametrize("spelling", ["$mydomain", "${mydomain}"])
+    def test_a_name_behind_a_dollar_is_that_setting(self, spelling):
+        assert make_settings(f"myorigin = x.{spelling}").myorigin == "x.example"
+
+    def test_a_setting_that_names_itself_comes_to_an_end(self):
+        assert "$myorigin" in make_settings("myorigin = $myorigin").myorigin
+
+    def test_the_environment_beats_the_file(self):
+        settings = make_settings("smtpd_port = 26", MINIMTA_SMTPD_PORT=" 27 ")
+        assert settings.smtpd_port == 27
+
+    def test_a_bad_value_in_the_environment_names_the_variable(self):
+        why = settings_error("", MINIMTA_SMTPD_PORT="x")
+        assert why.startswith("environment, MINIMTA_SMTPD_PORT: smtpd_port = x")
+
+    def test_a_value_knows_where_it_came_from(self):
+        sources = make_settings("\nsmtpd_port = 26").sources
+        assert sources["smtpd_port"] == "/etc/minimta.conf, line 2"
+
+    def test_the_systems_places_are_the_default(self):
+        settings = make_settings()
+        assert settings.queue_directory == "/var/spool/minimta"
+        assert settings.mail_spool_directory == "/var/mail"
+        assert settings.alias_maps == ("/etc/aliases",)
+
+    def test_a_private_instance_has_everything_below_its_root(self):
+        settings = make_settings(root="/r")
+        assert settings.queue_directory == "/r/var/spool/minimta"
+        assert settings.mail_spool_directory == "/r/var/mail"
+        assert settings.alias_maps == ("/r/etc/aliases",)
+        assert settings.maillog_file == "/r/var/log/mail.log"
+
+    def test_a_private_instance_listens_near_and_without_root(self):
+        settings = make_settings(root="/r")
+        assert settings.inet_interfaces == ("127.0.0.1",)
+        assert settings.smtpd_port == 2525
+
+    @pytest.mark.parametrize(
+        ("host", "text", "wanted"),
+        [
+            ("a.b.example", "", ("a.b.example", "b.example")),
+            # a short name gets the domain
+            ("box", "mydomain = d.example", ("box.d.example", "d.example")),
+            ("box", "", ("box.localdomain", "localdomain")),
+            # the file beats the system
+            ("box", "myhostname = x.example", ("x.example", "example")),
+        ],
+    )
+    def test_host_and_domain_complete_each_other(self, host, text, wanted):
+        settings = make_settings(text, host=host)
+        assert (settings.myhostname, settings.mydomain) == wanted
+
+    def test_there_is_no_setting_of_another_name(self):
+        with pytest.raises(AttributeError):
+            make_settings().no_such_setting  # noqa: B018 reading it is the test
+
+    @pytest.mark.parametrize(
+        ("domain", "is_local"),
+        [
+            # mydestination, in any case, with or without the last dot
+            *[("host.example", True), ("HOST.Example", True), ("localhost.", True)],
+            *[("localhost.example", True), ("host", True)],
+            # a bare user is ours
+            ("", True),
+            # literals of the interfaces and of loopback
+            *[("[127.0.0.1]", True), ("[IPv6:::1]", True), ("[192.0.2.1]", True)],
+            *[("[192.0.2.2]", False), ("192.0.2.1", False)],
+            *[("example", False), ("other.example", False), ("xhost.example", False)],
+        ],
+    )
+    def test_a_domain_is_local_if_it_is_a_destination(self, domain, is_local):
+        settings = make_settings("inet_interfaces = 192.0.2.1, [::1]")
+        assert settings.is_local(domain) == is_local
+
+    @pytest.mark.parametrize(
+        ("domain", "may_relay"),
+        [
+            # the domain and what is below it
+            *[("a.example", True), ("b.A.example.", True)],
+            # only what is below a dot
+            *[("x.c.example", True), ("c.example", False)],
+            *[("xa.example", False), ("example", False), ("", False)],
+        ],
+    )
+    def test_anyone_may_relay_to_relay_domains(self, domain, may_relay):
+        settings = make_settings("relay_domains = A.example, .c.example")
+        assert settings.may_relay_to(domain) == may_relay
+
+
+# == 3 Addresses: Address, parse_path, header_addresses =======================
+
+
+PATH_254 = f"{'l' * 64}@{'a' * 63}.{'b' * 63}.{'c' * 61}"
+
+GOOD_ADDRESSES = [
+    ("", ("", "")),
+    ("a", ("a", "")),
+    ("a@b", ("a", "b")),
+    ("a.b@c.example", ("a.b", "c.example")),
+    # every character of an atom
+    ("!#$%&'*+-/=?^_`{|}~@b", ("!#$%&'*+-/=?^_`{|}~", "b")),
+    # quoted: blanks, brackets, the at sign, escapes, nothing
+    ('"a b"@c', ("a b", "c")),
+    ('"<@>"@c', ("<@>", "c")),
+    ('"a\\"b\\\\c"@d', ('a"b\\c', "d")),
+    ('""@c', ("", "c")),
+    # a quoted string is the same as the atom
+    ('"a"@b', ("a", "b")),
+    # case is kept
+    ("Bob@Example", ("Bob", "Example")),
+    # literals
+    ("a@[192.0.2.1]", ("a", "[192.0.2.1]")),
+    ("a@[IPv6:2001:db8::1]", ("a", "[IPv6:2001:db8::1]")),
+    # UTF-8 on both sides
+    ("jörg@bücher.example", ("jörg", "bücher.example")),
+    # the root's dot, underscores
+    ("a@b.c.", ("a", "b.c.")),
+    ("a@b_c.example", ("a", "b_c.example")),
+    # limits, in octets
+    ("l" * 64 + "@b", ("l" * 64, "b")),
+    ("ü" * 32 + "@b", ("ü" * 32, "b")),
+    ("a@" + "d" * 63, ("a", "d" * 63)),
+    (PATH_254, tuple(PATH_254.split("@"))),
+]
+
+BAD_ADDRESSES = [
+    # a side is missing
+    *("@b", "a@", "@"),
+    # blanks and specials outside quotes
+    *("a b@c", "a@b c", " a@b", "a@b ", "a,b@c", "a;b@c", "(a)b@c", "a@b(c)"),
+    *("<a@b>", "a@b@c", "a:b@c", "a\\b@c"),
+    # quotes that do not end, or end early
+    *('"a@b', '"a"b@c', '"a\\', '"a\\"', '"'),
+    # control characters, quoted or not
+    *("a\nb@c", "a@b\r", '"a\nb"@c', '"a\\\nb"@c', "a\0@b", "\x7f@b"),
+    # bytes that are no UTF-8
+    *("\udcff@b", "a@\udcff"),
+    # labels
+    *("a@.b", "a@b..c", "a@-b", "a@b-", "a@.", "a@b!c", "a@b:25"),
+    # literals that are no address
+    *("a@[]", "a@[", "a@[192.0.2.1", "a@[192.0.2]", "a@[192.0.2.1.1]"),
+    *("a@[192.0.2.256]", "a@[192.0.2.01]", "a@[192.0.2.+1]", "a@[192.0.2.\u0661]"),
+    *("a@[0x7f.0.0.1]", "a@[2130706433]", "a@[IPv6:]", "a@[IPv6:192.0.2.1]"),
+    *("a@[IPv6:xyz::1]", "a@[192.0.2.1]b", "a@[::1]"),
+    # one octet too many
+    *("l" * 65 + "@b", "ü" * 33 + "@b", "a@" + "d" * 64, PATH_254 + "c"),
+]
+
+ROUND_TRIPS = [
+    *[("a", ""), ("a", "b"), ("a.b", "c"), ("a b", ""), ("a b", "c"), ("", "c")],
+    *[('a"b', "c"), ("a\\", "c"), ("\\\\", "c"), ("a@b", "c"), ("a,b", ""), ("<>", "")],
+    *[("ü", "ü"), ("..", "c"), ("a", "[192.0.2.1]"), ("", "")],
+]
+
+
+class TestAddress:
+    """A mailbox as local part and domain."""
+
+    @pytest.mark.parametrize(("text", "wanted"), GOOD_ADDRESSES)
+    def test_reads(self, text, wanted):
+        assert minimta.Address.parse(text).fields() == wanted
+
+    @pytest.mark.parametrize("text", BAD_ADDRESSES)
+    def test_refuses(self, text):
+        with pytest.raises(minimta.MailError) as caught:
+            minimta.Address.parse(text)
+        assert caught.value.status == "5.1.3"
+
+    @pytest.mark.parametrize("parts", ROUND_TRIPS)
+    def test_what_is_written_is_read_back(self, parts):
+        address = minimta.Address(*parts)
+        assert minimta.Address.parse(str(address)) == address
+
+    def test_any_text_is_refused_or_written_and_read_back(self):
+        wrong = []
+        for size in range(1, 6):
+            for letters in itertools.product('a."\\@[ü<', repeat=size):
+                text = "".join(letters)
+                with contextlib.suppress(minimta.MailError):
+                    address = minimta.Address.parse(text)
+                    if minimta.Address.parse(str(address)) != address:
+                        wrong.append(text)
+        assert wrong == []
+
+    @pytest.mark.parametrize(
+        ("text", "wanted"), [("a", "a@x"), ("a@b", "a@b"), ("", ""), ('""@b', '""@b')]
+    )
+    def test_only_a_bare_user_is_qualified(self, text, wanted):
+        assert str(minimta.Address.parse(text).qualified("x")) == wanted
+
+    @pytest.mark.parametrize(
+        ("text", "wanted"), [("a@b", True), ("ü@b", False), ("a@ü", False)]
+    )
+    def test_ascii_means_both_sides(self, text, wanted):
+        assert minimta.Address.parse(text).is_ascii == wanted
+
+
+GOOD_PATHS = [
+    ("<a@b>", ("a@b", "")),
+    ("<>", ("", "")),
+    ("<a>", ("a", "")),
+    # blanks in front, parameters behind
+    (" <a@b> SIZE=1", ("a@b", " SIZE=1")),
+    ("<>BODY=7BIT", ("", "BODY=7BIT")),
+    # brackets that were forgotten
+    ("a@b", ("a@b", "")),
+    ("a@b SIZE=1", ("a@b", "SIZE=1")),
+    # a bracket inside quotes does not end it
+    ('<"a>b"@c>', ('"a>b"@c', "")),
+    ('<"a\\">b"@c> X=1', ('"a\\">b"@c', " X=1")),
+    # source routes are dropped
+    ("<@r:a@b>", ("a@b", "")),
+    ("<@r.example,@s:a@b>", ("a@b", "")),
+]
+
+BAD_PATHS = [
+    # a bracket is missing
+    *("<a@b", "<", '<"a>b', '<"a@b>'),
+    # more than one word
+    *("a b", "a@b c"),
+    # routes without an end, with empty hops, with hops that have no @
+    *("<@r>", "<@:a@b>", "<@r,:a@b>", "<@r,@:a@b>", "<@r,st:a@b>"),
+    # an address that is none
+    *("<a b>", "<<a@b>>", "<a@b@c>", "< a@b>"),
+]
+
+
+class TestParsePath:
+    """What follows MAIL FROM: and RCPT TO:."""
+
+    @pytest.mark.parametrize(("text", "wanted"), GOOD_PATHS)
+    def test_reads(self, text, wanted):
+        address, rest = minimta.parse_path(text)
+        assert (str(address), rest) == wanted
+
+    @pytest.mark.parametrize("text", BAD_PATHS)
+    def test_refuses(self, text):
+        with pytest.raises(minimta.MailError) as caught:
+            minimta.parse_path(text)
+        assert caught.value.status == "5.1.3"
+
+
+GOOD_LISTS = [
+    ("", []),
+    ("a@b", ["a@b"]),
+    ("a@b, c@d", ["a@b", "c@d"]),
+    # names, bare and quoted, with commas in the quotes
+    ("A B <a@b>", ["a@b"]),
+    ('"B, A" <a@b>, c@d', ["a@b", "c@d"]),
+    ('"B \\", A" <a@b>', ["a@b"]),
+    ("A.B <a@b>", ["a@b"]),
+    # a quoted local part
+    ('"a b"@c', ['"a b"@c']),
+    ('<"a,b"@c>', ['"a,b"@c']),
+    # comments, nested, escaped, anywhere
+    ("a@b (c)", ["a@b"]),
+    ("(c) a@b", ["a@b"]),
+    ("a@b (c (d, e) f), g@h", ["a@b", "g@h"]),
+    ("a@b (c \\) d), g@h", ["a@b", "g@h"]),
+    ("A (c, d) <a@b>", ["a@b"]),
+    # groups, also empty ones
+    ("team: a@b, c@d;", ["a@b", "c@d"]),
+    ("undisclosed-recipients:;", []),
+    ("team: A <a@b>;, e@f", ["a@b", "e@f"]),
+    # semicolons for commas, empty places
+    ("a@b; c@d", ["a@b", "c@d"]),
+    (", a@b,, ", ["a@b"]),
+    # routes and literals, whose colons begin no group
+    ("<@r,@s:a@b>", ["a@b"]),
+    ("a@[IPv6:::1], b@c", ["a@[IPv6:::1]", "b@c"]),
+    # the null address
+    ("<>", [""]),
+]
+
+BAD_LISTS = [
+    # a bracket is missing on one side
+    *("<a@b", "A <a@b, c@d", "a@b>", "a@b>, c@d"),
+    # a quote is
+    *('"a@b', 'a@b, "c'),
+    # words without an address
+    *("A B", "A B, a@b"),
+]
+
+BOMBS = [
+    *("(", ")", "<", ">", "[", '"', "\\", ",", ";", ":", "a", " "),
+    *("()", "(\\", "<>", "><", "[]", '""', "a,", "a:", "<a>", '>"', ">(", "([<"),
+]
+
+
+def lines_run(function, *arguments):
+    """How many lines of Python a call takes; its failures do not count."""
+    count = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with contextlib.suppress(minimta.MailError):
+            function(*arguments)
+    finally:
+        sys.settrace(before)
+    return count
+
+
+class TestHeaderAddresses:
+    """The addresses in To: and Cc:."""
+
+    @pytest.mark.parametrize(("text", "wanted"), GOOD_LISTS)
+    def test_finds(self, text, wanted):
+        assert list(map(str, minimta.header_addresses(text))) == wanted
+
+    @pytest.mark.parametrize("text", BAD_LISTS)
+    def test_refuses(self, text):
+        with pytest.raises(minimta.MailError) as caught:
+            minimta.header_addresses(text)
+        assert caught.value.status == "5.1.3"
+
+    @pytest.mark.parametrize("bomb", BOMBS)
+    def test_twice_the_text_is_at_most_twice_the_work(self, bomb):
+        small = lines_run(minimta.AddressScanner(bomb * 2000).scan)
+        large = lines_run(minimta.AddressScanner(bomb * 4000).scan)
+        assert large <= 2 * small + 100
+
+    def test_100_000_nested_comments_are_one_comment(self):
+        text = f"a@b {'(' * 100_000}{')' * 100_000}, c@d"
+        assert list(map(str, minimta.header_addresses(text))) == ["a@b", "c@d"]
+
+    def test_100_000_addresses_are_100_000_addresses(self):
+        assert len(minimta.header_addresses("a@b," * 100_000)) == 100_000
+
+
+# == 4 Messages: DotReader, InputReader, Header, received_field, mbox_quoted ==
+
+
+def cuts(data, pieces=3):
+    """`data` in up to three pieces, cut at every place."""
+    places = range(len(data) + 1)
+    for some in itertools.combinations_with_replacement(places, pieces - 1):
+        ends = [0, *some, len(data)]
+        yield [data[a:b] for a, b in zip(ends, ends[1:])]
+
+
+def feed_dots(limit, pieces):
+    """(message, reader) after the pieces came; what is over is its rest."""
+    reader, text = minimta.DotReader(limit), b""
+    for piece in pieces:
+        if reader.ended:
+            reader.rest += piece
+        else:
+            text += reader.feed(piece)
+    return text, reader
+
+
+def plain_dots(data):
+    """(message, rest) of wire bytes without faults, the simple way."""
+    lines = []
+    while not data.startswith(b".\r\n"):
+        line, _, data = data.partition(b"\r\n")
+        lines.append(line[line.startswith(b".") :] + b"\n")
+    return b"".join(lines), data[3:]
+
+
+WIRE_MESSAGES = [
+    # nothing, an empty line, one line
+    *(b".\r\n", b"\r\n.\r\n", b"a\r\n.\r\n"),
+    # what follows the end
+    *(b"a\r\n.\r\nQUIT\r\n", b".\r\n.\r\n", b"a\r\n.\r\n\r\n.\r\n"),
+    # dots that were doubled, in the first line too
+    *(b"..\r\n.\r\n", b"..a\r\nb\r\n..\r\n...\r\n.\r\n", b"a\r\n..\r\nb\r\n.\r\n"),
+    # a dot that should have been doubled, and dots in a line
+    *(b".a\r\n.b\r\n.\r\n", b"a.\r\n b .\r\n.\r\nx"),
+    # dots before empty lines
+    b"\r\n..\r\n\r\n\r\n.\r\n",
+]
+
+WIRE_FALSE_ENDS = [
+    # each way to write the end without CRLF on both sides
+    *(b"a\n.\nb", b"a\n.\r\nb", b"a\r\n.\nb", b"a\r.\rb", b"a\r.\r\nb", b"a\r\n.\rb"),
+    *(b"a\n\r.\r\nb", b"a\r\n.\r\rb", b"a\r\r\n.\n\nb", b"\n.\r\nb", b"\r.\r\nb"),
+    # and bare ones far from it
+    *(b"a\nb", b"a\rb", b"\n", b"\r", b"a\r\n\nb", b"a\r", b"a\r\n.\r"),
+]
+
+
+class TestDotReader:
+    """What follows 354, cut anywhere by the network."""
+
+    @pytest.mark.parametrize("data", WIRE_MESSAGES)
+    def test_every_cut_gives_the_same_message_and_rest(self, data):
+        found = set()
+        for pieces in cuts(data):
+            text, reader = feed_dots(1000, pieces)
+            found.add((text, reader.rest, reader.ended, reader.fault))
+        assert found == {(*plain_dots(data), True, None)}
+
+    @pytest.mark.parametrize("data", WIRE_MESSAGES)
+    def test_byte_by_byte_gives_the_same_message(self, data):
+        pieces = [data[n : n + 1] for n in range(len(data))]
+        text, reader = feed_dots(1000, pieces)
+        assert (text, reader.rest) == plain_dots(data)
+
+    @pytest.mark.parametrize("data", WIRE_FALSE_ENDS)
+    def test_a_bare_cr_or_lf_is_a_fault_at_every_cut(self, data):
+        faults = set()
+        for pieces in cuts(data + b"\r\n.\r\n"):
+            _, reader = feed_dots(1000, pieces)
+            faults.add(reader.fault and reader.fault.status)
+        assert faults == {"5.5.2"}
+
+    @pytest.mark.parametrize("data", WIRE_FALSE_ENDS)
+    def test_a_false_end_is_no_end_at_any_cut(self, data):
+        rests = set()
+        for pieces in cuts(data + b"\r\n.\r\nrest"):
+            _, reader = feed_dots(1000, pieces)
+            rests.add((reader.ended, reader.rest))
+        assert rests == {(True, b"rest")}
+
+    @pytest.mark.parametrize("data", WIRE_MESSAGES)
+    def test_nothing_ends_before_its_end(self, data):
+        end = len(data) - len(plain_dots(data)[1])
+        _, reader = feed_dots(1000, [data[: end - 1]])
+        assert not reader.ended
+
+    @pytest.mark.parametrize(("limit", "status"), [(11, None), (10, "5.3.4")])
+    def test_a_message_may_be_as_long_as_the_limit(self, limit, status):
+        found = set()
+        for pieces in cuts(b"..bc\r\n\r\nde\r\n.\r\n"):  # 5 + 2 + 4 bytes
+            _, reader = feed_dots(limit, pieces)
+            found.add(reader.fault and reader.fault.status)
+        assert found == {status}
+
+    def test_the_size_is_counted_with_crlf_and_without_stuffed_dots(self):
+        assert feed_dots(99, [b"..bc\r\n\r\nde\r\n.\r\n"])[1].size == 11
+
+    def test_nothing_is_kept_behind_a_fault(self):
+        reader = minimta.DotReader(4)
+        assert reader.feed(b"abcdef\r\n" * 9) == b""
+        assert reader.feed(b"abcdef\r\n" * 9) == b""
+
+
+def plain_input(data, dot_ends):
+    """What InputReader should make of `data`, the simple way."""
+    data = data.replace(b"\r\n", b"\n").replace(b"\r", b" ").replace(b"\0", b"")
+    lines = data.split(b"\n")
+    if dot_ends and b"." in lines:
+        lines = [*lines[: lines.index(b".")], b""]
+    return b"\n".join(lines)
+
+
+INPUTS = [
+    *(b"", b"a", b"a\n", b"\n", b"\n\n"),
+    # a lone dot: first, in the middle, last, without its LF
+    *(b".\n", b"a\n.\nb\n", b"a\n.\n", b"a\n.", b".", b"\n.\nb"),
+    # dots that are not alone
+    *(b"..\n", b".a\n", b"a.\n", b"a\n..\nb", b"a\n. \nb", b"a .\nb"),
+    # CRLF, CR, both
+    *(
+        b"a\r\nb\r\n",
+        b"a\rb",
+        b"a\r",
+        b"a\r\r\nb",
+        b"a\r\n.\r\nb",
+        b"\r\n.\r\n",
+        b".\r",
+    ),
+    # NUL, also between LF and dot
+    *(b"a\0b\n", b"\0", b"a\n\0.\nb", b"\0.\n", b"a\n.\0\nb"),
+]
+
+
+class TestInputReader:
+    """What a program hands to `sendmail`."""
+
+    @pytest.mark.parametrize("dot_ends", [True, False])
+    @pytest.mark.parametrize("data", INPUTS)
+    def test_every_cut_gives_the_same_message(self, data, dot_ends):
+        found = set()
+        for pieces in cuts(data):
+            reader = minimta.InputReader(dot_ends)
+            # an empty piece would be the end of the input
+            text = [reader.feed(p) for p in pieces if p and not reader.ended]
+            text += [] if reader.ended else [reader.feed(b"")]
+            found.add(b"".join(text))
+        assert found == {plain_input(data, dot_ends)}
+
+    def test_a_lone_dot_ends_it(self):
+        reader = minimta.InputReader(True)
+        reader.feed(b"a\n.\n")
+        assert reader.ended
+
+    def test_with_i_a_lone_dot_is_text(self):
+        reader = minimta.InputReader(False)
+        reader.feed(b"a\n.\n")
+        assert not reader.ended
+
+
+HEADER_ROWS = [
+    # fields, then an empty line
+    (b"A: 1\nB: 2\n\nbody\n", ["a", "b"], b"body\n"),
+    (b"A: 1\n\n", ["a"], b""),
+    (b"A: 1\n", ["a"], b""),
+    (b"A: 1", ["a"], b""),
+    (b"", [], b""),
+    # only a body
+    (b"\nA: 1\n", [], b"A: 1\n"),
+    (b"text\nA: 1\n", [], b"text\nA: 1\n"),
+    # a line that is no field ends it and is kept
+    (b"A: 1\ntext\nB: 2\n", ["a"], b"text\nB: 2\n"),
+    (b"A: 1\n: 2\n", ["a"], b": 2\n"),
+    (b"A: 1\nB c: 2\n", ["a"], b"B c: 2\n"),
+    (b"A: 1\n\xff: 2\n", ["a"], b"\xff: 2\n"),
+    # folded lines belong to the field above; there is none above the first
+    (b"A: 1\n 2\n\t3\nB: 4\n", ["a", "b"], b""),
+    (b" A: 1\nB: 2\n", [], b" A: 1\nB: 2\n"),
+    # blanks before the colon
+    (b"A : 1\n", ["a"], b""),
+]
+
+
+class TestHeader:
+    """The header as a list of fields."""
+
+    @pytest.mark.parametrize(("block", "names", "rest"), HEADER_ROWS)
+    def test_splits_fields_from_the_rest(self, block, names, rest):
+        header = minimta.Header.parse(block)
+        assert ([name for name, _ in header.fields], header.rest) == (names, rest)
+
+    @pytest.mark.parametrize(
+        "fields", [b"", b"A: 1\n", b"A :1\nb:\n 2\n\t3\n", b"A: \xff\xfe\n"]
+    )
+    def test_its_bytes_are_the_bytes_it_came_from(self, fields):
+        assert bytes(minimta.Header.parse(fields + b"\nbody")) == fields
+
+    def test_its_bytes_end_in_a_line_end(self):
+        assert bytes(minimta.Header.parse(b"A: 1")) == b"A: 1\n"
+
+    def test_values_are_unfolded(self):
+        header = minimta.Header.parse(b"To: a,\n b\nCc: c\nTo:d\n")
+        assert header.values("to") == ["a, b", "d"]
+
+    @pytest.mark.parametrize(("name", "wanted"), [("to", True), ("cc", False)])
+    def test_has_a_field_in_any_case(self, name, wanted):
+        assert minimta.Header.parse(b"TO: a\n").has(name) == wanted
+
+    def test_without_is_a_copy_without_every_such_field(self):
+        header = minimta.Header.parse(b"A: 1\nB: 2\na: 3\n\nrest")
+        copy = header.without("a", "x")
+        assert (bytes(copy), copy.rest) == (b"B: 2\n", b"rest")
+        assert bytes(header) == b"A: 1\nB: 2\na: 3\n"
+
+    def test_added_is_a_copy_with_the_field_last(self):
+        header = minimta.Header.parse(b"A: 1\n")
+        assert bytes(header.added("B", "ü")) == "A: 1\nB: ü\n".encode()
+        assert bytes(header) == b"A: 1\n"
+
+
+FROM_LINE_ROWS = [
+    (b"From a\nA: 1\n", b"A: 1\n"),
+    (b">From a\nFrom b\n>>From c\nA: 1\n", b"A: 1\n"),
+    (b"From a", b""),
+    # a field, and what is not in front
+    (b"From: a\n", b"From: a\n"),
+    (b"A: 1\nFrom b\n", b"A: 1\nFrom b\n"),
+    (b"\nFrom b\n", b"\nFrom b\n"),
+    (b"", b""),
+]
+
+NAME_ROWS = [
+    ("", ""),
+    ("Jane Doe", "Jane Doe"),
+    # specials and dots are quoted
+    ("J. Doe", '"J. Doe"'),
+    ("Doe, Jane", '"Doe, Jane"'),
+    ('Jane "J" Doe', '"Jane \\"J\\" Doe"'),
+    ("a\\b", '"a\\\\b"'),
+    # no line end gets in
+    ("Jane\r\nBcc: x@y", '"Jane Bcc: x@y"'),
+    ("  Jane \t Doe ", "Jane Doe"),
+    ("Jörg", "=?utf-8?B?SsO2cmc=?="),
+]
+
+GECOS_ROWS = [
+    ("Jane Doe", "Jane Doe"),
+    ("Jane Doe,Room 1,555", "Jane Doe"),
+    ("& Doe", "Jane Doe"),
+    ("Jane;x", "Jane"),
+    ("Jane%x", "Jane"),
+    ("", ""),
+]
+
+MOMENTS = [0, 86399, 951782400, 1739959801, 1782864000]
+
+
+class TestFields:
+    """Small things that stand in headers."""
+
+    @pytest.mark.parametrize(("given", "wanted"), FROM_LINE_ROWS)
+    def test_from_lines_in_front_are_dropped(self, given, wanted):
+        assert minimta.drop_from_lines(given) == wanted
+
+    @pytest.mark.parametrize(("given", "wanted"), NAME_ROWS)
+    def test_a_display_name_is_a_phrase(self, given, wanted):
+        assert minimta.display_name(given) == wanted
+
+    @pytest.mark.parametrize("text", ["ü", "Jörg Müller " * 20, "日本" * 50, "😀" * 40])
+    def test_encoded_words_are_decoded_to_the_same(self, text):
+        pairs = email.header.decode_header(minimta.encoded_word(text))
+        assert str(email.header.make_header(pairs)) == text
+
+    @pytest.mark.parametrize("text", ["Jörg Müller " * 20, "日本" * 50, "😀" * 40])
+    def test_an_encoded_word_has_at_most_75_characters(self, text):
+        assert max(map(len, minimta.encoded_word(text).split("\n "))) <= 75
+
+    @pytest.mark.parametrize(("gecos", "wanted"), GECOS_ROWS)
+    def test_a_full_name_is_the_first_word_of_gecos(self, gecos, wanted):
+        assert minimta.gecos_name(gecos, "jane") == wanted
+
+    @pytest.mark.parametrize("moment", MOMENTS)
+    def test_a_date_field_is_that_moment(self, moment):
+        date = email.utils.parsedate_to_datetime(minimta.rfc_date(moment))
+        assert date.timestamp() == moment
+
+    @pytest.mark.parametrize("moment", MOMENTS)
+    def test_asctime_is_the_c_librarys(self, moment):
+        assert minimta.asctime(moment) == time.asctime(time.localtime(moment))
+
+
+REMOTE = {"helo": "c.example", "client": "unknown [192.0.2.1]", "proto": "ESMTP"}
+
+RECEIVED_ROWS = [
+    (
+        {**REMOTE, "recipient": "bob@x"},
+        b"Received: from c.example (unknown [192.0.2.1])\n"
+        b"\tby host (minimta) with ESMTP id ID\n"
+        b"\tfor <bob@x>; ",
+    ),
+    (
+        {**REMOTE, "recipient": ""},
+        b"Received: from c.example (unknown [192.0.2.1])\n"
+        b"\tby host (minimta) with ESMTP id ID; ",
+    ),
+    ({"uid": 0}, b"Received: by host (minimta, from userid 0)\n\tid ID; "),
+    ({}, b"Received: by host (minimta)\n\tid ID; "),
+]
+
+
+class TestReceivedField:
+    """Our trace field."""
+
+    @pytest.mark.parametrize(("fields", "wanted"), RECEIVED_ROWS)
+    def test_says_from_whom_by_whom_and_when(self, fields, wanted):
+        field = minimta.received_field(fields, "host", "ID", 1.5)
+        assert field == wanted + f"{minimta.rfc_date(1.5)}\n".encode()
+
+    @pytest.mark.parametrize(("fields", "wanted"), RECEIVED_ROWS)
+    def test_is_one_field(self, fields, wanted):
+        field = minimta.received_field(fields, "host", "ID", 1.5)
+        header = minimta.Header.parse(field)
+        assert ([name for name, _ in header.fields], header.rest) == (["received"], b"")
+
+
+def plain_mbox(text):
+    """`text` as mboxrd, line by line."""
+    lines = text.split(b"\n")
+    lines = [
+        b">" + line if line.lstrip(b">").startswith(b"From ") else line
+        for line in lines
+    ]
+    return b"\n".join(lines) + (b"\n" if text.endswith(b"\n") or not text else b"\n\n")
+
+
+FROM_TEXTS = [
+    *(b"", b"a", b"a\n", b"\n", b"From a\n", b"From a", b">From a\n", b"a\nFrom b\n"),
+    *(b">>From a\n>a\n", b"xFrom a\n From b\n", b"From\nFrom:\nfrom a\n", b"a\n\n\n"),
+    b"From a\nFrom b\n>From c\nFrom d",
+]
+
+DOT_TEXTS = [
+    *(
+        b"",
+        b"a\n",
+        b"\n",
+        b".\n",
+        b"..\n.a\n",
+        b"a\n.\n\n.\n",
+        b".",
+        b"a",
+        b"a\r\nb\r\n",
+    ),
+    *(b"a\rb\n", b"\r\n.\r\n", b"a\r.\rb\n"),
+]
+
+
+class TestBody:
+    """A message on its way into a mailbox, onto the wire."""
+
+    @pytest.mark.parametrize("text", FROM_TEXTS)
+    def test_every_cut_is_quoted_as_the_whole_is(self, text):
+        found = {b"".join(minimta.mbox_quoted(pieces)) for pieces in cuts(text)}
+        assert found == {plain_mbox(text)}
+
+    def test_from_in_the_middle_of_an_endless_line_is_not_quoted(self):
+        pieces = [b"x" * (minimta.MAX_HEADER + 1), b"From a\n", b"From b\n"]
+        found = b"".join(minimta.mbox_quoted(pieces))
+        assert found == plain_mbox(b"".join(pieces))
+
+    @pytest.mark.parametrize("text", DOT_TEXTS)
+    def test_what_is_dot_stuffed_is_read_back(self, text):
+        wanted = text.replace(b"\r\n", b"\n").replace(b"\r", b" ")
+        wanted += b"" if wanted.endswith(b"\n") or not wanted else b"\n"
+        found = set()
+        for pieces in cuts(text):
+            message, reader = feed_dots(1000, minimta.dot_stuffed(pieces))
+            found.add((message, reader.ended, reader.rest, reader.fault))
+        assert found == {(wanted, True, b"", None)}
+
+    def test_a_dot_in_the_middle_of_an_endless_line_is_not_doubled(self):
+        pieces = [b"x" * (minimta.MAX_HEADER + 1), b".\n", b".\n"]
+        found = b"".join(minimta.dot_stuffed(pieces))
+        assert found.endswith(b"x.\r\n..\r\n.\r\n")
+
+    @pytest.mark.parametrize(
+        ("first", "wanted"),
+        [
+            (b"A: 1\ntext\n", b"A: 1\ntext\n"),
+            (b"\ntext\n", b"\ntext\n"),
+            (b"text\n", b"\ntext\n"),
+            (b" text\n", b"\n text\n"),
+            (b"", b""),
+        ],
+    )
+    def test_a_message_without_header_gets_an_empty_line(self, first, wanted):
+        assert minimta.begin_body(first) == wanted
+
+
+ORIGIN = {
+    "address": "bob@host.example",
+    "name": "Bob B",
+    "host": "host.example",
+    "unique": "U",
+    "now": 0,
+}
+ADDED = (
+    f"Message-ID: <U@host.example>\nDate: {minimta.rfc_date(0)}\n"
+    "From: Bob B <bob@host.example>\n"
+).encode()
+
+COMPLETE_ROWS = [
+    # what is missing is added, in this order
+    (b"", ADDED),
+    (b"To: a\n", b"To: a\n" + ADDED),
+    # what is there stays, however malformed
+    (b"From: x\nDate: y\nMessage-ID: z\n", b"From: x\nDate: y\nMessage-ID: z\n"),
+    (b"FROM :\n" + ADDED, b"FROM :\n" + ADDED),
+    # secrets and what delivery writes are taken out
+    (b"Bcc: a\nBCC: b\nReturn-Path: <c>\nContent-Length: 1\n" + ADDED, ADDED),
+    # of a message that is sent again, Resent- fields are what is missing
+    (
+        b"Resent-To: a\nResent-Bcc: b\n" + ADDED,
+        b"Resent-To: a\n" + ADDED + b"Resent-Message-ID: <U@host.example>\n"
+        b"Resent-" + ADDED.split(b"\n")[1] + b"\n",
+    ),
+]
+
+RECIPIENT_ROWS = [
+    (b"To: a\nCc: b, c\nBcc: d\n", ["a", "b", "c", "d"]),
+    (b"To: a\nTo: b\n", ["a", "b"]),
+    # Resent- ones, and then only those
+    (b"To: a\nResent-Cc: b\nResent-Bcc: c\n", ["b", "c"]),
+    (b"From: a\nReply-To: b\n", []),
+    # folded
+    (b"To: a,\n\tb\n", ["a", "b"]),
+]
+
+
+class TestSubmittedHeader:
+    """What a submitted message's header gets, loses and says."""
+
+    @pytest.mark.parametrize(("given", "wanted"), COMPLETE_ROWS)
+    def test_is_completed(self, given, wanted):
+        header = minimta.Header.parse(given)
+        assert bytes(minimta.complete_header(header, ORIGIN)) == wanted
+
+    def test_without_a_full_name_from_is_the_address(self):
+        header = minimta.Header.parse(b"")
+        done = minimta.complete_header(header, {**ORIGIN, "name": ""})
+        assert done.values("from") == ["bob@host.example"]
+
+    @pytest.mark.parametrize(("given", "wanted"), RECIPIENT_ROWS)
+    def test_names_the_recipients(self, given, wanted):
+        header = minimta.Header.parse(given)
+        assert list(map(str, minimta.header_recipients(header))) == wanted
+
+
+TERMINAL_ROWS = [
+    ("plain ü\ttab\nline\n", "plain ü\ttab\nline\n"),
+    # controls are shown as pictures
+    ("\x1b[2J\r\x07\x7f\0", "␛[2J␍␇␡␀"),
+    # the second set of controls
+    ("\x9b2J\x85", "\ufffd2J\ufffd"),
+    # what turns the direction of writing
+    ("a\u202eb\u2066c\u2069", "abc"),
+    # Persian needs its joiners
+    ("می\u200cروم", "می\u200cروم"),
+    # what is no character
+    ("\udcff", "?"),
+]
+
+
+class TestTerminalText:
+    """What may go to a terminal."""
+
+    @pytest.mark.parametrize(("given", "wanted"), TERMINAL_ROWS)
+    def test_no_control_survives(self, given, wanted):
+        assert minimta.terminal_text(given) == wanted
+
+
+# == 5 Aliases: Target, AliasTable, split_items ===============================
+
+
+TARGET_ROWS = [
+    ("bob", ("address", "bob")),
+    ("bob@x.example", ("address", "bob@x.example")),
+    ("B <bob@x>", ("address", "bob@x")),
+    ('"B, B" <bob@x>', ("address", "bob@x")),
+    ('"a b"@x', ("address", '"a b"@x')),
+    # a user behind a backslash
+    ("\\bob", ("user", "bob")),
+    ('"\\bob"', ("user", "bob")),
+    # a file, and the one that is none
+    ("/var/x", ("file", "/var/x")),
+    ('"/a b"', ("file", "/a b")),
+    ("/dev/null", ("null", "/dev/null")),
+    # a command, bare or in quotes
+    ("|cmd", ("pipe", "cmd")),
+    ('"|cmd a, b"', ("pipe", "cmd a, b")),
+    ('"|cmd \\"a b\\" c"', ("pipe", 'cmd "a b" c')),
+    ("|/dev/null", ("pipe", "/dev/null")),
+    # a list in a file
+    (":include:/x", ("include", "/x")),
+    ('":include:/x y"', ("include", "/x y")),
+]
+
+BAD_TARGETS = [
+    *("|", '"|"', ":include:", "a b", "a@b@c", "@x", "\\", '"', "<>", "bob@"),
+    *("\\a b", "a, b", "(c)", ""),
+]
+
+
+class TestTarget:
+    """One destination in an alias or .forward."""
+
+    @pytest.mark.parametrize(("item", "wanted"), TARGET_ROWS)
+    def test_reads(self, item, wanted):
+        assert minimta.Target.parse(item).fields() == wanted
+
+    @pytest.mark.parametrize("item", BAD_TARGETS)
+    def test_refuses_with_a_reason(self, item):
+        with pytest.raises(ValueError, match="."):
+            minimta.Target.parse(item)
+
+    @pytest.mark.parametrize(
+        "item",
+        [
+            *[item for item, _ in TARGET_ROWS],
+            # what would be taken for two items, or for an escape
+            *('"/a, b"', '":include:/a, b"', "|printf a\\\\b", '"|printf a\\\\\\\\b"'),
+        ],
+    )
+    def test_what_is_written_is_read_back(self, item):
+        target = minimta.Target.parse(item)
+        assert minimta.parse_targets(str(target)) == (target,)
+
+
+ITEM_ROWS = [
+    ("", []),
+    ("a", ["a"]),
+    ("a, b,c", ["a", "b", "c"]),
+    (" a ,, b, ", ["a", "b"]),
+    # commas in quotes, brackets and comments
+    ('"|a, b", c', ['"|a, b"', "c"]),
+    ('"|a \\", b", c', ['"|a \\", b"', "c"]),
+    ("<@r,@s:a@b>, c", ["<@r,@s:a@b>", "c"]),
+    ("a (b, (c, d)), e", ["a (b, (c, d))", "e"]),
+    # brackets in quotes are letters; closing ones close nothing
+    ('"(", a', ['"("', "a"]),
+    ("a), b", ["a)", "b"]),
+    # a backslash takes the meaning off
+    ("a\\,b, c", ["a\\,b", "c"]),
+]
+
+ALIAS_TEXTS = [
+    ("a: b", {"a": "b"}),
+    ("A: B", {"a": "B"}),
+    ("a:b,c", {"a": "b, c"}),
+    ("a : b", {"a": "b"}),
+    # quoted names
+    ('"a b": c', {"a b": "c"}),
+    ('"a:b": c', {"a:b": "c"}),
+    # comments, also behind values, not in quotes
+    ("# x\n\na: b # c", {"a": "b"}),
+    ('a: "|b # c" # d', {"a": '"|b # c"'}),
+    # lines that go on
+    ("a: b,\n  c\n\td\ne: f", {"e": "f"}),
+    ("a: b,\n  c,\n\td\ne: f", {"a": "b, c, d", "e": "f"}),
+    ("a:\n b", {"a": "b"}),
+    # DOS line ends
+    ("a: b\r\nc: d\r\n", {"a": "b", "c": "d"}),
+    # the first of two counts
+    ("a: b\nA: c", {"a": "b"}),
+]
+
+BAD_ALIAS_LINES = [
+    ("bob", "need name: value"),
+    (": bob", "there is no name before the colon"),
+    ("a:", "a: missing value for alias"),
+    ("a: ,", "a: missing value for alias"),
+    (' a: "b', "the first line begins with white space"),
+    ('a: "b', "unbalanced quotation mark"),
+    ("a: b c", "<b c>: bad address syntax"),
+    ("a: |", "nothing behind |"),
+]
+
+LOOP_ROWS = [
+    # a name that leads to itself is the mailbox
+    ("root: root", []),
+    ("a: b\nb: b", []),
+    # so is one behind a backslash
+    ("a: b\nb: \\a", []),
+    # the line is that of the name that the loop comes back to
+    ("a: b\nb: a", [(1, "alias loop: a -> b -> a")]),
+    ("x: a\na: b\nb: c\nc: A", [(2, "alias loop: a -> b -> c -> a")]),
+    # behind other targets
+    ("a: x@y, b\nb: z, a", [(1, "alias loop: a -> b -> a")]),
+    # two ways to one place are none
+    ("a: b, c\nb: d\nc: d\nd: e", []),
+    # a domain makes it another address
+    ("a: b\nb: a@far.example", []),
+]
+
+
+class TestAliasTable:
+    """The aliases file."""
+
+    @pytest.mark.parametrize(("text", "wanted"), ITEM_ROWS)
+    def test_a_value_is_split_at_its_commas(self, text, wanted):
+        assert minimta.split_items(text) == wanted
+
+    @pytest.mark.parametrize(("text", "wanted"), ALIAS_TEXTS)
+    def test_reads(self, text, wanted):
+        assert dict(minimta.AliasTable.parse(text).items()) == wanted
+
+    @pytest.mark.parametrize(("line", "why"), BAD_ALIAS_LINES)
+    def test_a_bad_line_has_its_number_and_reason(self, line, why):
+        # the first line is another, but for the rule about first lines
+        text, number = (line, 1) if line[0] == " " else (f"x: y\n{line}\nz: y", 2)
+        assert minimta.AliasTable.parse(text).problems == [(number, why)]
+
+    def test_a_bad_line_spoils_no_other(self):
+        table = minimta.AliasTable.parse("a: b\nbad\nc: d")
+        assert table.items() == [("a", "b"), ("c", "d")]
+
+    def test_a_duplicate_is_warned_of(self):
+        table = minimta.AliasTable.parse("a: b\n\nA: c")
+        assert table.warnings == [(3, "duplicate alias a; line 1 counts")]
+
+    @pytest.mark.parametrize(("text", "wanted"), LOOP_ROWS)
+    def test_finds_loops(self, text, wanted):
+        assert minimta.AliasTable.parse(text).loops() == wanted
+
+    def test_a_chain_of_50_000_is_no_loop(self):
+        text = "".join(f"a{n}: a{n + 1}\n" for n in range(50_000))
+        assert minimta.AliasTable.parse(text).loops() == []
+
+    def test_a_loop_of_50_000_is_one(self):
+        text = "".join(f"a{n}: a{(n + 1) % 50_000}\n" for n in range(50_000))
+        assert len(minimta.AliasTable.parse(text).loops()) == 1
+
+    def test_what_the_database_keeps_means_the_same(self):
+        text = 'a: "|b \\"c, d\\"", "/e f", \\g, "H, I" <j@k>\nl: "/m, n"'
+        table = minimta.AliasTable.parse(text)
+        kept = [minimta.parse_targets(value) for _, value in table.items()]
+        assert kept == [targets for _, targets in table.entries.values()]
+
+
+# == 6 Queue words: Envelope, Attempt, new_id, retry_delay ====================
+
+
+class TestQueueId:
+    """Names of queue files."""
+
+    @pytest.mark.parametrize("chance", [0, 511, 65535, -1])
+    @pytest.mark.parametrize("now", [0, 1.0005, 1795433527.25, 2199023255.5])
+    def test_has_ten_letters_and_is_an_id(self, now, chance):
+        queue_id = minimta.new_id(now, chance)
+        assert len(queue_id) == 10
+        assert minimta.is_id(queue_id)
+
+    def test_ids_sort_by_time_whatever_the_chance(self):
+        times = [0, 0.001, 1, 1795433527.25, 1795433527.252, 1900000000, 2199000000]
+        ids = [minimta.new_id(now, 511 * (n % 2)) for n, now in enumerate(times, 1)]
+        assert ids == sorted(ids)
+
+    def test_another_chance_is_another_id(self):
+        assert len({minimta.new_id(1.0, chance) for chance in range(512)}) == 512
+
+    @pytest.mark.parametrize(
+        ("name", "wanted"),
+        [
+            ("0123456789", True),
+            # a report, a report's report
+            ("0123456789B1", True),
+            ("0123456789B1B12", True),
+            # too short, other letters, a path, too long
+            *[("", False), ("012345678", False), ("012345678I", False)],
+            *[("012345678a", False), ("../../../x", False), (".123456789", False)],
+            *[("0123456789X1", False), ("0123456789" + "1" * 20, False)],
+            # digits of another script
+            *[("012345678\u0661", False), ("0123456789B\u0661", False)],
+        ],
+    )
+    def test_what_can_be_an_id(self, name, wanted):
+        assert minimta.is_id(name) == wanted
+
+
+class TestRetryDelay:
+    """When the next attempt is."""
+
+    @pytest.mark.parametrize(
+        ("age", "wanted"),
+        # as old as the mail is, but within the limits
+        [(0, 300), (299, 300), (1000, 1000), (4000, 4000), (10**6, 4000)],
+    )
+    def test_grows_with_the_age_within_the_limits(self, age, wanted):
+        assert minimta.retry_delay(age, 300, 4000, 0.5) == wanted
+
+    @pytest.mark.parametrize(("chance", "wanted"), [(0, 900), (1, 1100)])
+    def test_chance_gives_or_takes_a_tenth(self, chance, wanted):
+        assert minimta.retry_delay(1000, 300, 4000, chance) == pytest.approx(wanted)
+
+
+ENVELOPES = [
+    ("a@b", ["c@d"], {}),
+    ("", ["c@d", "e@f"], {"kind": "report", "origin": "bounce of X"}),
+    ("ü@b", ['"a: b"@c'], {"arrived": 1795433527.25, "body": "8BITMIME SMTPUTF8"}),
+]
+
+BAD_ENVELOPES = [
+    *(b"", b"garbage", b"sender: a\n", b"\n\n", b"\0" * 100),
+    # no empty line; no sender; no recipient; no time
+    b"arrived: 1\nsender: a\nrecipient: b\n",
+    b"arrived: 1\nrecipient: b\n\n",
+    b"arrived: 1\nsender: a\n\n",
+    b"sender: a\nrecipient: b\n\n",
+    # a time that is none, a line that is none
+    b"arrived: x\nsender: a\nrecipient: b\n\n",
+    b"arrived: 1\nsender: a\nrecipient b\n\n",
+]
+
+
+class TestEnvelope:
+    """The first lines of a queue file."""
+
+    @pytest.mark.parametrize(("sender", "recipients", "more"), ENVELOPES)
+    def test_what_is_written_is_read_back(self, sender, recipients, more):
+        envelope = minimta.Envelope(sender, recipients, **more)
+        read = minimta.Envelope.parse(bytes(envelope) + b"Subject: x\n\nbody")
+        assert vars(read) == vars(envelope)
+
+    @pytest.mark.parametrize("letter", ["\n", "\r", "\0"])
+    @pytest.mark.parametrize("place", ["sender", "recipient", "origin"])
+    def test_no_line_end_gets_in(self, place, letter):
+        words = {**dict.fromkeys(("sender", "recipient", "origin"), "a")}
+        words[place] += f"{letter}recipient: root"
+        envelope = minimta.Envelope(
+            words["sender"], [words["recipient"]], origin=words["origin"]
+        )
+        with pytest.raises(ValueError, match="line end"):
+            bytes(envelope)
+
+    @pytest.mark.parametrize("name", ["priority", "self", "cls", "recipients", "more"])
+    def test_an_unknown_name_is_ignored(self, name):
+        block = f"arrived: 1\nsender: a\n{name}: x\nrecipient: b\n\n".encode()
+        assert minimta.Envelope.parse(block).recipients == ["b"]
+
+    @pytest.mark.parametrize("block", BAD_ENVELOPES)
+    def test_refuses_what_is_no_queue_file(self, block):
+        with pytest.raises(ValueError, match="."):
+            minimta.Envelope.parse(block)
+
+
+def make_attempt(outcome="deferred", recipient="bob@x", where="mailbox bob@x", why="w"):
+    """A journal line's value."""
+    return minimta.Attempt(1.5, outcome, "4.2.0", recipient, where, "local", why)
+
+
+class TestAttempt:
+    """One line of a journal."""
+
+    @pytest.mark.parametrize("outcome", ["sent", "deferred", "bounced"])
+    def test_what_is_written_is_read_back(self, outcome):
+        attempt = make_attempt(outcome, why="why: ü")
+        assert minimta.parse_journal(bytes(attempt)) == [attempt]
+
+    def test_a_tab_in_a_word_makes_no_other_word(self):
+        (read,) = minimta.parse_journal(bytes(make_attempt(why="a\tb")))
+        assert read.text == "a b"
+
+    @pytest.mark.parametrize(
+        ("outcome", "is_final"),
+        [("sent", True), ("bounced", True), ("deferred", False)],
+    )
+    def test_only_deferred_is_tried_again(self, outcome, is_final):
+        assert make_attempt(outcome).is_final == is_final
+
+    def test_a_torn_last_line_does_not_count(self):
+        line = bytes(make_attempt())
+        for end in range(len(line)):
+            assert minimta.parse_journal(line + line[:end]) == [make_attempt()]
+
+    def test_a_torn_line_in_the_middle_does_not_count(self):
+        line = bytes(make_attempt())
+        for end in range(1, len(line) - 10):
+            torn = line[:end] + b"\n"
+            assert minimta.parse_journal(torn + line) == [make_attempt()]
+
+
+ARRIVED = time.mktime((2025, 2, 19, 6, 39, 7, 0, 0, -1))
+REASON = "(Host or domain name not found, try again)"
+LONG_REASON = (
+    "Host or domain name not found. Name service error for name=gmail.com "
+    "type=MX: Host not found, try again"
+)
+
+
+def make_entry(queue_id="0123456789", size=473, recipients=("test@gmail.com",)):
+    """A message in the queue, on the day of the transcript."""
+    sender = "payam@centos7-1.localdomain"
+    envelope = minimta.Envelope(sender, list(recipients), arrived=ARRIVED)
+    return minimta.QueueEntry(queue_id, size, envelope)
+
+
+class TestQueueEntry:
+    """A message as mailq shows it."""
+
+    def test_what_is_written_is_read_back(self):
+        entry = make_entry(recipients=["a@b", "c@d", "e@f"])
+        entry.state, entry.reasons, entry.done = "deferred", {"a@b": "why: x"}, {"e@f"}
+        read = minimta.QueueEntry.parse(bytes(entry))
+        assert vars(read.envelope) == vars(entry.envelope)
+        assert {**vars(read), "envelope": 0} == {**vars(entry), "envelope": 0}
+
+    def test_a_deferred_row_is_postfixs(self):
+        entry = make_entry()
+        entry.note([make_attempt(recipient="test@gmail.com", why=LONG_REASON)])
+        assert entry.rows() == (
+            "0123456789      473 Wed Feb 19 06:39:07  payam@centos7-1.localdomain\n"
+            f"({LONG_REASON})\n" + " " * 41 + "test@gmail.com\n"
+        )
+
+    def test_a_long_id_has_the_columns_of_the_transcript(self):
+        row = "E085461E470C      473 Wed Feb 19 06:39:07  payam@centos7-1.localdomain\n"
+        entry = make_entry("E085461E470C")
+        entry.note([make_attempt(recipient="test@gmail.com")])
+        assert entry.rows().splitlines(True)[0] == row
+
+    @pytest.mark.parametrize(
+        ("state", "flag"), [("active", "*"), ("deferred", " "), ("hold", "!")]
+    )
+    def test_a_state_is_one_letter_behind_the_id(self, state, flag):
+        entry = make_entry()
+        entry.state = state
+        assert entry.rows().startswith(f"0123456789{flag}     473 Wed")
+
+    def test_a_short_reason_ends_at_column_78(self):
+        entry = make_entry()
+        entry.note([make_attempt(recipient="test@gmail.com", why="x" * 20)])
+        assert entry.rows().splitlines()[1] == " " * 56 + f"({'x' * 20})"
+
+    def test_the_null_sender_is_mailer_daemon(self):
+        entry = make_entry()
+        entry.envelope.sender = ""
+        assert entry.rows().splitlines()[0].endswith(" MAILER-DAEMON")
+
+    def test_a_reason_is_said_once_for_its_recipients(self):
+        entry = make_entry(recipients=["a@b", "c@d", "e@f"])
+        entry.note([make_attempt(recipient=r, why="w") for r in ("a@b", "c@d")])
+        assert [line.strip() for line in entry.rows().splitlines()[1:]] == [
+            *("(w)", "a@b", "c@d", "e@f"),
+        ]
+
+    def test_who_is_done_is_not_shown(self):
+        entry = make_entry(recipients=["a@b", "c@d"])
+        entry.note([make_attempt("sent", "a@b")])
+        assert entry.pending == ["c@d"]
+
+    def test_a_later_attempt_wins(self):
+        entry = make_entry(recipients=["a@b"])
+        entry.note([make_attempt(recipient="a@b"), make_attempt("sent", "a@b")])
+        assert entry.pending == []
+
+    def test_a_recipient_with_one_open_target_is_pending(self):
+        entry = make_entry(recipients=["a@b"])
+        entry.note(
+            [make_attempt("sent", "a@b"), make_attempt("deferred", "a@b", "x y")]
+        )
+        assert (entry.pending, entry.state) == (["a@b"], "deferred")
+
+    def test_what_a_sender_wrote_is_one_line(self):
+        entry = make_entry(recipients=["a\x1b[2J@b"])
+        assert "\x1b" not in entry.rows()
+
+
+class TestMailqText:
+    """mailq's whole answer."""
+
+    def test_an_empty_queue_is_said_to_be(self):
+        assert "".join(minimta.mailq_text([])) == "Mail queue is empty\n"
+
+    def test_title_row_and_total_are_postfixs(self):
+        entry = make_entry()
+        assert "".join(minimta.mailq_text([entry])) == (
+            "-Queue ID- --Size-- ----Arrival Time---- -Sender/Recipient-------\n"
+            f"{entry.rows()}\n-- 0 Kbytes in 1 Request.\n"
+        )
+
+    def test_an_empty_line_stands_between_two(self):
+        entry = make_entry()
+        text = "".join(minimta.mailq_text([entry, entry]))
+        assert f"{entry.rows()}\n{entry.rows()}\n-- " in text
+
+    @pytest.mark.parametrize(
+        ("sizes", "wanted"),
+        [([1023], "0 Kbytes in 1 Request"), ([1024, 1024], "2 Kbytes in 2 Requests")],
+    )
+    def test_the_total_is_in_whole_kbytes(self, sizes, wanted):
+        entries = [make_entry(size=size) for size in sizes]
+        assert list(minimta.mailq_text(entries))[-1] == f"\n-- {wanted}.\n"
+
+
+# == 7 Dialogue: Reply, Client, Transaction, Session ==========================
+
+
+class SessionPeer:
+    """A Session as the other end of a dialogue, as Wire is a server.
+
+    Messages are not kept: what follows 354 is taken up to the dot, and
+    answered as stored, or as failed if there is an `error`.
+    """
+
+    def __init__(self, session, error=None):
+        self.session = session
+        self.error = error
+        self.in_data = False
+        self.replies = [session.greeting()]
+
+    def send(self, line):
+        if not self.in_data:
+            self.replies.append(self.session.feed(line[:-2]))
+            self.in_data = self.replies[-1].action == "data"
+        elif line == b".\r\n":
+            self.in_data = False
+            done = self.session.stored("0123456789")
+            self.replies.append(self.session.failed(self.error) if self.error else done)
+
+    def answer(self):
+        return bytes(self.replies.pop(0)).decode().splitlines()[-1]
+
+
+NEAR = minimta.Client("127.0.0.1", True)
+FAR = minimta.Client("192.0.2.1", False)
+LOCAL = minimta.Client("local", True, 1000)
+
+
+def make_session(client=NEAR, text="", verify=lambda address: None, room=1 << 40):
+    """A Session whose house is all right, unless it is said to be not."""
+    return minimta.Session(make_settings(text), client, verify, lambda: room)
+
+
+def refuse(status):
+    """A verify() that knows nobody."""
+
+    def verify(address):
+        raise minimta.MailError(status, "no such one")
+
+    return verify
+
+
+HELLO = "S: 220\nC: EHLO c.example\nS: 250\n"
+MAIL = f"{HELLO}C: MAIL FROM:<a@far.example>\nS: 250 2.1.0\n"
+RCPT = f"{MAIL}C: RCPT TO:<bob@host.example>\nS: 250 2.1.5\n"
+
+ORDER = {
+    "the greeting comes first": "S: 220 host.example ESMTP",
+    "HELO answers with the host": "S: 220\nC: HELO c\nS: 250 host.example",
+    "HELO needs a name": "S: 220\nC: HELO\nS: 501 5.5.4",
+    "MAIL needs EHLO": "S: 220\nC: MAIL FROM:<a@b>\nS: 503 5.5.1",
+    "RCPT needs MAIL": f"{HELLO}C: RCPT TO:<a@b>\nS: 503 5.5.1",
+    "DATA needs MAIL": f"{HELLO}C: DATA\nS: 503 5.5.1",
+    "DATA needs RCPT": f"{MAIL}C: DATA\nS: 503 5.5.1",
+    "DATA without a good RCPT is no transaction": (
+        f"{MAIL}C: RCPT TO:<a b>\nS: 501 5.1.3\nC: DATA\nS: 554 5.5.1"
+    ),
+    "one bad RCPT does not spoil a good one": (
+        f"{RCPT}C: RCPT TO:<a b>\nS: 501\nC: DATA\nS: 354"
+    ),
+    "MAIL comes once": f"{MAIL}C: MAIL FROM:<a@b>\nS: 503 5.5.1",
+    "RSET forgets": f"{RCPT}C: RSET\nS: 250 2.0.0\nC: DATA\nS: 503",
+    "EHLO forgets": f"{RCPT}C: EHLO d\nS: 250\nC: DATA\nS: 503",
+    "a refused EHLO forgets nothing": f"{RCPT}C: EHLO\nS: 501\nC: DATA\nS: 354",
+    "NOOP forgets nothing": f"{RCPT}C: NOOP\nS: 250\nC: DATA\nS: 354",
+    "a message is followed by the next": (
+        f"{RCPT}C: DATA\nS: 354\nC: text\nC: .\nS: 250 2.0.0 Ok: queued as 0123456789\n"
+        "C: DATA\nS: 503\nC: MAIL FROM:<a@b>\nS: 250"
+    ),
+    "QUIT says goodbye": f"{HELLO}C: QUIT\nS: 221 2.0.0",
+}
+
+SYNTAX = {
+    "case of verbs does not count": f"{HELLO}C: mail from:<a@b>\nS: 250",
+    "blanks around a path do not count": f"{HELLO}C: MAIL FROM: <a@b> \nS: 250",
+    "brackets may be missing": f"{HELLO}C: MAIL FROM:a@b\nS: 250",
+    "the null sender": f"{HELLO}C: MAIL FROM:<>\nS: 250",
+    "no null recipient": f"{MAIL}C: RCPT TO:<>\nS: 501 5.1.3",
+    "MAIL TO": f"{HELLO}C: MAIL TO:<a@b>\nS: 501 5.5.4",
+    "RCPT FROM": f"{MAIL}C: RCPT FROM:<a@b>\nS: 501 5.5.4",
+    "a bad address": f"{HELLO}C: MAIL FROM:<a@b@c>\nS: 501 5.1.3",
+    "an unknown verb": "S: 220\nC: XYZZY\nS: 500 5.5.2",
+    "an empty line": "S: 220\nC:\nS: 500 5.5.2",
+    "DATA takes nothing": f"{RCPT}C: DATA x\nS: 501 5.5.4",
+    "RSET takes nothing": f"{HELLO}C: RSET x\nS: 501 5.5.4",
+    "NOOP takes anything": f"{HELLO}C: NOOP x y\nS: 250",
+    "VRFY never tells": f"{HELLO}C: VRFY bob\nS: 252",
+    "VRFY needs a name": f"{HELLO}C: VRFY\nS: 501",
+    "EXPN is not there": f"{HELLO}C: EXPN x\nS: 502",
+    "HELP names the commands": f"{HELLO}C: HELP\nS: 214 2.0.0 Commands: HELO EHLO",
+}
+
+PARAMETERS = {
+    "SIZE of the limit": f"{HELLO}C: MAIL FROM:<a@b> SIZE=1000\nS: 250",
+    "SIZE beyond the limit": f"{HELLO}C: MAIL FROM:<a@b> SIZE=1001\nS: 552 5.3.4",
+    "SIZE that is no number": f"{HELLO}C: MAIL FROM:<a@b> SIZE=x\nS: 501 5.5.4",
+    "SIZE without a number": f"{HELLO}C: MAIL FROM:<a@b> SIZE\nS: 501",
+    "SIZE below nothing": f"{HELLO}C: MAIL FROM:<a@b> SIZE=-1\nS: 501",
+    "SIZE of 21 digits": f"{HELLO}C: MAIL FROM:<a@b> SIZE={'1' * 21}\nS: 501",
+    "SIZE twice": f"{HELLO}C: MAIL FROM:<a@b> SIZE=1 SIZE=1\nS: 501",
+    "BODY": f"{HELLO}C: MAIL FROM:<a@b> body=8bitmime\nS: 250",
+    "BODY of another kind": f"{HELLO}C: MAIL FROM:<a@b> BODY=x\nS: 501",
+    "AUTH": f"{HELLO}C: MAIL FROM:<a@b> AUTH=<>\nS: 250",
+    "an unknown one": f"{HELLO}C: MAIL FROM:<a@b> RET=FULL\nS: 555 5.5.4",
+    "one at RCPT": f"{MAIL}C: RCPT TO:<bob@host.example> NOTIFY=NEVER\nS: 555",
+    "UTF-8 that was not announced": f"{HELLO}C: MAIL FROM:<ü@b>\nS: 553 5.6.7",
+    "UTF-8 that was": f"{HELLO}C: MAIL FROM:<ü@b> SMTPUTF8\nS: 250",
+    "SMTPUTF8 with a value": f"{HELLO}C: MAIL FROM:<a@b> SMTPUTF8=1\nS: 501",
+    "UTF-8 in a recipient": f"{MAIL}C: RCPT TO:<ü@host.example>\nS: 553 5.6.7",
+}
+
+HERE_AND_THERE = [
+    # who may relay does; mail for us, or for relay_domains, is taken from all
+    (NEAR, "a@other.example", "250 2.1.5"),
+    (FAR, "a@other.example", "554 5.7.1 <a@other.example>: Relay access denied"),
+    (FAR, "a@relayed.example", "250 2.1.5"),
+    (FAR, "a@b.relayed.example", "250 2.1.5"),
+    (FAR, "bob@host.example", "250 2.1.5"),
+    (FAR, "bob", "250 2.1.5"),
+    (FAR, "bob@[127.0.0.1]", "250 2.1.5"),
+    # no way around by a route, a percent or a bang
+    (FAR, "@host.example:a@other.example", "554 5.7.1"),
+    (LOCAL, "a@other.example", "250 2.1.5"),
+]
+
+REFUSALS = [
+    # who cannot get mail: for good, or for now
+    (NEAR, "5.1.1", "", "550 5.1.1 <bob@host.example>: Recipient address rejected: "),
+    (NEAR, "4.3.0", "", "451 4.3.0"),
+    # what cannot be told now waits in the queue of a local program
+    (LOCAL, "4.3.0", "", "250 2.1.5"),
+    (LOCAL, "5.1.1", "", "550 5.1.1"),
+    # which may have an unknown one bounced; nobody else may
+    (LOCAL, "5.1.1", " XBOUNCE", "250 2.1.5"),
+    (LOCAL, "5.1.1", " XBOUNCE=1", "501 5.5.4"),
+    (NEAR, "5.1.1", " XBOUNCE", "555 5.5.4"),
+    (FAR, "5.1.1", " XBOUNCE", "555 5.5.4"),
+]
+
+
+def by_name(dialogues):
+    """Dialogues as parameters, called by their names."""
+    return [pytest.param(text, id=name) for name, text in dialogues.items()]
+
+
+class TestSession:
+    """The server's side of SMTP, without a socket."""
+
+    @pytest.mark.parametrize("dialogue", by_name(ORDER))
+    def test_commands_have_their_order(self, dialogue):
+        play(SessionPeer(make_session()), dialogue)
+
+    @pytest.mark.parametrize("dialogue", by_name(SYNTAX))
+    def test_commands_have_their_syntax(self, dialogue):
+        play(SessionPeer(make_session()), dialogue)
+
+    @pytest.mark.parametrize("dialogue", by_name(PARAMETERS))
+    def test_parameters_have_their_rules(self, dialogue):
+        play(SessionPeer(make_session(text="message_size_limit = 1000")), dialogue)
+
+    def test_ehlo_names_the_extensions(self):
+        reply = make_session(text="message_size_limit = 1000").feed(b"EHLO c.example")
+        assert bytes(reply).decode().splitlines() == [
+            *("250-host.example", "250-PIPELINING", "250-SIZE 1000", "250-8BITMIME"),
+            *("250-ENHANCEDSTATUSCODES", "250-SMTPUTF8", "250 HELP"),
+        ]
+
+    @pytest.mark.parametrize(("client", "recipient", "wanted"), HERE_AND_THERE)
+    def test_mail_is_relayed_for_whom_it_may_be(self, client, recipient, wanted):
+        session = make_session(client, "relay_domains = relayed.example")
+        dialogue = f"{MAIL}C: RCPT TO:<{recipient}>\nS: {wanted}"
+        play(SessionPeer(session), dialogue)
+
+    @pytest.mark.parametrize(("client", "status", "option", "wanted"), REFUSALS)
+    def test_a_recipient_is_refused_at_once(self, client, status, option, wanted):
+        session = make_session(client, verify=refuse(status))
+        dialogue = f"{MAIL}C: RCPT TO:<bob@host.example>{option}\nS: {wanted}"
+        play(SessionPeer(session), dialogue)
+
+    def test_a_local_program_need_not_say_hello(self):
+        play(SessionPeer(make_session(LOCAL)), "S: 220\nC: MAIL FROM:<a@b>\nS: 250")
+
+    @pytest.mark.parametrize("word", ["XQUEUE", "XFLUSH"])
+    def test_the_queue_is_no_business_of_the_network(self, word):
+        play(SessionPeer(make_session(NEAR)), f"{HELLO}C: {word}\nS: 500 5.5.2")
+
+    @pytest.mark.parametrize(
+        ("word", "action"), [("XQUEUE", "queue"), ("XFLUSH", "flush")]
+    )
+    def test_a_local_program_may_ask_for_the_queue(self, word, action):
+        reply = make_session(LOCAL).feed(word.encode())
+        assert (reply.code, reply.action) == (250, action)
+
+    @pytest.mark.parametrize(
+        ("option", "wanted"),
+        # SIZE counts before the first byte comes
+        [("", "250"), (" SIZE=1000", "250"), (" SIZE=1001", "452 4.3.1")],
+    )
+    def test_no_mail_is_taken_that_finds_no_room(self, option, wanted):
+        session = make_session(text="queue_minfree = 1000", room=2000)
+        play(SessionPeer(session), f"{HELLO}C: MAIL FROM:<a@b>{option}\nS: {wanted}")
+
+    def test_there_are_only_so_many_recipients(self):
+        session = make_session(text="smtpd_recipient_limit = 1")
+        again = "C: RCPT TO:<bob@host.example>\nS: 452 4.5.3\nC: DATA\nS: 354"
+        play(SessionPeer(session), RCPT + again)
+
+    def test_one_error_too_many_ends_it(self):
+        session = make_session(FAR)
+        errors = "C: XYZZY\nS: 500\n" * 20
+        play(SessionPeer(session), f"{HELLO}{errors}C: XYZZY\nS: 421 4.7.0")
+
+    def test_a_local_program_may_err_as_it_likes(self):
+        errors = "C: XYZZY\nS: 500\n" * 50
+        play(SessionPeer(make_session(LOCAL)), f"{HELLO}{errors}C: NOOP\nS: 250")
+
+    @pytest.mark.parametrize(
+        ("line", "wanted"),
+        [
+            # a browser, a TLS hello
+            *[(b"GET / HTTP/1.1", "close"), (b"\x16\x03\x01", "close")],
+            (b"POST / HTTP/1.1", "close"),
+            # control bytes, bytes that are no UTF-8
+            *[(b"NOOP \0", ""), (b"EHLO a\x7f", ""), (b"NOOP \xff", "")],
+        ],
+    )
+    def test_what_is_not_smtp_is_refused(self, line, wanted):
+        reply = make_session().feed(line)
+        assert (reply.code, reply.action) == (500, wanted)
+
+    def test_a_failed_message_is_forgotten(self):
+        error = minimta.MailError("4.3.1", "Insufficient system storage")
+        play(
+            SessionPeer(make_session(), error),
+            f"{RCPT}C: DATA\nS: 354\nC: .\nS: 452 4.3.1\nC: DATA\nS: 503",
+        )
+
+    @pytest.mark.parametrize(
+        ("status", "code"),
+        [
+            # codes that a status has, then those of its class
+            *[("5.3.4", 552), ("4.3.1", 452), ("5.1.3", 501), ("5.7.1", 554)],
+            *[("4.3.0", 451), ("5.1.1", 550)],
+        ],
+    )
+    def test_a_failure_has_its_code(self, status, code):
+        reply = minimta.Reply.refusal(minimta.MailError(status, "a\nb"))
+        assert bytes(reply) == f"{code} {status} a?b\r\n".encode()
+
+    def test_a_refusal_is_logged_as_postfix_does(self):
+        session = make_session(FAR)
+        play(SessionPeer(session), f"{MAIL}C: RCPT TO:<a@b>\nS: 554")
+        assert session.notes == [
+            "NOQUEUE: reject: RCPT from unknown[192.0.2.1]: 554 5.7.1 "
+            "<a@b>: Relay access denied; from=<a@far.example> to=<a@b> "
+            "proto=ESMTP helo=<c.example>"
+        ]
+
+    def test_a_refusal_names_no_earlier_recipient(self):
+        session = make_session()
+        play(SessionPeer(session), f"{RCPT}C: RCPT TO:<a b>\nS: 501")
+        assert "bob@host.example" not in session.notes[-1]
+
+    @pytest.mark.parametrize(
+        ("client", "origin"), [(FAR, "[192.0.2.1]"), (LOCAL, "uid 1000")]
+    )
+    def test_the_envelope_says_where_mail_came_from(self, client, origin):
+        session = make_session(client)
+        play(
+            SessionPeer(session), f"{HELLO}C: MAIL FROM:<a>\nS: 2\nC: RCPT TO:<b>\nS: 2"
+        )
+        envelope = session.envelope(1.5)
+        assert (envelope.origin, envelope.arrived) == (origin, 1.5)
+        assert envelope.sender == "a@host.example"
+        assert envelope.recipients == ["b@host.example"]
+
+    def test_one_recipient_is_named_in_received(self):
+        session = make_session()
+        play(SessionPeer(session), RCPT)
+        assert b"\n\tfor <bob@host.example>;" in session.received("ID", 1.5)
+
+    def test_of_several_recipients_none_is_named(self):
+        session = make_session()
+        play(SessionPeer(session), f"{RCPT}C: RCPT TO:<carol@host.example>\nS: 250")
+        assert b"for <" not in session.received("ID", 1.5)
+
+    @pytest.mark.parametrize(
+        ("hello", "option", "proto"),
+        [
+            ("HELO", "", "SMTP"),
+            ("EHLO", "", "ESMTP"),
+            ("EHLO", " SMTPUTF8", "UTF8SMTP"),
+        ],
+    )
+    def test_received_names_the_protocol(self, hello, option, proto):
+        session = make_session()
+        start = f"S: 220\nC: {hello} c\nS: 250\nC: MAIL FROM:<a@b>{option}\nS: 250"
+        play(SessionPeer(session), start)
+        assert f" with {proto} id ID".encode() in session.received("ID", 1.5)
+
+
+# == 8 Reports: Report ========================================================
+
+
+def make_report(*failures, header=b"Subject: hello\n"):
+    """A bounce to alice."""
+    return minimta.Report(make_settings(), "alice@far.example", list(failures), header)
+
+
+FAILURE = ("bob@x", minimta.MailError("5.1.1", 'unknown user: "bob"'))
+
+
+class TestReport:
+    """What the sender is told."""
+
+    def test_names_recipient_reason_and_status(self):
+        assert b'\n<bob@x>: unknown user: "bob" (5.1.1)\n' in bytes(
+            make_report(FAILURE)
+        )
+
+    def test_names_every_recipient(self):
+        text = bytes(make_report(FAILURE, ("eve@x", FAILURE[1])))
+        assert b"<bob@x>: " in text
+        assert b"<eve@x>: " in text
+
+    def test_ends_in_the_header_of_the_message(self):
+        assert bytes(make_report(FAILURE)).endswith(b":\n\nSubject: hello\n")
+
+    def test_a_reason_is_one_line(self):
+        error = minimta.MailError("5.0.0", "a\nb\x1b[2J")
+        assert b"<x>: a?b?[2J (5.0.0)\n" in bytes(make_report(("x", error)))
+
+    def test_its_header_says_from_whom_to_whom_and_that_none_should_answer(self):
+        header = minimta.Header.parse(make_report(FAILURE).fields("ID", 1.5))
+        assert header.values("from") == [
+            "Mail Delivery System <MAILER-DAEMON@host.example>"
+        ]
+        assert header.values("to") == ["alice@far.example"]
+        assert header.values("auto-submitted") == ["auto-replied"]
+
+    def test_its_header_ends_in_an_empty_line(self):
+        assert make_report(FAILURE).fields("ID", 1.5).endswith(b": 8bit\n\n")
+
+
+# == 9 Log: Log ===============================================================
+
+
+@pytest.fixture
+def place():
+    """A directory of the test's own that every user may pass through."""
+    path = open_directory("minimta-unit-")
+    yield path
+    shutil.rmtree(path)
+
+
+def make_log(path):
+    """A log that is written to a file."""
+    return minimta.Log(make_settings(f"maillog_file = {path}"))
+
+
+def logged(path):
+    """The lines of a log file, without date and pid."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    start = rf"[A-Z][a-z]{{2}} [ \d]\d \d\d:\d\d:\d\d host (\S+)\[{os.getpid()}\]: "
+    return [re.sub(f"^{start}", r"\1 ", line) for line in lines]
+
+
+LETTER = minimta.Envelope("alice@far.example", ["bob@host.example"])
+
+
+def delivered(where, recipient="bob@host.example", when=1.5, outcome="sent"):
+    """The attempt to deliver to `where`."""
+    words = (recipient, where, "local", "delivered to mailbox")
+    return minimta.Attempt(when, outcome, "2.0.0", *words)
+
+
+LOG_ROWS = [
+    (
+        lambda log: log.accepted("ID", FAR, LETTER),
+        "minimta/smtpd ID: client=unknown[192.0.2.1]",
+    ),
+    (
+        lambda log: log.accepted("ID", NEAR, LETTER),
+        "minimta/smtpd ID: client=localhost[127.0.0.1]",
+    ),
+    (
+        lambda log: log.accepted("ID", LOCAL, LETTER),
+        "minimta/pickup ID: uid=1000 from=<alice@far.example>",
+    ),
+    (
+        lambda log: log.active("ID", 321, LETTER),
+        "minimta/qmgr ID: from=<alice@far.example>, size=321, nrcpt=1 (queue active)",
+    ),
+    (
+        lambda log: log.attempt("ID", delivered("mailbox bob@host.example"), 0.0),
+        "minimta/local ID: to=<bob@host.example>, relay=local, delay=1.5, "
+        "dsn=2.0.0, status=sent (delivered to mailbox)",
+    ),
+    (
+        lambda log: log.attempt("ID", delivered("mailbox bob@x", "team@x"), 0.0),
+        "minimta/local ID: to=<bob@x>, orig_to=<team@x>, relay=local, delay=1.5, "
+        "dsn=2.0.0, status=sent (delivered to mailbox)",
+    ),
+    (
+        lambda log: log.attempt("ID", delivered("remote a@b", "a@b"), 0.0),
+        "minimta/smtp ID: to=<a@b>, relay=local, delay=1.5, "
+        "dsn=2.0.0, status=sent (delivered to mailbox)",
+    ),
+    (
+        lambda log: log.reported("ID", "IDB1"),
+        "minimta/bounce ID: sender non-delivery notification: IDB1",
+    ),
+    (lambda log: log.removed("ID"), "minimta/qmgr ID: removed"),
+    (lambda log: log.warning("qmgr", "text"), "minimta/qmgr warning: text"),
+]
+
+
+class TestLog:
+    """Lines in Postfix's shapes."""
+
+    @pytest.mark.parametrize(("event", "wanted"), LOG_ROWS)
+    def test_an_event_has_its_line(self, tmp_path, event, wanted):
+        event(make_log(tmp_path / "log"))
+        assert logged(tmp_path / "log") == [wanted]
+
+    @pytest.mark.parametrize(
+        ("delay", "wanted"),
+        [(0, "0"), (1.5, "1.5"), (12, "12"), (432, "432"), (86400, "86400")],
+    )
+    def test_a_delay_is_a_plain_number(self, tmp_path, delay, wanted):
+        attempt = delivered("mailbox bob@x", when=1000.0 + delay)
+        make_log(tmp_path / "log").attempt("ID", attempt, 1000.0)
+        assert f", delay={wanted}, dsn=" in logged(tmp_path / "log")[0]
+
+    def test_a_clock_that_was_set_back_makes_no_negative_delay(self, tmp_path):
+        make_log(tmp_path / "log").attempt("ID", delivered("mailbox bob@x"), 1000.0)
+        assert ", delay=0, dsn=" in logged(tmp_path / "log")[0]
+
+    @pytest.mark.parametrize(
+        "end", ["\n", "\r", "\x0b", "\x0c", "\x85", "\u2028", "\0"]
+    )
+    def test_one_event_cannot_be_made_two_lines(self, tmp_path, end):
+        make_log(tmp_path / "log").line("smtpd", f"a{end}b")
+        assert logged(tmp_path / "log") == ["minimta/smtpd a?b"]
+
+    def test_a_line_goes_to_the_file_that_took_the_old_ones_place(self, tmp_path):
+        log = make_log(tmp_path / "log")
+        log.line("a", "first")
+        (tmp_path / "log").rename(tmp_path / "log.1")
+        log.line("a", "second")
+        assert logged(tmp_path / "log.1") == ["minimta/a first"]
+        assert logged(tmp_path / "log") == ["minimta/a second"]
+
+    def test_lines_are_appended(self, tmp_path):
+        make_log(tmp_path / "log").line("a", "first")
+        make_log(tmp_path / "log").line("a", "second")
+        assert logged(tmp_path / "log") == ["minimta/a first", "minimta/a second"]
+
+    def test_its_directory_is_made(self, tmp_path):
+        make_log(tmp_path / "a/b/log").line("a", "first")
+        assert logged(tmp_path / "a/b/log") == ["minimta/a first"]
+
+    def test_a_log_that_cannot_be_written_stops_nothing(self, tmp_path):
+        assert make_log(tmp_path).line("a", "text") is None
+
+    def test_a_link_is_not_followed(self, tmp_path):
+        (tmp_path / "log").symlink_to(tmp_path / "victim")
+        make_log(tmp_path / "log").line("a", "text")
+        assert not (tmp_path / "victim").exists()
+
+    def test_others_cannot_read_it(self, tmp_path):
+        make_log(tmp_path / "log").line("a", "text")
+        assert (tmp_path / "log").stat().st_mode & 0o137 == 0
+
+
+# == 10 Users: User, Users, Rights, find_root, read_settings ==================
+
+
+PASSWD = """root:x:0:0:root:/root:/bin/sh
+# a comment, then what is no line of passwd
+short:x:1
+word:x:one:1::/:
+bob:x:5001:5001:Bob B,,,:/home/bob:/bin/sh
+Eve:x:5002:5002::/home/eve:/bin/sh
+eve:x:5003:5003::/home/eve2:/bin/sh
+"""
+
+
+@pytest.fixture
+def users(tmp_path):
+    """A private instance's users."""
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/passwd").write_text(PASSWD)
+    return minimta.Users(str(tmp_path))
+
+
+class TestUsers:
+    """The user database."""
+
+    def test_a_line_is_a_user(self, users):
+        wanted = minimta.User("bob", 5001, 5001, "Bob B,,,", "/home/bob")
+        assert users.lookup("bob") == wanted
+
+    @pytest.mark.parametrize(
+        ("name", "uid"),
+        # as it is written first, then in lower case
+        [("Eve", 5002), ("eve", 5003), ("EVE", 5003), ("BOB", 5001)],
+    )
+    def test_a_name_is_looked_up_in_lower_case_too(self, users, name, uid):
+        assert users.lookup(name).uid == uid
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "",
+            "nobody-here",
+            "short",
+            "word",
+            "#",
+            "bo",
+            "bob:x",
+            "../bob",
+            "b\0b",
+            "a\nb",
+        ],
+    )
+    def test_nobody_has_another_name(self, users, name):
+        assert users.lookup(name) is None
+
+    @pytest.mark.parametrize(
+        "name", ["", "a/b", "\0", "\udcff", "no such user", "x" * 999]
+    )
+    def test_the_system_has_no_such_user_either(self, name):
+        assert minimta.Users().lookup(name) is None
+
+    def test_the_system_knows_root(self):
+        assert minimta.Users().lookup("root").uid == 0
+
+    def test_a_database_that_cannot_be_read_is_a_failure_for_now(self, users):
+        os.unlink(users.path)
+        with pytest.raises(minimta.MailError) as caught:
+            users.lookup("bob")
+        assert caught.value.status == "4.3.0"
+
+    def test_a_uid_without_a_line_is_a_user_too(self, users):
+        assert users.by_uid(54321).name == "uid54321"
+
+    @pytest.mark.parametrize(
+        ("environ", "wanted"),
+        # in a private instance anybody may be played
+        [
+            ({"LOGNAME": "bob"}, "bob"),
+            ({"USER": "bob"}, "bob"),
+            ({"LOGNAME": "eve", "USER": "bob"}, "eve"),
+            ({"LOGNAME": "nobody-here", "USER": "bob"}, "bob"),
+            ({}, "Eve"),
+        ],
+    )
+    def test_the_environment_says_who_is_played(self, users, environ, wanted):
+        assert users.caller(environ, 5002).name == wanted
+
+    @pytest.mark.parametrize("environ", [{"LOGNAME": "root"}, {"USER": "root"}, {}])
+    def test_on_the_system_only_the_uid_counts(self, environ):
+        assert minimta.Users().caller(environ, 54321).uid == 54321
+
+
+@pytest.fixture
+def stranger():
+    """A user of no name, whom only root can become."""
+    return minimta.User("stranger", 54321, 54322, "", "/")
+
+
+@needs_root
+class TestRights:
+    """Acting as a user."""
+
+    def test_the_block_runs_as_the_user(self, stranger):
+        with minimta.Rights(stranger):
+            seen = os.geteuid(), os.getegid(), os.getgroups()
+        assert seen == (54321, 54322, [54322])
+
+    def test_another_group_may_stand_in(self, stranger):
+        with minimta.Rights(stranger, 54323):
+            assert os.getegid() == 54323
+
+    def test_an_exception_leaves_the_rights_as_they_were(self, stranger):
+        before = os.geteuid(), os.getegid(), os.getgroups()
+        with pytest.raises(ZeroDivisionError), minimta.Rights(stranger):
+            raise ZeroDivisionError
+        assert (os.geteuid(), os.getegid(), os.getgroups()) == before
+
+    def test_files_are_the_users(self, stranger, place):
+        place.chmod(0o777)
+        with minimta.Rights(stranger) as rights:
+            (place / "file").touch()
+        assert (place / "file").stat().st_uid == rights.owner == 54321
+
+
+class TestQueueOwner:
+    """mail_owner."""
+
+    @needs_root
+    @pytest.mark.parametrize("text", ["", "mail_owner = nobody"])
+    def test_the_queue_is_never_roots(self, text):
+        settings = make_settings(text)
+        assert minimta.queue_owner(settings, minimta.Users()).uid != 0
+
+    @needs_root
+    @pytest.mark.parametrize("name", ["root", "no-such-user"])
+    def test_a_user_that_cannot_own_it_is_refused(self, name):
+        settings = make_settings(f"mail_owner = {name}")
+        with pytest.raises(minimta.ProgramError, match=name) as caught:
+            minimta.queue_owner(settings, minimta.Users())
+        assert caught.value.code == 78
+
+    @pytest.mark.skipif(AS_ROOT, reason="root has a queue for everybody")
+    def test_who_is_not_root_owns_the_queue(self):
+        owner = minimta.queue_owner(make_settings(), minimta.Users())
+        assert owner.uid == os.geteuid()
+
+
+class TestReadSettings:
+    """Where the settings are."""
+
+    def test_minimta_root_is_the_instance(self):
+        assert minimta.find_root({"MINIMTA_ROOT": "/a/../b"}) == "/b"
+
+    @needs_root
+    def test_roots_instance_is_the_systems(self):
+        assert minimta.find_root({"HOME": "/x"}) == ""
+
+    def test_the_instances_file_is_read(self, tmp_path):
+        (tmp_path / "etc").mkdir()
+        (tmp_path / "etc/minimta.conf").write_text("smtpd_port = 26")
+        settings = minimta.read_settings({"MINIMTA_ROOT": str(tmp_path)})
+        assert (settings.smtpd_port, settings.root) == (26, str(tmp_path))
+
+    def test_without_a_file_there_are_defaults(self, tmp_path):
+        settings = minimta.read_settings({"MINIMTA_ROOT": str(tmp_path)})
+        assert settings.smtpd_port == 2525
+
+    @pytest.mark.parametrize("name", ["no-such-file", "."])
+    def test_a_named_file_must_be_readable(self, tmp_path, name):
+        path = f"{tmp_path}/{name}"
+        with pytest.raises(minimta.ProgramError, match=re.escape(path)) as caught:
+            minimta.read_settings({"MINIMTA_ROOT": str(tmp_path)}, path)
+        assert caught.value.code == 78
+
+
+# == 11 Spool: Spool, Draft, QueueFile, Maildrop ==============================
+
+
+ME = minimta.User("me", os.getuid(), os.getgid(), "", "/")
+MESSAGE = b"Subject: hello\n\nsome text\n"
+
+
+@pytest.fixture
+def spool(tmp_path):
+    """An empty queue."""
+    made = minimta.Spool(str(tmp_path / "queue-dir"), ME)
+    made.make()
+    return made
+
+
+def commit(spool, text=MESSAGE, queue_id="", **envelope):
+    """Put a message into a queue; its id."""
+    words = {"sender": "alice@far.example", "recipients": ["bob@host.example"]}
+    with spool.create(minimta.Envelope(**{**words, **envelope}), queue_id) as draft:
+        draft.write(text)
+        return draft.commit()
+
+
+def content(spool, queue_id):
+    """A message of the queue, without its envelope."""
+    with spool.open(queue_id) as file:
+        return b"".join(file.chunks())
+
+
+def left_in(spool):
+    """The files in a queue directory, as folder/name."""
+    top = Path(spool.directory)
+    return sorted(str(p.relative_to(top)) for p in top.glob("*/*"))
+
+
+def open_files():
+    """How many descriptors this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+COMMIT_ONE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import minimta
+spool = minimta.Spool(sys.argv[2], minimta.User("", int(sys.argv[3]), 0, "", "/"))
+with spool.create(minimta.Envelope("a", ["b"])) as draft:
+    draft.write(b"Subject: x\\n\\ntext\\n")
+    draft.commit()
+"""
+
+
+def traced(program, *words):
+    """(call, its first path or its descriptor's) of what a child does."""
+    strace = shutil.which("strace")
+    if not strace:
+        pytest.skip("there is no strace here")
+    calls = "trace=write,fsync,rename,renameat,renameat2,unlink"
+    line = [
+        strace,
+        "-f",
+        "-y",
+        "-qq",
+        "-e",
+        calls,
+        sys.executable,
+        "-IS",
+        "-c",
+        program,
+    ]
+    done = subprocess.run([*line, *words], capture_output=True, text=True)
+    if "ptrace" in done.stderr.lower():
+        pytest.skip("strace may not trace here")
+    assert done.returncode == 0, done.stderr
+    return re.findall(r'(\w+)\((?:AT_FDCWD[^,]*, )?(?:\d+<|")([^">]*)', done.stderr)
+
+
+class TestSpool:
+    """The queue's files."""
+
+    def test_a_commit_is_write_fsync_rename_fsync_of_the_directory(self, spool):
+        calls = traced(COMMIT_ONE, str(HERE), spool.directory, str(os.getuid()))
+        top = re.escape(spool.directory)
+        seen = [
+            (call, re.sub(r"[0-9A-Z]{10}$", "ID", path[len(spool.directory) + 1 :]))
+            for call, path in calls
+            if re.match(top, path)
+        ]
+        assert [(re.sub("rename.*", "rename", call), path) for call, path in seen] == [
+            *[("write", "incoming/ID"), ("fsync", "incoming/ID")],
+            *[("rename", "incoming/ID"), ("fsync", "queue")],
+        ]
+
+    def test_a_committed_message_is_read_back(self, spool):
+        assert content(spool, commit(spool)) == MESSAGE
+
+    def test_a_large_message_is_read_back(self, spool):
+        text = b"Subject: x\n\n" + b"0123456789abcde\n" * 60_000
+        assert content(spool, commit(spool, text)) == text
+
+    def test_a_large_envelope_is_read_back(self, spool):
+        names = [f"user{n}@host.example" for n in range(20_000)]
+        queue_id = commit(spool, recipients=names)
+        with spool.open(queue_id) as file:
+            assert file.envelope.recipients == names
+        assert content(spool, queue_id) == MESSAGE
+
+    def test_its_size_is_that_of_the_message(self, spool):
+        with spool.open(commit(spool)) as file:
+            assert file.size == len(MESSAGE)
+
+    def test_nobody_else_may_read_it(self, spool):
+        path = spool.path("queue", commit(spool))
+        assert os.stat(path).st_mode & 0o777 == 0o600
+
+    def test_what_is_not_committed_leaves_nothing(self, spool):
+        with spool.create(LETTER) as draft:
+            draft.write(MESSAGE * 20_000)
+        assert left_in(spool) == []
+
+    def test_what_fails_leaves_nothing_and_no_descriptor(self, spool):
+        before = open_files()
+        with pytest.raises(ZeroDivisionError), spool.create(LETTER) as draft:
+            draft.write(MESSAGE)
+            raise ZeroDivisionError
+        assert (left_in(spool), open_files()) == ([], before)
+
+    def test_a_commit_leaves_no_descriptor(self, spool):
+        before = open_files()
+        commit(spool)
+        assert open_files() == before
+
+    def test_an_envelope_with_a_line_end_is_refused_and_leaves_nothing(self, spool):
+        with pytest.raises(minimta.MailError) as caught:
+            spool.create(minimta.Envelope("a\nb", ["c"]))
+        assert (caught.value.status, left_in(spool)) == ("5.1.3", [])
+
+    def test_an_id_may_be_asked_for(self, spool):
+        assert commit(spool, queue_id="0123456789B1") == "0123456789B1"
+
+    def test_a_draft_that_a_crash_left_is_written_anew(self, spool):
+        Path(spool.path("incoming", "0123456789")).write_bytes(b"torn")
+        assert content(spool, commit(spool, queue_id="0123456789")) == MESSAGE
+
+    def test_ids_are_those_of_messages_oldest_first(self, spool):
+        for name in ("0000000002", "0000000001B1", "0000000001", "note", ".0000000003"):
+            Path(spool.path("queue", name)).touch()
+        assert spool.ids() == ["0000000001", "0000000001B1", "0000000002"]
+
+    def test_every_message_has_an_id_of_its_own(self, spool):
+        assert len({commit(spool) for _ in range(50)}) == 50
+
+    @pytest.mark.parametrize("text", BAD_ENVELOPES)
+    def test_a_file_that_is_no_message_leaves_no_descriptor(self, spool, text):
+        Path(spool.path("queue", "0123456789")).write_bytes(text)
+        before = open_files()
+        with pytest.raises(ValueError, match="."):
+            spool.open("0123456789")
+        assert open_files() == before
+
+    def test_a_directory_that_is_no_message_leaves_no_descriptor(self, spool):
+        os.mkdir(spool.path("queue", "0123456789"))
+        before = open_files()
+        with pytest.raises((OSError, ValueError)):
+            spool.open("0123456789")
+        assert open_files() == before
+
+    def test_a_link_in_the_queue_is_not_followed(self, spool):
+        os.symlink(
+            spool.path("queue", commit(spool)), spool.path("queue", "0123456789")
+        )
+        with pytest.raises(OSError, match="ymbolic"):
+            spool.open("0123456789")
+
+    def test_the_next_attempt_is_kept(self, spool):
+        queue_id = commit(spool)
+        spool.wait_until(queue_id, 1234.0)
+        assert spool.due(queue_id) == 1234.0
+
+    def test_the_journal_is_read_back(self, spool):
+        spool.note("ID", [make_attempt()])
+        spool.note("ID", [make_attempt("sent")])
+        assert spool.journal("ID") == [make_attempt(), make_attempt("sent")]
+
+    def test_without_a_journal_nothing_was_tried(self, spool):
+        assert spool.journal("ID") == []
+
+    def test_a_note_behind_a_torn_line_is_whole(self, spool):
+        path = Path(spool.path("journal", "ID"))
+        line = bytes(make_attempt())
+        for end in range(len(line)):
+            path.write_bytes(line + line[:end])
+            spool.note("ID", [make_attempt("sent")])
+            assert spool.journal("ID")[-1] == make_attempt("sent")
+            assert spool.journal("ID")[0] == make_attempt()
+
+    def test_remove_takes_message_and_journal(self, spool):
+        queue_id = commit(spool)
+        spool.note(queue_id, [make_attempt()])
+        spool.remove(queue_id)
+        assert left_in(spool) == []
+
+    def test_what_is_set_aside_is_in_corrupt(self, spool):
+        queue_id = commit(spool)
+        assert spool.set_aside(queue_id) == spool.path("corrupt", queue_id)
+        assert left_in(spool) == [f"corrupt/{queue_id}"]
+
+    def test_sweeping_takes_old_drafts_and_lonely_journals(self, spool):
+        queue_id = commit(spool)
+        for name in (queue_id, "0000000001"):
+            Path(spool.path("journal", name)).touch()
+        for name, moment in (("0000000002", 1000), ("0000000003", 100_000)):
+            Path(spool.path("incoming", name)).touch()
+            os.utime(spool.path("incoming", name), (moment, moment))
+        spool.sweep(100_001)
+        assert left_in(spool) == [
+            *("incoming/0000000003", f"journal/{queue_id}", f"queue/{queue_id}"),
+        ]
+
+    def test_entries_are_what_mailq_shows(self, spool):
+        ids = [commit(spool), commit(spool, recipients=["x@y"])]
+        spool.note(ids[1], [make_attempt(recipient="x@y", why="why")])
+        entries = {entry.queue_id: entry for entry in spool.entries()}
+        assert sorted(entries) == sorted(ids)
+        assert entries[ids[1]].reasons == {"x@y": "why"}
+
+    @pytest.mark.parametrize(("name", "mode"), minimta.FOLDERS)
+    def test_a_folder_has_its_mode_whatever_it_was(self, spool, name, mode):
+        os.chmod(spool.path(name), 0o755)
+        spool.make()
+        assert os.stat(spool.path(name)).st_mode & 0o7777 == mode
+
+    @pytest.mark.parametrize("kind", ["file", "link"])
+    def test_a_folder_that_is_none_is_refused(self, spool, kind):
+        os.rmdir(spool.path("hold"))
+        path = Path(spool.path("hold"))
+        path.symlink_to(spool.path("queue")) if kind == "link" else path.touch()
+        with pytest.raises(minimta.ProgramError, match=str(path)) as caught:
+            spool.make()
+        assert caught.value.code == 73
+
+    def test_where_there_is_no_directory_nothing_is_free(self, tmp_path):
+        assert minimta.Spool(str(tmp_path / "none"), ME).free() == 0
+
+    @needs_root
+    def test_a_full_disk_is_a_failure_for_now_and_leaves_nothing(self, tmp_path):
+        with mounted("-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path):
+            small = minimta.Spool(str(tmp_path), ME)
+            small.make()
+            with pytest.raises(minimta.MailError) as caught:
+                commit(small, b"x" * (1 << 20))
+            assert (caught.value.status, left_in(small)) == ("4.3.1", [])
+            assert content(small, commit(small)) == MESSAGE
+
+
+def make_drop(kind, folder):
+    """Leave something in a maildrop, and return its name."""
+    path, target = Path(folder, "0123456789"), Path(folder, ".target")
+    target.write_bytes(bytes(LETTER) + MESSAGE)
+    if kind == "symlink":
+        path.symlink_to(target)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "hard link":
+        os.link(target, path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.write_bytes(kind)
+    return path.name
+
+
+HOSTILE_DROPS = [
+    *("symlink", "fifo", "hard link", "directory", b"", b"garbage\n\n"),
+    # not complete, too large
+    *(b"arrived: 1\nsender: a\n", bytes(LETTER) + b"x" * 5000),
+    # a time that is none
+    b"arrived: x\nsender: a\nrecipient: b\n\n",
+]
+
+
+class TestMaildrop:
+    """Mail of users without rights."""
+
+    def test_what_is_dropped_is_taken(self, spool):
+        drop = minimta.Maildrop(spool.directory)
+        name = make_drop(bytes(LETTER) + MESSAGE, drop.directory)
+        uid, file = drop.take(name, 4096)
+        with file:
+            assert (uid, b"".join(file.chunks())) == (os.getuid(), MESSAGE)
+
+    def test_what_is_not_complete_has_a_dot_name(self, spool):
+        with minimta.Maildrop(spool.directory).create(LETTER) as draft:
+            wanted = f"{spool.directory}/maildrop/.{draft.queue_id}"
+            assert draft.path == wanted
+            assert os.path.exists(wanted)
+
+    @pytest.mark.parametrize("kind", HOSTILE_DROPS)
+    def test_what_is_no_honest_file_is_refused(self, spool, kind):
+        drop = minimta.Maildrop(spool.directory)
+        name = make_drop(kind, drop.directory)
+        before = open_files()
+        with pytest.raises((OSError, ValueError)):
+            drop.take(name, 4096)
+        assert open_files() == before
+
+
+# == 12 Alias database: AliasDatabase, ForwardFiles ===========================
+
+
+def backends():
+    """The dbm modules that this Python has."""
+    for name in ("dumb", "gnu", "ndbm", "sqlite3"):
+        with contextlib.suppress(ImportError):
+            yield pytest.param(importlib.import_module(f"dbm.{name}"), id=name)
+
+
+BACKENDS = list(backends())
+
+
+def build(backend, path, pairs):
+    """A database of that backend, as another program may make it."""
+    database = backend.open(str(path), "n")
+    for name, value in pairs:
+        database[name] = value
+    database.close()
+
+
+@pytest.fixture
+def aliases(tmp_path):
+    """A database whose text says `a: old`; `.warned` has its warnings."""
+    (tmp_path / "aliases").write_text("a: old\n")
+    warned = []
+    made = minimta.AliasDatabase(str(tmp_path / "aliases"), warned.append)
+    made.warned = warned
+    return made
+
+
+class TestAliasDatabase:
+    """The aliases file and what newaliases makes of it."""
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_the_database_rules_whatever_wrote_it(self, aliases, backend):
+        build(backend, aliases.name, [(b"a", b"new")])
+        assert (aliases.lookup("a"), aliases.lookup("b")) == ("new", None)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_a_nul_behind_name_and_value_does_not_count(self, aliases, backend):
+        build(backend, aliases.name, [(b"a\0", b"new\0")])
+        assert aliases.lookup("a") == "new"
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_a_rebuilt_database_replaces_any_other(self, aliases, backend):
+        build(backend, aliases.name, [(b"a", b"new"), (b"b", b"gone")])
+        assert aliases.lookup("b") == "gone"
+        aliases.rebuild()
+        assert (aliases.lookup("a"), aliases.lookup("b")) == ("old", None)
+
+    @pytest.mark.parametrize("after", BACKENDS)
+    @pytest.mark.parametrize("before", BACKENDS)
+    def test_any_backend_takes_the_place_of_any_other(
+        self, aliases, tmp_path, before, after
+    ):
+        build(before, aliases.name, [(b"a", b"first")])
+        assert aliases.lookup("a") == "first"
+        aside = tmp_path / "aside"
+        aside.mkdir()
+        build(after, aside / "aliases.db", [(b"a", b"second")])
+        built = sorted(os.listdir(aside))
+        aliases.move(str(aside), str(tmp_path), "aliases.db", built)
+        assert aliases.lookup("a") == "second"
+        assert sorted(os.listdir(tmp_path)) == sorted(["aliases", "aside", *built])
+
+    @pytest.mark.parametrize("value", ["bob", "jörg", "\udcff", "b, " * 2000 + "c"])
+    def test_what_is_built_is_read_back(self, aliases, value):
+        aliases.replace([("a", value)])
+        assert aliases.lookup("a") == value
+
+    def test_a_text_is_built_and_read_back(self, aliases):
+        Path(aliases.path).write_text('A: b, "|c, d" # e\n"f g": h\n')
+        assert aliases.rebuild().problems == []
+        assert aliases.lookup("a") == 'b, "|c, d"'
+        assert aliases.lookup("F G") == "h"
+
+    def test_an_empty_text_makes_an_empty_database(self, aliases):
+        Path(aliases.path).write_text("")
+        aliases.rebuild()
+        Path(aliases.path).write_text("a: b\n")
+        assert aliases.lookup("a") is None
+
+    def test_building_leaves_nothing_but_the_database(self, aliases, tmp_path):
+        aliases.rebuild()
+        names = {name.split(".")[0] for name in os.listdir(tmp_path)}
+        assert names == {"aliases"}
+
+    def test_everybody_may_read_the_database(self, aliases, tmp_path):
+        aliases.rebuild()
+        modes = {path.stat().st_mode & 0o777 for path in tmp_path.glob("aliases.db*")}
+        assert modes == {0o644}
+
+    def test_a_text_with_a_problem_leaves_the_database_as_it_was(
+        self, aliases, tmp_path
+    ):
+        aliases.rebuild()
+        before = {p: p.read_bytes() for p in tmp_path.glob("aliases.db*")}
+        Path(aliases.path).write_text("a: b\nbad line\n")
+        assert aliases.rebuild().problems != []
+        assert {p: p.read_bytes() for p in tmp_path.glob("aliases.db*")} == before
+
+    @pytest.mark.parametrize("is_there", [True, False])
+    def test_a_text_that_is_none_cannot_be_built(self, aliases, is_there):
+        os.unlink(aliases.path)
+        if is_there:
+            os.mkdir(aliases.path)
+        with pytest.raises(minimta.ProgramError, match=aliases.path) as caught:
+            aliases.rebuild()
+        assert caught.value.code == 66
+
+    def test_a_database_older_than_its_text_rules_and_is_warned_of(self, aliases):
+        aliases.replace([("a", "new")])
+        later = time.time() + 100
+        os.utime(aliases.path, (later, later))
+        assert aliases.lookup("a") == "new"
+        assert ["older than source file" in text for text in aliases.warned] == [True]
+
+    def test_a_newer_database_is_not_warned_of(self, aliases):
+        os.utime(aliases.path, (1000, 1000))
+        aliases.rebuild()
+        aliases.lookup("a")
+        assert aliases.warned == []
+
+    def test_a_database_that_cannot_be_read_is_warned_of_and_the_text_used(
+        self, aliases
+    ):
+        Path(aliases.name).write_bytes(b"no database at all\n" * 99)
+        assert aliases.lookup("a") == "old"
+        assert "cannot be read" in aliases.warned[-1]
+
+    def test_without_a_database_the_text_is_used(self, aliases):
+        assert (aliases.lookup("A"), aliases.lookup("b")) == ("old", None)
+
+    def test_a_changed_text_counts_at_the_next_look(self, aliases):
+        assert aliases.lookup("a") == "old"
+        Path(aliases.path).write_text("a: newer\n")
+        assert aliases.lookup("a") == "newer"
+
+    def test_without_either_nobody_has_an_alias(self, tmp_path):
+        assert minimta.AliasDatabase(str(tmp_path / "none")).lookup("a") is None
+
+    def test_a_text_that_cannot_be_read_is_a_failure_for_now(self, aliases):
+        os.unlink(aliases.path)
+        os.mkdir(aliases.path)
+        with pytest.raises(minimta.MailError) as caught:
+            aliases.lookup("a")
+        assert caught.value.status == "4.3.0"
+
+    def test_a_bad_line_of_the_text_is_warned_of(self, aliases):
+        Path(aliases.path).write_text("bad\na: b\n")
+        assert aliases.lookup("a") == "b"
+        assert aliases.warned == [f"{aliases.path}, line 1: need name: value"]
+
+
+@pytest.fixture
+def owner(place):
+    """A user with a home; anybody but root, where that can be told apart."""
+    uid = 54321 if AS_ROOT else os.getuid()
+    gid = 54321 if AS_ROOT else os.getgid()
+    (place / "home").mkdir(mode=0o755)
+    os.chown(place / "home", uid, gid)
+    return minimta.User("bob", uid, gid, "", str(place / "home"))
+
+
+def write_as(user, path, data=b"", mode=0o644):
+    """A file that belongs to a user."""
+    Path(path).write_bytes(data)
+    os.chmod(path, mode)
+    os.chown(path, user.uid, user.gid)
+    return Path(path)
+
+
+FORWARD_PROBLEMS = [
+    ("link", "loop|Too many|symbolic"),
+    ("fifo", "is not a regular file"),
+    ("directory", "is not a regular file"),
+    ("group-writable", "is writable by others"),
+    ("writable", "is writable by others"),
+    ("open home", "is in a home that is writable by others"),
+    ("large", "is too large"),
+]
+
+
+def spoil_forward(kind, user):
+    """A ~/.forward that must not be trusted."""
+    path = Path(user.home, ".forward")
+    makers = {
+        "link": lambda: path.symlink_to(write_as(user, f"{user.home}/x", b"carol\n")),
+        "fifo": lambda: os.mkfifo(path),
+        "directory": path.mkdir,
+        "group-writable": lambda: write_as(user, path, b"carol\n", 0o664),
+        "writable": lambda: write_as(user, path, b"carol\n", 0o646),
+        "open home": lambda: write_as(user, path, b"carol\n"),
+        "large": lambda: write_as(user, path, b"carol\n" * 20_000),
+    }
+    makers[kind]()
+    os.chown(path, user.uid, user.gid, follow_symlinks=False)
+    os.chmod(user.home, 0o777 if kind == "open home" else 0o755)
+
+
+class TestForwardFiles:
+    """~/.forward, read as its owner."""
+
+    def test_a_users_file_is_read(self, owner):
+        write_as(owner, f"{owner.home}/.forward", b"carol\n", 0o600)
+        assert minimta.ForwardFiles().read(owner) == ("carol\n", "")
+
+    def test_without_a_file_nothing_is_said(self, owner):
+        assert minimta.ForwardFiles().read(owner) == ("", "")
+
+    def test_without_a_home_nothing_is_said(self):
+        nobody = minimta.User("x", os.getuid(), os.getgid(), "", "/no/such/home")
+        assert minimta.ForwardFiles().read(nobody) == ("", "")
+
+    @pytest.mark.parametrize(("kind", "why"), FORWARD_PROBLEMS)
+    def test_what_others_could_have_written_is_ignored(self, owner, kind, why):
+        spoil_forward(kind, owner)
+        before = open_files()
+        text, said = minimta.ForwardFiles().read(owner)
+        assert text == ""
+        assert re.search(why, said)
+        assert open_files() == before
+
+    @needs_root
+    def test_somebody_elses_file_is_ignored(self, owner):
+        path = write_as(owner, f"{owner.home}/.forward", b"carol\n")
+        os.chown(path, 54399, 54399)
+        text, why = minimta.ForwardFiles().read(owner)
+        assert (text, why) == ("", f"{path} does not belong to its user")
+
+    @needs_root
+    def test_a_file_that_only_root_may_read_is_not_read(self, owner):
+        path = write_as(owner, f"{owner.home}/.forward", b"carol\n", 0o600)
+        os.chown(path, 0, 0)
+        text, why = minimta.ForwardFiles().read(owner)
+        assert (text, why) == ("", f"{path}: Permission denied")
+
+
+# == 13 Mailboxes: MailboxLock, AppendOnly, Mailbox ===========================
+
+
+HOLD_LOCK = """
+import fcntl, sys
+file = open(sys.argv[1], "r+b")
+fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Another process has the fcntl lock of a file for the block."""
+    line = [sys.executable, "-IS", "-c", HOLD_LOCK, str(path)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(line, stdin=pipe, stdout=pipe) as child:
+        assert child.stdout.readline() == b"locked\n"
+        yield
+        child.stdin.close()
+
+
+def can_lock(path):
+    """Whether another process gets the fcntl lock of a file."""
+    line = [sys.executable, "-IS", "-c", HOLD_LOCK, str(path)]
+    return subprocess.run(line, input=b"", capture_output=True).returncode == 0
+
+
+def dead_pid():
+    """The pid of a process that is no more."""
+    child = subprocess.Popen(["/bin/true"])
+    child.wait()
+    return child.pid
+
+
+@pytest.fixture
+def box(tmp_path):
+    """A lock on an empty mailbox, not taken yet."""
+    path = tmp_path / "box"
+    path.touch()
+    with open(path, "r+b") as file:
+        yield minimta.MailboxLock(str(path), file.fileno())
+
+
+class TestMailboxLock:
+    """fcntl lock and dotlock."""
+
+    def test_a_taken_lock_is_a_dotlock_with_our_pid(self, box):
+        box.acquire()
+        assert Path(box.path).read_bytes() == b"%d minimta\n" % os.getpid()
+
+    def test_a_taken_lock_keeps_other_processes_out(self, box, tmp_path):
+        box.acquire()
+        assert not can_lock(tmp_path / "box")
+
+    def test_a_released_lock_leaves_nothing(self, box, tmp_path):
+        box.acquire()
+        box.release()
+        assert os.listdir(tmp_path) == ["box"]
+        assert can_lock(tmp_path / "box")
+
+    def test_a_lock_of_another_process_is_respected(self, box, tmp_path):
+        with locked(tmp_path / "box"), pytest.raises(minimta.Busy):
+            box.acquire()
+        assert os.listdir(tmp_path) == ["box"]
+
+    @pytest.mark.parametrize(
+        "text", ["", "12345\n", "0\n", "host:12345", "12345 another\n"]
+    )
+    def test_a_dotlock_of_another_program_is_respected(self, box, tmp_path, text):
+        Path(box.path).write_text(text)
+        with pytest.raises(minimta.Busy):
+            box.acquire()
+        box.release()
+        assert Path(box.path).read_text() == text
+        assert can_lock(tmp_path / "box")
+
+    def test_a_dotlock_that_a_killed_minimta_left_is_broken(self, box):
+        Path(box.path).write_text(f"{dead_pid()} minimta\n")
+        box.acquire()
+        assert Path(box.path).read_bytes() == b"%d minimta\n" % os.getpid()
+
+    @pytest.mark.parametrize("text", ["", "12345\n"])
+    def test_a_very_old_dotlock_is_broken(self, box, text):
+        Path(box.path).write_text(text)
+        os.utime(box.path, (1000, 1000))
+        box.acquire()
+        assert Path(box.path).read_bytes() == b"%d minimta\n" % os.getpid()
+
+    def test_what_a_kill_left_beside_it_does_not_count(self, box):
+        Path(f"{box.path}.minimta").write_bytes(b"torn")
+        box.acquire()
+        assert box.has_dotlock
+
+
+@pytest.fixture
+def boxes(tmp_path):
+    """A path for mailboxes of one's own."""
+    return tmp_path / "bob"
+
+
+def opened(path, **how):
+    """A mailbox of this process's user."""
+    return minimta.Mailbox(str(path), os.geteuid(), **how)
+
+
+OLD_MAIL = (
+    b"From eve@far.example  Wed Feb 19 05:10:00 2020\nSubject: old\n\nold text\n\n"
+)
+NEW_MAIL = [b"From a@b  Wed Feb 19 05:10:01 2025\n", b"Subject: new\n\nnew text\n\n"]
+
+
+class TestMailboxFile:
+    """Appending to an mbox file."""
+
+    def test_a_mailbox_is_made_for_its_owner_alone(self, boxes):
+        with opened(boxes) as mailbox:
+            mailbox.append(NEW_MAIL)
+            mailbox.sync()
+        assert boxes.stat().st_mode & 0o777 == 0o600
+        assert boxes.read_bytes() == b"".join(NEW_MAIL)
+
+    @pytest.mark.parametrize(
+        ("there", "between"),
+        [
+            # a whole message, one without its empty line, half a line
+            *[(OLD_MAIL, b""), (OLD_MAIL[:-1], b"\n"), (OLD_MAIL[:-2], b"\n\n")],
+            (OLD_MAIL[:-9], b"\n\n"),
+            # DOS line ends, nothing
+            *[(OLD_MAIL.replace(b"\n", b"\r\n"), b""), (b"", b"")],
+        ],
+    )
+    def test_a_message_begins_behind_an_empty_line(self, boxes, there, between):
+        boxes.write_bytes(there)
+        with opened(boxes) as mailbox:
+            mailbox.append(NEW_MAIL)
+        assert boxes.read_bytes() == there + between + b"".join(NEW_MAIL)
+
+    def test_nuls_at_the_end_are_cut_off(self, boxes):
+        boxes.write_bytes(OLD_MAIL + b"\0" * 300_000)
+        with opened(boxes) as mailbox:
+            mailbox.append(NEW_MAIL)
+        assert boxes.read_bytes() == OLD_MAIL + b"".join(NEW_MAIL)
+
+    def test_half_a_message_is_taken_back(self, boxes):
+        def half():
+            yield from NEW_MAIL
+            yield b"x" * (1 << 20)
+            raise OSError(5, "Input/output error")
+
+        boxes.write_bytes(OLD_MAIL)
+        with opened(boxes) as mailbox, pytest.raises(minimta.MailError) as caught:
+            mailbox.append(half())
+        assert (caught.value.status, boxes.read_bytes()) == ("4.2.0", OLD_MAIL)
+
+    def test_the_lock_is_given_back(self, boxes, tmp_path):
+        with opened(boxes):
+            assert not can_lock(boxes)
+        assert os.listdir(tmp_path) == ["bob"]
+
+    def test_a_busy_mailbox_is_left_alone(self, boxes):
+        boxes.write_bytes(OLD_MAIL)
+        before = open_files()
+        with locked(boxes), pytest.raises(minimta.Busy), opened(boxes):
+            pass
+        assert (boxes.read_bytes(), open_files()) == (OLD_MAIL, before)
+
+    @pytest.mark.parametrize(
+        ("kind", "why"),
+        [
+            ("symlink", "symbolic link"),
+            ("dangling", "symbolic link"),
+            ("fifo", "is not a regular file"),
+            ("directory", "directory"),
+            ("hard link", "has more than one name"),
+        ],
+    )
+    def test_what_is_no_mailbox_is_refused(self, boxes, tmp_path, kind, why):
+        other = tmp_path / "other"
+        other.write_bytes(b"precious")
+        makers = {
+            "symlink": lambda: boxes.symlink_to(other),
+            "dangling": lambda: boxes.symlink_to(tmp_path / "none"),
+            "fifo": lambda: os.mkfifo(boxes),
+            "directory": boxes.mkdir,
+            "hard link": lambda: os.link(other, boxes),
+        }
+        makers[kind]()
+        with pytest.raises(minimta.MailError, match=f"(?i){why}"), opened(boxes):
+            pass
+        assert other.read_bytes() == b"precious"
+        assert not (tmp_path / "none").exists()
+
+    @needs_root
+    def test_somebody_elses_mailbox_is_refused(self, boxes):
+        boxes.touch()
+        os.chown(boxes, 54321, 54321)
+        with pytest.raises(minimta.MailError, match="not belong"), opened(boxes):
+            pass
+
+    @pytest.mark.parametrize(
+        ("limit", "is_full"), [(76, True), (77, False), (0, False)]
+    )
+    def test_a_mailbox_as_large_as_the_limit_is_full(self, boxes, limit, is_full):
+        boxes.write_bytes(b"x" * 76)
+        status = ""
+        try:
+            with opened(boxes, limit=limit):
+                pass
+        except minimta.MailError as error:
+            status = error.status
+        assert status == ("4.2.2" if is_full else "")
+
+
+def make_task(spool, queue_id, now):
+    """A message of the queue on its way to bob's mailbox."""
+    message = minimta.ActiveMessage(spool.open(queue_id), [], now)
+    user = minimta.User("bob", os.getuid(), os.getgid(), "", "/")
+    where = minimta.Destination("mailbox", "bob@host.example", user=user)
+    task = minimta.Task(message, where)
+    task.recipients.append("bob@host.example")
+    return task
+
+
+def own_received(queue_id, client=""):
+    """Our Received field, as it is on top of a message in the queue."""
+    fields = {"helo": "c", "client": client, "proto": "SMTP"} if client else {"uid": 0}
+    return minimta.received_field(fields, "host.example", queue_id, 1.5)
+
+
+QUEUE_ID = "0123456789"
+OTHER_ID = "9876543210"
+
+
+@pytest.fixture
+def torn(spool):
+    """(the first try, the second), at another time, of one delivery."""
+    commit(spool, own_received(QUEUE_ID) + MESSAGE, QUEUE_ID)
+    first, second = (make_task(spool, QUEUE_ID, now) for now in (1e9, 1.1e9))
+    yield first.render, second.render
+    for task in (first, second):
+        os.close(task.message.file.fd)
+
+
+def deliver_again(path, render):
+    """What a runner does with a message that may be there already."""
+    with opened(path) as mailbox:
+        offset = mailbox.find({QUEUE_ID}).get(QUEUE_ID)
+        if not mailbox.already_has(offset, render):
+            mailbox.append(render())
+
+
+class TestRedelivery:
+    """A message that a crash may have left in the mailbox."""
+
+    @pytest.mark.parametrize("before", [OLD_MAIL, b""])
+    def test_a_copy_torn_at_any_byte_is_replaced_by_a_whole_one(
+        self, boxes, torn, before
+    ):
+        first, second = (b"".join(render()) for render in torn)
+        wrong = []
+        for end in range(len(b"From "), len(first)):
+            boxes.write_bytes(before + first[:end])
+            deliver_again(boxes, torn[1])
+            if boxes.read_bytes() != before + second:
+                wrong.append(first[:end])
+        assert wrong == []
+
+    def test_a_torn_from_leaves_one_whole_copy_too(self, boxes, torn):
+        for end in range(len(b"From ")):
+            boxes.write_bytes(OLD_MAIL + b"From "[:end])
+            deliver_again(boxes, torn[1])
+            assert boxes.read_bytes().endswith(b"\n\n" + b"".join(torn[1]()))
+            assert boxes.read_bytes().startswith(OLD_MAIL)
+
+    @pytest.mark.parametrize("behind", [b"", OLD_MAIL])
+    def test_a_whole_copy_stays_the_only_one(self, boxes, torn, behind):
+        there = OLD_MAIL + b"".join(torn[0]()) + behind
+        boxes.write_bytes(there)
+        deliver_again(boxes, torn[1])
+        assert boxes.read_bytes() == there
+
+    def test_a_copy_that_its_reader_changed_stays_the_only_one(self, boxes, torn):
+        there = b"".join(torn[0]()).replace(b"\n\n", b"\nStatus: RO\n\n", 1)
+        boxes.write_bytes(there)
+        deliver_again(boxes, torn[1])
+        assert boxes.read_bytes() == there
+
+    def test_a_copy_with_nuls_in_it_does_not_count(self, boxes, torn):
+        there = b"".join(torn[0]()).replace(b"some text", b"\0" * 9) + OLD_MAIL
+        boxes.write_bytes(there)
+        deliver_again(boxes, torn[1])
+        assert boxes.read_bytes() == there + b"".join(torn[1]())
+
+    def test_another_torn_message_stays(self, boxes, torn):
+        boxes.write_bytes(OLD_MAIL[:-9])
+        deliver_again(boxes, torn[1])
+        assert boxes.read_bytes().startswith(OLD_MAIL[:-9] + b"\n\nFrom ")
+
+    @pytest.mark.parametrize("client", ["", "unknown [192.0.2.1]"])
+    def test_our_own_received_is_found(self, boxes, client):
+        mail = b"From a\n" + own_received(QUEUE_ID, client) + MESSAGE + b"\n"
+        boxes.write_bytes(OLD_MAIL + mail)
+        with opened(boxes) as mailbox:
+            assert mailbox.find({QUEUE_ID}) == {QUEUE_ID: len(OLD_MAIL)}
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            # in a body, in the header that a report quotes in its body
+            MESSAGE + b"\n" + own_received(QUEUE_ID),
+            own_received(OTHER_ID) + MESSAGE + b"--- The header:\n\n"
+            b"Return-Path: <a>\n" + own_received(QUEUE_ID),
+            # of a message that came here twice, the earlier time
+            own_received(OTHER_ID) + own_received(QUEUE_ID) + MESSAGE,
+            # in another field
+            b"Subject: x\n\tid " + QUEUE_ID.encode() + b";\n\ntext\n",
+            # another id
+            own_received(OTHER_ID) + MESSAGE,
+        ],
+    )
+    def test_an_id_elsewhere_is_not_found(self, boxes, text):
+        boxes.write_bytes(OLD_MAIL + b"From a\n" + text + b"\n")
+        with opened(boxes) as mailbox:
+            assert mailbox.find({QUEUE_ID}) == {}
+
+
+# == 14 Folders: Folder, FolderMessage ========================================
+
+
+def mail(subject, *lines, status=""):
+    """A message in a mailbox; what `status` says is its Status field."""
+    field = f"Status: {status}\n" if status else ""
+    text = "\n".join(("", *(lines or ("text",)), "", ""))
+    date = "Wed Feb 19 05:10:01 2025"
+    return f"From eve@far.example  {date}\nSubject: {subject}\n{field}{text}"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Opens a mailbox with that text."""
+    made = []
+
+    def make(*texts):
+        (tmp_path / "box").write_text("".join(texts))
+        made.append(minimta.Folder(str(tmp_path / "box")))
+        return made[-1]
+
+    yield make
+    for one in made:
+        os.close(one.fd)
+
+
+FOLDER_ROWS = [
+    ("", 0),
+    (mail("a"), 1),
+    (mail("a") + mail("b"), 2),
+    # a From_ line needs an empty line above it, and a date
+    (mail("a", "text", "From eve  Wed Feb 19 05:10:01 2025", "text"), 1),
+    (mail("a", "", "From here to there", "text"), 1),
+    (mail("a", "", ">From eve  Wed Feb 19 05:10:01 2025", "text"), 1),
+    # any zone, without seconds
+    (mail("a") + "From eve Wed Feb 19 05:10 CET 2025\n\n", 2),
+    # DOS line ends
+    ((mail("a") + mail("b")).replace("\n", "\r\n"), 2),
+    # the last message lost its end
+    (mail("a") + mail("b")[:-3], 2),
+]
+
+
+class TestFolder:
+    """A mailbox as its reader sees it."""
+
+    @pytest.mark.parametrize(("text", "count"), FOLDER_ROWS)
+    def test_finds_messages(self, folder, text, count):
+        assert len(folder(text).messages) == count
+
+    def test_a_message_is_read_as_it_is(self, folder):
+        box = folder(mail("a"), mail("b", "one", "two"))
+        from_line, header = box.read(box.messages[1])
+        assert from_line.startswith(b"From eve@far.example  Wed")
+        assert header.values("subject") == ["b"]
+        assert header.rest == b"one\ntwo\n\n"
+
+    @pytest.mark.parametrize(
+        ("status", "seen"),
+        # is it new, is it unread
+        [("", (True, True)), ("O", (False, True)), ("RO", (False, False))],
+    )
+    def test_status_says_what_is_new_and_unread(self, folder, status, seen):
+        (message,) = folder(mail("a", status=status)).messages
+        assert (message.is_new, message.is_unread) == seen
+
+    @pytest.mark.parametrize(
+        ("status", "was_read", "wanted"),
+        [("", False, "O"), ("", True, "RO"), ("O", True, "RO"), ("RO", False, "RO")],
+    )
+    def test_status_is_written(self, folder, tmp_path, status, was_read, wanted):
+        box = folder(mail("a", status=status), mail("b"))
+        box.messages[0].was_read = was_read
+        assert box.write() == 2
+        text = mail("a", status=wanted) + mail("b", status="O")
+        assert (tmp_path / "box").read_text() == text
+
+    def test_what_is_deleted_or_saved_goes(self, folder, tmp_path):
+        box = folder(*(mail(name, status="O") for name in "abcd"))
+        box.messages[1].state, box.messages[2].state = "deleted", "saved"
+        assert box.write() == 2
+        text = mail("a", status="O") + mail("d", status="O")
+        assert (tmp_path / "box").read_text() == text
+
+    def test_mail_that_came_meanwhile_stays(self, folder, tmp_path):
+        box = folder(mail("a"), mail("b"))
+        with open(tmp_path / "box", "a") as file:
+            file.write(mail("c"))
+        box.messages[0].state = "deleted"
+        box.write()
+        wanted = mail("b", status="O") + mail("c")
+        assert (tmp_path / "box").read_text() == wanted
+
+    def test_when_nothing_changed_nothing_is_written(self, folder, tmp_path):
+        box = folder(mail("a", status="O"))
+        os.utime(tmp_path / "box", (1000, 1000))
+        box.write()
+        assert (tmp_path / "box").stat().st_mtime == 1000
+
+    def test_the_file_stays_the_same_file(self, folder, tmp_path):
+        box = folder(mail("a"), mail("b"))
+        os.chmod(tmp_path / "box", 0o640)
+        before = (tmp_path / "box").stat()
+        box.messages[0].state = "deleted"
+        box.write()
+        after = (tmp_path / "box").stat()
+        assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+
+    def test_writing_leaves_nothing_beside_it(self, folder, tmp_path):
+        box = folder(mail("a"))
+        box.write()
+        assert os.listdir(tmp_path) == ["box"]
+
+    def test_a_file_that_shrank_is_not_written(self, folder, tmp_path):
+        box = folder(mail("a"), mail("b"))
+        (tmp_path / "box").write_text(mail("c"))
+        with pytest.raises(minimta.ProgramError, match="another program"):
+            box.write()
+        assert (tmp_path / "box").read_text() == mail("c")
+
+    def test_a_file_that_is_no_mailbox_is_refused(self, folder):
+        with pytest.raises(minimta.ProgramError, match="not a mailbox"):
+            folder("no mail at all\n")
+
+    @pytest.mark.parametrize("kind", ["none", "directory", "fifo"])
+    def test_what_is_no_file_is_refused(self, tmp_path, kind):
+        path = tmp_path / kind
+        if kind != "none":
+            {"directory": os.mkdir, "fifo": os.mkfifo}[kind](path)
+        with pytest.raises(minimta.ProgramError, match=re.escape(str(path))):
+            minimta.Folder(str(path))
+
+    @pytest.mark.skipif(AS_ROOT, reason="root may write everything")
+    def test_a_file_that_may_not_be_written_is_read_only(self, tmp_path):
+        (tmp_path / "box").write_text(mail("a"))
+        (tmp_path / "box").chmod(0o400)
+        assert minimta.Folder(str(tmp_path / "box")).is_read_only
+
+    @needs_root
+    def test_a_file_on_a_read_only_disk_is_read_only(self, tmp_path):
+        (tmp_path / "box").write_text(mail("a"))
+        with mounted("--bind", tmp_path, tmp_path):
+            words = ["mount", "-o", "remount,bind,ro", tmp_path]
+            subprocess.run(words, check=True)
+            box = minimta.Folder(str(tmp_path / "box"))
+            os.close(box.fd)
+            assert (box.is_read_only, len(box.messages)) == (True, 1)
+
+
+# == 15 Relay: Relay, split_host ==============================================
+
+
+HOST_ROWS = [
+    ("mx.example", ("mx.example", 25)),
+    ("[mx.example]", ("mx.example", 25)),
+    ("mx.example:587", ("mx.example", 587)),
+    ("[mx.example]:587", ("mx.example", 587)),
+    (" [192.0.2.1]:2525 ", ("192.0.2.1", 2525)),
+    # colons in brackets belong to the address
+    ("[2001:db8::1]", ("2001:db8::1", 25)),
+    ("[::1]:26", ("::1", 26)),
+]
+
+REPLY_ROWS = [
+    # the host's own status, if it is of the reply's class
+    (550, b"5.1.1 no such user", "5.1.1"),
+    (450, b"4.2.0 greylisted", "4.2.0"),
+    (552, b"5.2.2", "5.2.2"),
+    (550, b"4.1.1 no", "5.0.0"),
+    (451, b"5.1.1 no", "4.0.0"),
+    # without one, that of the class
+    (550, b"no such user", "5.0.0"),
+    (550, b"5.x.1 no", "5.0.0"),
+    (550, b"5.1 no", "5.0.0"),
+    (550, b"", "5.0.0"),
+    (421, b"go away", "4.0.0"),
+    # anything that is no refusal is no success either
+    (250, b"2.0.0 Ok", "4.0.0"),
+    (354, b"go on", "4.0.0"),
+    (-1, b"", "4.0.0"),
+]
+
+
+class TestRelayReplies:
+    """What a relay host's answers mean."""
+
+    @pytest.mark.parametrize(("text", "wanted"), HOST_ROWS)
+    def test_a_host_is_read(self, text, wanted):
+        assert minimta.split_host(text) == wanted
+
+    @pytest.mark.parametrize("port", ["0", "65536", "x", "-1", "\u0662"])
+    def test_a_bad_port_is_refused(self, port):
+        with pytest.raises(minimta.MailError) as caught:
+            minimta.split_host(f"[mx.example]:{port}")
+        assert caught.value.status == "4.3.5"
+
+    @pytest.mark.parametrize(("code", "text", "status"), REPLY_ROWS)
+    def test_a_reply_has_its_status(self, code, text, status):
+        relay = minimta.Relay(make_settings("relayhost = [mx.example]:587"))
+        assert relay.refusal("DATA command", code, text).status == status
+
+    def test_a_refusal_is_told_in_the_hosts_words(self):
+        relay = minimta.Relay(make_settings("relayhost = [mx.example]:587"))
+        error = relay.refusal("RCPT TO command", 550, b"5.1.1 no\nsuch \x1buser")
+        assert error.text == (
+            "host mx.example[mx.example]:587 said: 550 5.1.1 no such ?user "
+            "(in reply to RCPT TO command)"
+        )
+
+
+# == 16 Routing: Destination, Router ==========================================
+
+
+class FakeAliases:
+    """An alias database in memory; one name cannot be looked up."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def lookup(self, name):
+        if name == "broken":
+            raise minimta.MailError("4.3.0", "alias database unavailable")
+        return self.rows.get(name)
+
+
+class FakeUsers:
+    """Users with these names."""
+
+    def __init__(self, names):
+        self.names = names
+
+    def lookup(self, name):
+        found = [word for word in (name, name.lower()) if word in self.names]
+        return minimta.User(found[0], 1, 1, "", f"/home/{found[0]}") if found else None
+
+
+class FakeForwards:
+    """.forward files in memory; `why` makes each one untrustworthy."""
+
+    def __init__(self, rows, why=""):
+        self.rows = rows
+        self.why = why
+
+    def read(self, user):
+        return self.rows.get(user.name, ""), self.why
+
+
+def make_router(aliases=(), forwards=(), text="", warn=None, why=""):
+    """A router of users root, bob, carol, Eve."""
+    return minimta.Router(
+        make_settings(text),
+        FakeAliases(dict(aliases)),
+        FakeUsers(["root", "bob", "carol", "Eve"]),
+        FakeForwards(dict(forwards), why),
+        warn,
+    )
+
+
+def routed(router, address, *seen):
+    """Where mail for an address goes: kinds and targets, or statuses."""
+    found = router.resolve(minimta.Address.parse(address), router.passed(list(seen)))
+    return [
+        f"{one.error.status} {one.target}"
+        if one.error
+        else one.key.replace("@host.example", "")
+        for one in found
+    ]
+
+
+ALIAS_ROUTES = [
+    # users, in any case, with detail, at any of our names
+    ("bob", {}, ["mailbox bob"]),
+    ("BOB@Host.Example", {}, ["mailbox bob"]),
+    ("Eve@localhost", {}, ["mailbox Eve"]),
+    ("bob+lists@host.example", {}, ["mailbox bob"]),
+    # elsewhere
+    ("bob@far.example", {"bob": "carol"}, ["remote bob@far.example"]),
+    # nobody
+    ("nobody@host.example", {}, ["5.1.1 nobody@host.example"]),
+    ("eve@host.example", {}, ["5.1.1 eve@host.example"]),
+    # one behind the other, several, each once
+    ("lpic1", {"lpic1": "root", "root": "bob"}, ["mailbox bob"]),
+    (
+        "team",
+        {"team": "bob, x@y.z, carol"},
+        ["mailbox bob", "remote x@y.z", "mailbox carol"],
+    ),
+    ("team", {"team": "bob, boss", "boss": "bob"}, ["mailbox bob"]),
+    ("TEAM@localhost", {"team": "bob"}, ["mailbox bob"]),
+    # an alias beats a user; its own name is the mailbox
+    ("bob", {"bob": "carol"}, ["mailbox carol"]),
+    ("bob", {"bob": "bob, carol"}, ["mailbox bob", "mailbox carol"]),
+    ("bob", {"bob": "bob@localhost"}, ["mailbox bob"]),
+    # a backslash ends it
+    ("team", {"team": "\\bob", "bob": "carol"}, ["mailbox bob"]),
+    # detail: its own alias first
+    ("team+x", {"team": "bob", "team+x": "carol"}, ["mailbox carol"]),
+    ("team+y", {"team": "bob", "team+x": "carol"}, ["mailbox bob"]),
+    # built in, unless the file says otherwise
+    ("postmaster", {}, ["mailbox root"]),
+    ("MAILER-DAEMON", {"root": "bob"}, ["mailbox bob"]),
+    ("abuse", {"abuse": "carol"}, ["mailbox carol"]),
+    # nowhere
+    ("void", {"void": "/dev/null"}, ["null /dev/null"]),
+    # not built yet
+    ("cmd", {"cmd": '"|cat x"'}, ["4.3.5 pipe cat x"]),
+    ("file", {"file": "/var/x"}, ["4.3.5 file /var/x"]),
+    ("list", {"list": ":include:/x"}, ["4.3.5 include /x"]),
+    # loops, dead ends
+    ("a", {"a": "b", "b": "a"}, ["5.4.6 a"]),
+    ("a", {"a": "b, bob", "b": "a"}, ["5.4.6 a", "mailbox bob"]),
+    ("a", {"a": "nobody"}, ["5.1.1 nobody"]),
+    # what another program wrote into the database
+    ("a", {"a": "b c, bob"}, ["4.3.5 a"]),
+    ("a", {"a": '"bob'}, ["4.3.5 a"]),
+    ("a", {"a": ""}, []),
+    # a database that cannot be read
+    ("broken", {}, ["4.3.0 broken"]),
+    ("a", {"a": "broken, bob"}, ["4.3.0 broken", "mailbox bob"]),
+]
+
+FORWARD_ROUTES = [
+    # users, addresses, several, over lines and comments
+    ("carol", ["mailbox carol"]),
+    ("x@y.z\n", ["remote x@y.z"]),
+    (
+        "# me\ncarol, x@y.z # both\nroot\n",
+        ["mailbox carol", "remote x@y.z", "mailbox root"],
+    ),
+    # oneself: the mailbox
+    ("\\bob, carol", ["mailbox bob", "mailbox carol"]),
+    ("bob, carol", ["mailbox bob", "mailbox carol"]),
+    ("bob@host.example", ["mailbox bob"]),
+    # nothing in it
+    ("", ["mailbox bob"]),
+    ("\n# nothing\n", ["mailbox bob"]),
+    # thrown away
+    ("/dev/null", ["null /dev/null"]),
+    # an alias
+    ("postmaster", ["mailbox root"]),
+    # a typo is not the sender's fault
+    ("x y z", ["mailbox bob"]),
+    ('"carol', ["mailbox bob"]),
+    ("x y z\ncarol", ["mailbox carol", "mailbox bob"]),
+]
+
+
+class TestRouter:
+    """Where mail goes."""
+
+    @pytest.mark.parametrize(("address", "aliases", "wanted"), ALIAS_ROUTES)
+    def test_aliases_are_followed(self, address, aliases, wanted):
+        assert routed(make_router(aliases), address) == wanted
+
+    @pytest.mark.parametrize(("text", "wanted"), FORWARD_ROUTES)
+    def test_forward_files_are_followed(self, text, wanted):
+        assert routed(make_router(forwards={"bob": text}), "bob") == wanted
+
+    def test_two_who_forward_to_each_other_are_a_loop(self):
+        router = make_router(forwards={"bob": "carol", "carol": "bob"})
+        assert [text[:5] for text in routed(router, "bob")] == ["5.4.6"]
+
+    def test_mail_that_passed_here_before_is_a_loop(self):
+        router = make_router(forwards={"bob": "x@y.z"})
+        assert [text[:5] for text in routed(router, "bob", "bob@host.example")] == [
+            "5.4.6"
+        ]
+
+    def test_mail_that_passed_elsewhere_is_none(self):
+        router = make_router(forwards={"bob": "x@y.z"})
+        seen = ("bob@far.example", "carol@host.example", "no address")
+        assert routed(router, "bob", *seen) == ["remote x@y.z"]
+
+    def test_an_alias_says_through_whom_it_was_forwarded(self):
+        router = make_router({"team": "bob"}, {"bob": "carol", "carol": "x@y.z"})
+        (found,) = router.resolve(minimta.Address("team"), ())
+        assert found.forwarders == ("carol@host.example", "bob@host.example")
+
+    @pytest.mark.parametrize(("depth", "wanted"), [(20, "mailbo"), (22, "5.4.6 ")])
+    def test_aliases_are_nested_so_deep_and_no_deeper(self, depth, wanted):
+        rows = {f"a{n}": f"a{n + 1}" for n in range(depth - 1)}
+        rows[f"a{depth - 1}"] = "bob"
+        assert [text[:6] for text in routed(make_router(rows), "a0")] == [wanted]
+
+    def test_luser_relay_gets_what_nobody_gets(self):
+        router = make_router(text="luser_relay = carol")
+        assert routed(router, "nobody") == ["mailbox carol"]
+
+    def test_a_luser_relay_that_is_nobody_is_no_loop(self):
+        router = make_router(text="luser_relay = nobody2")
+        assert routed(router, "nobody") == ["5.1.1 nobody2"]
+
+    def test_without_a_delimiter_there_is_no_detail(self):
+        router = make_router(text="recipient_delimiter =")
+        assert routed(router, "bob+x") == ["5.1.1 bob+x"]
+
+    def test_a_forward_file_that_is_not_trusted_is_warned_of(self):
+        warned = []
+        router = make_router(warn=warned.append, why="x is writable by others")
+        assert routed(router, "bob") == ["mailbox bob"]
+        assert warned == [
+            "x is writable by others: ignored, mail for bob goes to the mailbox"
+        ]
+
+    @pytest.mark.parametrize(
+        ("name", "status"),
+        [
+            ("bob", None),
+            ("nobody", "5.1.1"),
+            # one good target is enough
+            ("half", None),
+            ("none", "5.1.1"),
+            # what cannot be told now
+            ("broken", "4.3.0"),
+            # what waits in the queue is taken
+            ("cmd", None),
+            ("loop", "5.4.6"),
+            ("empty", None),
+        ],
+    )
+    def test_a_recipient_is_verified(self, name, status):
+        rows = {"half": "nobody, bob", "none": "nobody, x1", "cmd": "|cat", "empty": ""}
+        router = make_router({**rows, "loop": "pool", "pool": "loop"})
+        found = None
+        try:
+            router.verify(minimta.Address(name))
+        except minimta.MailError as error:
+            found = error.status
+        assert found == status
+
+
+# == 17 Delivery: ActiveMessage, Task, Delivery, RelayJob =====================
+
+
+def planned(spool, *recipients, journal=(), text=MESSAGE, aliases=()):
+    """(the message, its tasks) for recipients, after what the journal says."""
+    queue_id = commit(spool, text, recipients=list(recipients))
+    with spool.open(queue_id) as file:
+        message = minimta.ActiveMessage(file, list(journal), 1e9)
+        message.plan(make_router(aliases), 50)
+    return message, message.tasks
+
+
+class TestTask:
+    """One destination of one message."""
+
+    def test_trace_fields_stand_on_top_in_postfixs_order(self, spool):
+        task = make_task(spool, commit(spool), 1e9)
+        task.destination.forwarders = ("carol@host.example",)
+        task.recipients[0] = "team@host.example"
+        text = b"".join(task.render()).decode()
+        os.close(task.message.file.fd)
+        assert text == (
+            f"From alice@far.example  {minimta.asctime(1e9)}\n"
+            "Return-Path: <alice@far.example>\nX-Original-To: team@host.example\n"
+            "Delivered-To: bob@host.example\nDelivered-To: carol@host.example\n"
+            f"{MESSAGE.decode()}\n"
+        )
+
+    @pytest.mark.parametrize(
+        ("sender", "wanted"), [("", "MAILER-DAEMON"), ('"a b"@c', '"a_b"@c')]
+    )
+    def test_from_line_has_one_word_for_the_sender(self, spool, sender, wanted):
+        task = make_task(spool, commit(spool, sender=sender), 1e9)
+        first = next(iter(task.render())).decode()
+        os.close(task.message.file.fd)
+        assert first == f"From {wanted}  {minimta.asctime(1e9)}\n"
+
+    def test_what_is_thrown_away_is_done(self):
+        task = minimta.Task(None, minimta.Destination("null", "/dev/null"))
+        assert task.done == ("2.0.0", "discarded")
+
+
+class TestActiveMessage:
+    """A message and what is to be done for it."""
+
+    def test_two_ways_to_one_mailbox_are_one_task(self, spool):
+        _, tasks = planned(spool, "bob@host.example", "team", aliases={"team": "bob"})
+        (task,) = tasks.values()
+        assert task.recipients == ["bob@host.example", "team"]
+
+    def test_what_the_journal_calls_final_is_not_tried_again(self, spool):
+        journal = [make_attempt("sent", "bob", "mailbox bob@host.example")]
+        _, tasks = planned(spool, "bob", "carol", journal=journal)
+        assert list(tasks) == ["mailbox carol@host.example"]
+
+    def test_what_was_deferred_is_tried_again(self, spool):
+        journal = [make_attempt("deferred", "bob", "mailbox bob@host.example")]
+        _, tasks = planned(spool, "bob", journal=journal)
+        assert list(tasks) == ["mailbox bob@host.example"]
+
+    def test_a_mailbox_reached_for_another_recipient_gets_no_second_copy(self, spool):
+        journal = [make_attempt("sent", "bob", "mailbox bob@host.example")]
+        aliases = {"team": "bob"}
+        _, tasks = planned(spool, "bob", "team", journal=journal, aliases=aliases)
+        (task,) = tasks.values()
+        assert (task.recipients, task.done) == (
+            ["team"],
+            ("2.0.0", "delivered already"),
+        )
+
+    @pytest.mark.parametrize(("hops", "is_bounced"), [(50, False), (51, True)])
+    def test_a_message_with_too_many_hops_is_bounced(self, spool, hops, is_bounced):
+        text = b"Received: x\n" * hops + MESSAGE
+        _, tasks = planned(spool, "bob", text=text)
+        (task,) = tasks.values()
+        assert minimta.is_bounced(task) == is_bounced
+
+    def test_attempts_say_what_became_of_each_recipient(self, spool):
+        message, tasks = planned(spool, "bob", "nobody", "broken")
+        tasks["mailbox bob@host.example"].done = ("2.0.0", "delivered to mailbox")
+        found = [(a.recipient, a.outcome, a.status) for a in message.attempts(1.5)]
+        assert found == [
+            *[("bob", "sent", "2.0.0"), ("nobody", "bounced", "5.1.1")],
+            ("broken", "deferred", "4.3.0"),
+        ]
+
+
+# == 18 Queue runner: QueueRunner, take_lock ==================================
+
+
+class QuietHouse:
+    """A private instance without a daemon, in this process."""
+
+    def __init__(self, place, settings=""):
+        self.place = place
+        rows = []
+        for name in ("root", "bob", "carol"):
+            uid = {"bob": 5001, "carol": 5002}.get(name, 0) if AS_ROOT else os.getuid()
+            gid = uid if AS_ROOT else os.getgid()
+            rows.append(f"{name}:x:{uid}:{gid}::{place}/home/{name}:/bin/sh\n")
+        (place / "etc").mkdir()
+        (place / "etc/passwd").write_text("".join(rows))
+        text = f"myhostname = host.example\nrelayhost =\n{settings}\n"
+        (place / "etc/minimta.conf").write_text(text)
+        environ = {"MINIMTA_ROOT": str(place), "LOGNAME": "bob"}
+        self.house = minimta.House(environ)
+        self.spool = self.house.spool()
+        self.spool.make()
+
+    def runner(self):
+        """A runner that has just been started."""
+        house = self.house
+        return minimta.QueueRunner(house.settings, self.spool, house.log, house.users)
+
+    def run(self):
+        """Try everything once."""
+        self.runner().run_once()
+
+    def commit(self, *recipients, sender="bob@host.example", age=0, **how):
+        """Put a message into the queue; its id."""
+        words = {"sender": sender, "arrived": time.time() - age, **how}
+        return commit(self.spool, recipients=list(recipients), **words)
+
+    def box(self, name):
+        """The messages in a user's mailbox."""
+        path = self.place / "var/mail" / name
+        return read_mbox(path.read_bytes()) if path.exists() else []
+
+
+@pytest.fixture
+def quiet(place):
+    """A private instance without a daemon."""
+    return QuietHouse(place)
+
+
+UNREACHABLE = "x@far.example"
+NOWHERE = "nobody@host.example"
+
+
+class TestQueueRunner:
+    """What becomes of messages in the queue."""
+
+    def test_what_is_delivered_leaves_the_queue(self, quiet):
+        quiet.commit("bob@host.example")
+        quiet.run()
+        assert len(quiet.box("bob")) == 1
+        assert left_in(quiet.spool) == []
+
+    def test_what_is_deferred_is_in_the_journal(self, quiet):
+        queue_id = quiet.commit(UNREACHABLE)
+        quiet.run()
+        (attempt,) = quiet.spool.journal(queue_id)
+        assert (attempt.outcome, attempt.status) == ("deferred", "4.4.4")
+
+    def test_what_is_deferred_is_due_after_the_shortest_wait(self, quiet):
+        before = time.time()
+        queue_id = quiet.commit(UNREACHABLE)
+        quiet.run()
+        due = quiet.spool.due(queue_id)
+        assert before + 269 < due < time.time() + 331
+
+    def test_a_recipient_that_was_sent_is_not_sent_again(self, quiet):
+        quiet.commit("bob@host.example", UNREACHABLE)
+        quiet.run()
+        quiet.run()
+        assert len(quiet.box("bob")) == 1
+
+    def test_a_message_whose_delivery_was_not_noted_is_not_doubled(self, quiet):
+        queue_id = quiet.commit("bob@host.example")
+        path = Path(quiet.spool.path("queue", queue_id))
+        received = own_received(queue_id)
+        path.write_bytes(path.read_bytes().replace(MESSAGE, received + MESSAGE))
+        there = path.read_bytes()
+        quiet.run()
+        path.write_bytes(there)
+        quiet.run()
+        assert len(quiet.box("bob")) == 1
+
+    def test_what_expired_is_reported_to_its_sender(self, quiet):
+        queue_id = quiet.commit(UNREACHABLE, age=6 * 86400)
+        quiet.run()
+        quiet.run()
+        (report,) = quiet.box("bob")
+        assert f"<{UNREACHABLE}>: no route to far.example" in report
+        assert "Subject: hello" in report
+        assert f"Message-ID: <{queue_id}B1.report@host.example>" in report
+        assert left_in(quiet.spool) == []
+
+    def test_what_has_not_expired_is_kept(self, quiet):
+        queue_id = quiet.commit(UNREACHABLE, age=4 * 86400)
+        quiet.run()
+        assert quiet.spool.ids() == [queue_id]
+
+    def test_a_report_that_is_there_is_not_written_twice(self, quiet):
+        queue_id = quiet.commit(NOWHERE)
+        to = ["bob@host.example"]
+        text = b"Subject: the first report\n\ntext\n"
+        how = {"sender": "", "recipients": to, "arrived": time.time(), "kind": "report"}
+        how["origin"] = f"bounce of {queue_id}"
+        commit(quiet.spool, text, f"{queue_id}B1", **how)
+        quiet.run()
+        quiet.run()
+        (report,) = quiet.box("bob")
+        assert "the first report" in report
+
+    def test_what_was_reported_is_not_reported_again(self, quiet):
+        quiet.commit(NOWHERE, UNREACHABLE)
+        for _ in range(3):
+            quiet.run()
+        assert len(quiet.box("bob")) == 1
+
+    def test_a_second_failure_has_a_report_of_its_own(self, quiet):
+        queue_id = quiet.commit(NOWHERE, UNREACHABLE)
+        quiet.run()
+        path = Path(quiet.spool.path("queue", queue_id))
+        path.write_bytes(re.sub(rb"arrived: .*", b"arrived: 1.0", path.read_bytes()))
+        quiet.run()
+        quiet.run()
+        assert [NOWHERE in text.partition("---")[0] for text in quiet.box("bob")] == [
+            *(True, False),
+        ]
+
+    def test_a_report_that_fails_is_told_to_postmaster(self, quiet):
+        quiet.commit(NOWHERE, sender="")
+        quiet.run()
+        quiet.run()
+        (notice,) = quiet.box("root")
+        assert f"<{NOWHERE}>" in notice
+        assert left_in(quiet.spool) == []
+
+    def test_a_notice_that_fails_is_kept_and_ends_there(self, quiet):
+        queue_id = quiet.commit(NOWHERE, sender="", kind="notice")
+        quiet.run()
+        quiet.run()
+        assert left_in(quiet.spool) == [f"corrupt/{queue_id}"]
+
+    def test_a_busy_mailbox_is_no_deferral(self, quiet):
+        quiet.commit("bob@host.example")
+        quiet.run()
+        queue_id = quiet.commit("bob@host.example")
+        runner = quiet.runner()
+        runner.scan()
+        with locked(quiet.place / "var/mail/bob"):
+            runner.run_due(time.time() + 1)
+        assert (len(quiet.box("bob")), quiet.spool.ids()) == (1, [queue_id])
+        assert [a for a in quiet.spool.journal(queue_id) if not a.is_final] == []
+
+    def test_a_mailbox_that_is_free_again_gets_its_mail(self, quiet):
+        quiet.commit("bob@host.example")
+        quiet.run()
+        quiet.commit("bob@host.example")
+        runner = quiet.runner()
+        runner.scan()
+        with locked(quiet.place / "var/mail/bob"):
+            runner.run_due(time.time() + 1)
+        runner.run_due(time.time() + 60)
+        assert (len(quiet.box("bob")), quiet.spool.ids()) == (2, [])
+
+    def test_a_mailbox_that_stays_busy_is_a_deferral(self, quiet):
+        quiet.commit("bob@host.example")
+        quiet.run()
+        queue_id = quiet.commit("bob@host.example")
+        runner = quiet.runner()
+        runner.scan()
+        with locked(quiet.place / "var/mail/bob"):
+            for _ in range(minimta.BUSY_TRIES + 1):
+                runner.run_due(time.time() + 60)
+        assert [a.status for a in quiet.spool.journal(queue_id)] == ["4.2.0"]
+
+    @pytest.mark.parametrize("text", BAD_ENVELOPES)
+    def test_a_file_that_is_no_message_is_set_aside_and_stops_nobody(self, quiet, text):
+        Path(quiet.spool.path("queue", "0000000001")).write_bytes(text)
+        quiet.commit("bob@host.example")
+        quiet.run()
+        assert left_in(quiet.spool) == ["corrupt/0000000001"]
+        assert len(quiet.box("bob")) == 1
+
+    def test_what_users_dropped_is_delivered_as_theirs(self, quiet):
+        envelope = minimta.Envelope("carol@host.example", ["bob"], origin="uid 0")
+        drop = f"{quiet.spool.directory}/maildrop"
+        make_drop(bytes(envelope) + MESSAGE, drop)
+        quiet.run()
+        (text,) = quiet.box("bob")
+        assert "Return-Path: <carol@host.example>" in text
+        assert f"(minimta, from userid {os.getuid()})" in text
+
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            *("symlink", "fifo", "hard link", "directory", b"", b"garbage\n\n"),
+            # addresses that are none
+            b"arrived: 1\nsender: a b\nrecipient: bob\n\n",
+            b"arrived: 1\nsender: a\nrecipient: b b\n\n",
+            # names that nobody knows
+            b"arrived: 1\nsender: a\nself: x\nrecipient: bob\n\n",
+            b"arrived: 1\nsender: a\nrecipients: x\nrecipient: bob\n\n",
+        ],
+    )
+    def test_a_hostile_drop_stops_no_other(self, quiet, kind):
+        folder = Path(quiet.spool.path("maildrop"))
+        make_drop(kind, folder)
+        honest = minimta.Envelope("carol@host.example", ["bob"])
+        (folder / "1111111111").write_bytes(bytes(honest) + b"Subject: honest\n\n")
+        quiet.run()
+        assert [text for text in quiet.box("bob") if "Subject: honest" in text] != []
+        assert not os.path.lexists(folder / "0123456789")
+
+    def test_only_one_runner_has_the_lock(self, quiet):
+        lock = minimta.take_lock(quiet.spool, 0)
+        assert minimta.take_lock(quiet.spool, 0) is None
+        os.close(lock)
+
+    def test_a_lock_that_was_given_back_can_be_taken(self, quiet):
+        os.close(minimta.take_lock(quiet.spool, 0))
+        lock = minimta.take_lock(quiet.spool, 0)
+        os.close(lock)
+        assert lock > 2
+
+
+# == 19 SMTP server: Stream, Conversation, WorkerPool, SmtpServer =============
+
+
+class FakeStream:
+    """A connection whose client has said everything, in these pieces."""
+
+    def __init__(self, pieces):
+        self.pieces = list(pieces)
+        self.sent = []
+
+    def recv(self, size):
+        return self.pieces.pop(0) if self.pieces else b""
+
+    def sendall(self, data):
+        self.sent.append(data)
+
+
+@pytest.fixture
+def desk(spool, tmp_path):
+    """A conversation's house; `.announced` has what the runner was told."""
+    announced = []
+    settings = make_settings("message_size_limit = 2000\nqueue_minfree = 0")
+    log = make_log(tmp_path / "log")
+    made = minimta.Desk(settings, spool, log, make_router(), announced.append)
+    made.announced = announced
+    return made
+
+
+def converse(desk, pieces, client=NEAR):
+    """(what the server sent, the texts of the messages it took)."""
+    stream = FakeStream(pieces)
+    minimta.Conversation(desk, stream, client).run()
+    texts = [content(desk.spool, queue_id) for queue_id in desk.spool.ids()]
+    return stream.sent, texts
+
+
+def codes(sent):
+    """The codes of all replies, greeting first."""
+    lines = b"".join(sent).decode().splitlines()
+    return [int(line[:3]) for line in lines if line[3:4] == " "]
+
+
+ENVELOPE = b"EHLO c\r\nMAIL FROM:<a@b>\r\nRCPT TO:<bob>\r\nDATA\r\n"
+WHOLE = ENVELOPE + b"Subject: hello\r\n\r\n..dot\r\n.\r\nQUIT\r\n"
+LINES = WHOLE.splitlines(True)
+
+
+def single(data):
+    """Each byte for itself."""
+    return [data[n : n + 1] for n in range(len(data))]
+
+
+class TestConversation:
+    """A session on a stream."""
+
+    @pytest.mark.parametrize(
+        "pieces",
+        [[WHOLE], LINES, single(WHOLE), [WHOLE[:70], WHOLE[70:]]],
+        ids=["in one", "by line", "by byte", "cut"],
+    )
+    def test_a_message_is_taken_however_it_comes(self, desk, pieces):
+        sent, (text,) = converse(desk, pieces)
+        assert codes(sent) == [220, 250, 250, 250, 354, 250, 221]
+        assert text.endswith(b"\nSubject: hello\n\n.dot\n")
+        assert b"\n\nSubject" not in text
+
+    def test_a_message_is_taken_wherever_it_is_cut(self, desk):
+        wrong = []
+        for place in range(len(ENVELOPE), len(WHOLE)):
+            _, texts = converse(desk, [WHOLE[:place], WHOLE[place:]])
+            header = minimta.Header.parse(texts[-1])
+            if (header.values("subject"), header.rest) != (["hello"], b".dot\n"):
+                wrong.append(WHOLE[len(ENVELOPE) : place])
+        assert wrong == []
+
+    def test_a_message_that_was_taken_is_announced(self, desk):
+        converse(desk, [WHOLE])
+        assert desk.announced == desk.spool.ids()
+
+    def test_a_message_without_header_is_a_body(self, desk):
+        _, (text,) = converse(desk, [ENVELOPE + b"just text\r\n.\r\n"])
+        assert minimta.Header.parse(text).rest == b"just text\n"
+
+    def test_pipelined_commands_have_one_answer_each_in_one_piece(self, desk):
+        sent, _ = converse(desk, [b"EHLO c\r\nMAIL FROM:<a@b>\r\nRCPT TO:<x y>\r\n"])
+        assert [len(codes([piece])) for piece in sent[:2]] == [1, 3]
+
+    @pytest.mark.parametrize("size", [1025, 5000, 100_000])
+    @pytest.mark.parametrize("pieces", [lambda data: [data], single])
+    def test_a_long_line_is_one_error(self, desk, size, pieces):
+        line = b"NOOP " + b"x" * size + b"\r\nNOOP\r\n"
+        assert codes(converse(desk, pieces(line))[0])[:3] == [220, 500, 250]
+
+    def test_what_a_long_line_ends_in_is_no_command(self, desk):
+        sent, _ = converse(desk, [b"x" * 2000, b"QUIT\r\nNOOP\r\n"])
+        assert codes(sent)[:3] == [220, 500, 250]
+
+    def test_a_line_without_cr_is_refused(self, desk):
+        assert codes(converse(desk, [b"NOOP\nNOOP\r\n"])[0])[:3] == [220, 500, 250]
+
+    @pytest.mark.parametrize("end", WIRE_FALSE_ENDS)
+    def test_nothing_smuggled_behind_a_false_end_is_done(self, desk, end):
+        smuggled = end + b"\r\nMAIL FROM:<x@y>\r\nRCPT TO:<bob>\r\nDATA\r\nx\r\n.\r\n"
+        sent, texts = converse(desk, [ENVELOPE + smuggled + b"NOOP\r\n"])
+        assert codes(sent)[:7] == [220, 250, 250, 250, 354, 550, 250]
+        assert (texts, left_in(desk.spool)) == ([], [])
+
+    def test_a_message_that_is_too_long_is_refused_at_its_end(self, desk):
+        text = b"x" * 70 + b"\r\n"
+        sent, texts = converse(desk, [ENVELOPE, *[text] * 100, b".\r\nNOOP\r\n"])
+        assert codes(sent)[:7] == [220, 250, 250, 250, 354, 552, 250]
+        assert (texts, left_in(desk.spool)) == ([], [])
+
+    @pytest.mark.parametrize("size", range(len(ENVELOPE), len(WHOLE) - 7, 5))
+    def test_a_client_that_goes_away_leaves_nothing(self, desk, size):
+        _, texts = converse(desk, [WHOLE[:size]])
+        assert (texts, left_in(desk.spool), desk.announced) == ([], [], [])
+
+    def test_nothing_is_done_behind_quit(self, desk):
+        sent, _ = converse(desk, [b"QUIT\r\nNOOP\r\n"])
+        assert codes(sent) == [220, 221]
+
+    def test_a_local_program_sees_the_queue(self, desk):
+        commit(desk.spool)
+        sent, _ = converse(desk, [b"XQUEUE\r\nQUIT\r\n"], LOCAL)
+        entries = b"".join(sent).split(b"Queue follows\r\n")[1]
+        assert entries.startswith(b"id: " + desk.spool.ids()[0].encode() + b"\n")
+        assert b"\n\n.\n\n221 " in entries
+
+    def test_a_local_program_flushes_the_queue(self, desk):
+        converse(desk, [b"XFLUSH\r\n"], LOCAL)
+        assert desk.announced == ["flush"]
+
+    def test_a_refusal_is_logged(self, desk, tmp_path):
+        converse(desk, [b"EHLO c\r\nMAIL FROM:<a@b>\r\nRCPT TO:<x@y>\r\nQUIT\r\n"], FAR)
+        (line,) = logged(tmp_path / "log")
+        assert line.startswith("minimta/smtpd NOQUEUE: reject: RCPT from unknown[")
+
+
+class TestWorkerPool:
+    """A bounded number of threads."""
+
+    def test_it_serves_so_many_and_no_more(self):
+        gate, names = threading.Event(), ["one", "two", "three"]
+        pool = minimta.WorkerPool(2, lambda name, address: gate.wait(PATIENCE))
+        assert [pool.submit((name, None)) for name in names] == [True, True, False]
+        gate.set()
+        assert pool.wait(PATIENCE)
+
+    def test_a_thread_serves_one_connection_after_the_other(self):
+        served = []
+        pool = minimta.WorkerPool(1, lambda name, address: served.append(name))
+        for name in range(5):
+            assert pool.submit((name, None))
+            assert pool.wait(PATIENCE)
+        assert (served, pool.threads) == ([0, 1, 2, 3, 4], 1)
+
+    def test_to_hang_up_ends_reading(self):
+        ours, theirs = socket.socketpair()
+        pool = minimta.WorkerPool(1, lambda connection, address: connection.recv(1))
+        pool.submit((ours, None))
+        pool.hang_up()
+        assert pool.wait(PATIENCE)
+        ours.close()
+        theirs.close()
+
+
+NETWORK_ROWS = [
+    ("127.0.0.1", ["127.0.0.0/8"], True),
+    ("128.0.0.1", ["127.0.0.0/8"], False),
+    ("192.0.2.1", ["192.0.2.1"], True),
+    ("192.0.2.2", ["192.0.2.1"], False),
+    # bits behind the mask do not count
+    ("192.0.2.9", ["192.0.2.1/24"], True),
+    # the second of two; none
+    ("10.1.2.3", ["127.0.0.0/8", "10.0.0.0/8"], True),
+    ("10.1.2.3", [], False),
+    # IPv6, with and without brackets, with a zone
+    ("::1", ["[::1]/128"], True),
+    ("::1", ["::1"], True),
+    ("2001:db8::5", ["[2001:db8::]/32"], True),
+    ("2001:db9::5", ["[2001:db8::]/32"], False),
+    ("fe80::1%lo", ["[fe80::]/10"], True),
+    # IPv4 in IPv6 is IPv4; nothing else crosses
+    ("::ffff:127.0.0.1", ["127.0.0.0/8"], True),
+    ("127.0.0.1", ["::/0"], False),
+    ("::1", ["0.0.0.0/0"], False),
+]
+
+
+class TestNetworks:
+    """mynetworks."""
+
+    @pytest.mark.parametrize(("address", "networks", "wanted"), NETWORK_ROWS)
+    def test_a_client_is_in_a_network(self, address, networks, wanted):
+        assert (address in minimta.Networks(tuple(networks))) == wanted
+
+    @pytest.mark.parametrize("text", ["nonsense", "127.0.0.0/99"])
+    def test_what_is_no_network_is_refused(self, text):
+        with pytest.raises(minimta.ProgramError, match="mynetworks") as caught:
+            minimta.Networks(("127.0.0.0/8", text))
+        assert caught.value.code == 78
+
+
+# == 20 Submission: House, SubmitSocket, Letter, Submission ===================
+
+
+def make_letter(*recipients, body=b"text\n"):
+    """A letter of bob's."""
+    addresses = list(map(minimta.Address.parse, recipients))
+    header = minimta.Header.parse(b"Subject: hello\n")
+    return minimta.Letter(
+        minimta.Address("bob", "host.example"), addresses, header, [body]
+    )
+
+
+@contextlib.contextmanager
+def daemon_of(quiet):
+    """A thread that answers one call at the submit socket."""
+    path = f"{quiet.spool.directory}/submit"
+    users = FakeUsers(["bob"])
+    settings = quiet.house.settings
+    router = minimta.Router(settings, FakeAliases({}), users)
+    desk = minimta.Desk(
+        settings, quiet.spool, quiet.house.log, router, lambda word: None
+    )
+
+    def answer():
+        connection, _ = listener.accept()
+        calls.append(connection)
+        connection.settimeout(PATIENCE)
+        minimta.Conversation(desk, connection, LOCAL).run()
+
+    calls = []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(1)
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            yield
+        finally:
+            for connection in calls:  # a caller that was refused may not hang up
+                connection.shutdown(socket.SHUT_RDWR)
+            thread.join()
+            for connection in calls:
+                connection.close()
+    os.unlink(path)
+
+
+class TestLetter:
+    """A message to submit."""
+
+    @pytest.mark.parametrize(
+        ("body", "wanted"),
+        [
+            ([b"a\n"], b"a\n"),
+            ([b"a", b"b"], b"ab\n"),
+            ([b"a\n", b""], b"a\n"),
+            ([], b""),
+        ],
+    )
+    def test_ends_in_a_line_end(self, body, wanted):
+        header = minimta.Header.parse(b"A: 1\n")
+        letter = minimta.Letter(minimta.Address("a"), [], header, body)
+        assert b"".join(letter.chunks()) == b"A: 1\n\n" + wanted
+
+    @pytest.mark.parametrize(
+        ("name", "wanted"), [("a@b", ""), ("ü@b", " SMTPUTF8"), ("a@ü", " SMTPUTF8")]
+    )
+    def test_asks_for_smtputf8_if_it_must(self, name, wanted):
+        assert make_letter(name).options() == f" BODY=8BITMIME{wanted}"
+
+
+class TestSubmission:
+    """How mail gets from a command into the queue."""
+
+    def test_without_a_daemon_it_is_written_by_hand(self, quiet):
+        submission = minimta.Submission(quiet.house, "q")
+        queue_id = submission.submit(make_letter("bob@host.example"))
+        text = content(quiet.spool, queue_id)
+        assert text.startswith(
+            f"Received: by host.example (minimta, from userid {os.getuid()})".encode()
+        )
+        assert text.endswith(b"\nSubject: hello\n\ntext\n")
+
+    def test_with_a_daemon_it_goes_through_its_socket(self, quiet):
+        with daemon_of(quiet):
+            submission = minimta.Submission(quiet.house, "q")
+            queue_id = submission.submit(make_letter("bob@host.example"))
+        text = content(quiet.spool, queue_id)
+        assert text.startswith(b"Received: by host.example (minimta, from userid 1000)")
+        assert text.endswith(b"\nSubject: hello\n\ntext\n")
+
+    @pytest.mark.skipif(AS_ROOT, reason="root writes the queue itself")
+    def test_without_either_it_waits_in_the_maildrop(self, quiet):
+        submission = minimta.Submission(quiet.house, "q")
+        name = submission.by_maildrop(make_letter("bob@host.example"))
+        assert left_in(quiet.spool) == [f"maildrop/{name}"]
+
+    @pytest.mark.parametrize("has_daemon", [True, False])
+    def test_when_nobody_can_get_it_nothing_is_queued(self, quiet, has_daemon):
+        way = daemon_of(quiet) if has_daemon else contextlib.nullcontext()
+        submission = minimta.Submission(quiet.house, "q")
+        with way, pytest.raises(minimta.MailError) as caught:
+            submission.submit(make_letter(NOWHERE))
+        assert (caught.value.status, caught.value.exit_code) == ("5.1.1", 67)
+        assert left_in(quiet.spool) == []
+
+    @pytest.mark.parametrize("has_daemon", [True, False])
+    def test_when_somebody_can_the_others_are_told(self, quiet, has_daemon):
+        way = daemon_of(quiet) if has_daemon else contextlib.nullcontext()
+        submission = minimta.Submission(quiet.house, "q")
+        with way:
+            queue_id = submission.submit(make_letter("bob@host.example", NOWHERE))
+        assert list(submission.refused) == [NOWHERE]
+        with quiet.spool.open(queue_id) as file:
+            assert sorted(file.envelope.recipients) == ["bob@host.example", NOWHERE]
+
+    def test_what_is_too_long_is_not_queued(self, place):
+        quiet = QuietHouse(place, "message_size_limit = 1000")
+        submission = minimta.Submission(quiet.house, "q")
+        with pytest.raises(minimta.MailError) as caught:
+            submission.submit(make_letter("bob@host.example", body=b"x" * 1000))
+        assert (caught.value.status, left_in(quiet.spool)) == ("5.3.4", [])
+
+    def test_300_recipients_go_through_the_socket(self, quiet):
+        names = [f"u{n}@far.example" for n in range(300)]
+        with daemon_of(quiet):
+            submission = minimta.Submission(quiet.house, "q")
+            queue_id = submission.submit(make_letter(*names))
+        with quiet.spool.open(queue_id) as file:
+            assert file.envelope.recipients == names
+
+    def test_mailq_reads_the_queue_through_the_socket(self, quiet):
+        ids = [quiet.commit(UNREACHABLE), quiet.commit("bob@host.example")]
+        with daemon_of(quiet):
+            daemon = minimta.SubmitSocket(quiet.spool.directory)
+            assert daemon.connect()
+            found = [entry.queue_id for entry in daemon.entries()]
+            daemon.close()
+        assert found == sorted(ids)
+
+    def test_without_a_socket_there_is_no_daemon(self, quiet):
+        assert not minimta.SubmitSocket(quiet.spool.directory).connect()
+
+
+# == 21 Daemon: Daemon, SignalPipe ============================================
+
+
+class TestChild:
+    """A process of the daemon, and when it is started again."""
+
+    def test_one_that_keeps_dying_rests_longer_and_longer(self):
+        child = minimta.Child("smtpd", None)
+        rests = []
+        for _ in range(8):
+            child.died(0.0, False)
+            rests.append(child.due)
+        assert rests == [1, 3, 7, 15, 31, 60, 60, 60]
+
+    def test_one_that_lived_is_started_at_once(self):
+        child = minimta.Child("smtpd", None)
+        child.died(0.0, False)
+        child.died(100.0, False)
+        assert (child.due, child.pid) == (100.0, 0)
+
+    def test_one_that_was_asked_to_go_is_replaced_at_once(self):
+        child = minimta.Child("smtpd", None)
+        child.died(1.0, True)
+        assert child.due == 1.0
+
+
+# == 22 Mail reader: Terminal, Composer, MailReader ===========================
+
+
+class FakeTerminal:
+    """A terminal where these lines are typed; `shown` is what it shows."""
+
+    is_interactive = False
+
+    def __init__(self, *lines):
+        self.lines = list(lines)
+        self.shown = ""
+        self.complaints = []
+
+    def say(self, text):
+        self.shown += text
+
+    def complain(self, text):
+        self.complaints.append(text)
+
+    def read_line(self, prompt):
+        return self.lines.pop(0).encode() if self.lines else None
+
+
+@pytest.fixture
+def session(folder, quiet):
+    """Makes a MailReader of five messages, the first two read."""
+
+    def make(*lines, texts=None):
+        status = ["RO", "RO", "O", "", ""]
+        texts = texts or [mail(f"s{n}", status=s) for n, s in enumerate(status, 1)]
+        terminal = FakeTerminal(*lines)
+        return minimta.MailReader(quiet.house, terminal, folder(*texts))
+
+    return make
+
+
+LIST_ROWS = [
+    # an empty list is the current message: the first new one
+    ("", [4]),
+    (".", [4]),
+    ("2", [2]),
+    ("1 3", [1, 3]),
+    ("1,3", [1, 3]),
+    ("3 1 3", [3, 1]),
+    ("2-4", [2, 3, 4]),
+    ("4-$", [4, 5]),
+    ("^-2", [1, 2]),
+    ("*", [1, 2, 3, 4, 5]),
+    ("$", [5]),
+    ("^", [1]),
+    ("+", [5]),
+    ("-", [3]),
+]
+
+BAD_LIST_ROWS = [
+    ("0", "0: Invalid message number"),
+    ("6", "6: Invalid message number"),
+    ("4-6", "6: Invalid message number"),
+    ("1-99999999999", "6: Invalid message number"),
+    ("x", "x: Invalid message list"),
+    ("\u0662", "\u0662: Invalid message list"),
+    ("3-2", "No applicable messages"),
+]
+
+COMMAND_ROWS = [
+    # what is typed, what is then deleted or saved, the current message
+    (["d"], {4: "deleted"}, 5),
+    (["d 1 2"], {1: "deleted", 2: "deleted"}, 3),
+    (["d 5"], {5: "deleted"}, 4),
+    (["d *"], dict.fromkeys(range(1, 6), "deleted"), 0),
+    (["d 1", "u"], {}, 1),
+    (["d 1 2", "u 2"], {1: "deleted"}, 2),
+    (["d*", "u *"], dict.fromkeys(range(1, 6), "deleted"), 0),
+    (["delete 1"], {1: "deleted"}, 2),
+    # printing makes a message the current one
+    (["2"], {}, 2),
+    (["p 3"], {}, 3),
+    ([""], {}, 4),
+    (["", ""], {}, 5),
+    (["n"], {}, 4),
+    (["1", "n"], {}, 2),
+    # what cannot be done changes nothing
+    (["d 9"], {}, 4),
+    (["xyzzy"], {}, 4),
+    (["d 1", "d 1"], {1: "deleted"}, 2),
+]
+
+REPLY_FIELD_ROWS = [
+    # to the author and everybody else, not to oneself
+    ("From: A <a@x>\nTo: bob@host.example, c@x\n", {"To": "a@x, c@x"}),
+    ("From: a@x\nTo: b@x\nCc: c@x, bob\n", {"To": "a@x, b@x", "Cc": "c@x"}),
+    ("From: a@x\nReply-To: r@x\n", {"To": "r@x"}),
+    # each once
+    ("From: a@x\nTo: a@x\nCc: a@x\n", {"To": "a@x"}),
+    # a note to oneself
+    ("From: bob@host.example\n", {"To": "bob@host.example"}),
+    # the subject gets one Re:
+    ("From: a@x\nSubject: s\n", {"To": "a@x", "Subject": "Re: s"}),
+    ("From: a@x\nSubject: RE: s\n", {"To": "a@x", "Subject": "RE: s"}),
+    # the thread goes on
+    (
+        "From: a@x\nMessage-ID: <2>\nReferences: <0>\n <1>\n",
+        {"To": "a@x", "In-Reply-To": "<2>", "References": "<0> <1> <2>"},
+    ),
+]
+
+
+class TestMailReader:
+    """mail(1) on a mailbox."""
+
+    @pytest.mark.parametrize(("text", "wanted"), LIST_ROWS)
+    def test_a_list_names_messages(self, session, text, wanted):
+        assert session().numbers(text) == wanted
+
+    @pytest.mark.parametrize(("text", "why"), BAD_LIST_ROWS)
+    def test_a_list_that_names_none_is_refused(self, session, text, why):
+        with pytest.raises(ValueError, match=f"^{re.escape(why)}$"):
+            session().numbers(text)
+
+    @pytest.mark.parametrize(("lines", "states", "dot"), COMMAND_ROWS)
+    def test_a_command_does_its_work(self, session, lines, states, dot):
+        reader = session()
+        for line in lines:
+            reader.obey(line)
+        found = {n: m.state for n, m in enumerate(reader.messages, 1) if m.state}
+        assert (found, reader.dot) == (states, dot)
+
+    @pytest.mark.parametrize(
+        ("line", "shown"),
+        [
+            ("xyzzy", 'Unknown command: "xyzzy"\n'),
+            ("d 9", "9: Invalid message number\n"),
+            ("u", "0: Invalid message number\n"),
+            ("s", "No file specified\n"),
+            ("\x1b[2J", "␛[2J: Invalid message list\n"),
+        ],
+    )
+    def test_a_mistake_is_told_in_mailxs_words(self, session, line, shown):
+        reader = session()
+        reader.obey(line)
+        assert reader.terminal.shown == shown
+
+    @pytest.mark.parametrize(
+        ("word", "name"),
+        [
+            *[
+                ("", "next"),
+                ("n", "next"),
+                ("ne", "next"),
+                ("p", "show"),
+                ("t", "show"),
+            ],
+            *[("hea", "headers"), ("d", "delete"), ("del", "delete"), ("?", "help")],
+            *[("u", "undelete"), ("r", "reply"), ("s", "save"), ("w", "write")],
+            *[("q", "quit"), ("x", "exit"), ("ex", "exit"), ("exit", "exit")],
+        ],
+    )
+    def test_a_command_may_be_cut_short(self, session, word, name):
+        assert session().find_command(word).__name__ == name
+
+    def test_the_banner_counts(self, session, tmp_path):
+        banner = f'"{tmp_path}/box": 5 messages 2 new 3 unread'
+        assert session().banner() == banner
+
+    def test_one_message_is_one(self, session, tmp_path):
+        reader = session(texts=[mail("s")])
+        assert reader.banner() == f'"{tmp_path}/box": 1 message 1 new'
+
+    def test_a_row_has_heirlooms_columns(self, session):
+        text = mail("test lpic1").replace("Subject", "From: bob@host.example\nSubject")
+        reader = session(texts=[text])
+        assert reader.summary(1) == (
+            f">N  1 {'bob@host.example':20}  Wed Feb 19 05:10   "
+            f'6/{len(text):<5} "test lpic1"'
+        )
+
+    @pytest.mark.parametrize(
+        ("number", "start"), [(1, "    1"), (3, " U  3"), (4, ">N  4"), (5, " N  5")]
+    )
+    def test_a_row_is_marked(self, session, number, start):
+        assert session().summary(number).startswith(start)
+
+    def test_no_row_is_wider_than_80(self, session):
+        reader = session(texts=[mail("subject " * 50)])
+        assert len(reader.summary(1)) <= 80
+
+    def test_a_message_is_shown_with_its_fields(self, session):
+        reader = session(
+            texts=[mail("s", "one", ">From two").replace("s\n", "s\nX: y\n")]
+        )
+        reader.obey("1")
+        assert reader.terminal.shown.startswith(
+            "Message  1:\nFrom eve@far.example  Wed"
+        )
+        assert (
+            "\nSubject: s\nX: y\nStatus: R\n\none\nFrom two\n" in reader.terminal.shown
+        )
+
+    def test_no_control_reaches_the_terminal(self, session):
+        reader = session(texts=[mail("s\x1b[2J", "\x1b]0;x\x07")])
+        reader.headers("")
+        reader.obey("1")
+        assert not set("\x1b\x07") & set(reader.terminal.shown)
+
+    def test_quit_drops_what_is_deleted(self, session, tmp_path):
+        reader = session("d 1-3", "q")
+        assert reader.run() == 0
+        assert (tmp_path / "box").read_text() == mail("s4", status="O") + mail(
+            "s5", status="O"
+        )
+        assert reader.terminal.shown.endswith(f"Held 2 messages in {tmp_path}/box\n")
+
+    def test_the_end_of_the_input_is_quit(self, session, tmp_path):
+        session("d *").run()
+        assert (tmp_path / "box").read_text() == ""
+
+    def test_exit_leaves_everything_as_it_was(self, session, tmp_path):
+        reader = session("d *", "x")
+        before = (tmp_path / "box").read_text()
+        reader.run()
+        assert (tmp_path / "box").read_text() == before
+
+    def test_a_saved_message_is_whole_and_leaves(self, session, tmp_path):
+        session(f"s 4 {tmp_path}/saved", "q").run()
+        assert (tmp_path / "saved").read_text() == mail("s4")
+        assert "s4" not in (tmp_path / "box").read_text()
+
+    def test_a_written_message_has_no_header_and_stays(self, session, tmp_path):
+        session(f"w 4 {tmp_path}/written", "q").run()
+        assert (tmp_path / "written").read_text().strip() == "text"
+        assert "s4" in (tmp_path / "box").read_text()
+
+    @pytest.mark.parametrize(("header", "wanted"), REPLY_FIELD_ROWS)
+    def test_an_answer_goes_to_everybody_else(self, quiet, header, wanted):
+        parsed = minimta.Header.parse(header.encode())
+        found = {k: v for k, v in minimta.reply_fields(parsed, quiet.house) if v}
+        assert found == {"Subject": "Re: ", **wanted}
+
+
+DECODED_ROWS = [
+    ("plain", "plain"),
+    ("=?utf-8?B?SsO2cmc=?= x", "Jörg x"),
+    ("=?iso-8859-1?Q?J=F6rg?=", "Jörg"),
+    # what is none stays
+    ("=?nonsense?B?SsO2cmc=?=", "=?nonsense?B?SsO2cmc=?="),
+    # a control that was hidden in it
+    ("=?utf-8?B?GzJK?=", "␛2J"),
+]
+
+BODY_ROWS = [
+    (b"\ntext \xc3\xbc\n", "text ü\n"),
+    (b"Content-Transfer-Encoding: quoted-printable\n\nJ=C3=B6rg\n", "Jörg\n"),
+    (b"Content-Transfer-Encoding: base64\n\nSsO2cmcK\n", "Jörg\n"),
+    (b"\n\x1b[2J\xff\n", "␛[2J\ufffd\n"),
+    (
+        b'Content-Type: multipart/alternative; boundary="b"\n\n--b\n'
+        b"Content-Type: text/html\n\n<p>\n--b\n"
+        b"Content-Type: text/plain\n\nplain\n--b--\n",
+        "plain",
+    ),
+]
+
+
+class TestShown:
+    """What a message's header and text look like."""
+
+    @pytest.mark.parametrize(("given", "wanted"), DECODED_ROWS)
+    def test_encoded_words_are_decoded(self, given, wanted):
+        assert minimta.decoded(given) == wanted
+
+    @pytest.mark.parametrize(("given", "wanted"), BODY_ROWS)
+    def test_a_body_is_decoded(self, given, wanted):
+        assert minimta.body_text(minimta.Header.parse(given)) == wanted
+
+    @pytest.mark.parametrize(
+        ("field", "wanted"),
+        [
+            ("From: A B <a@x>", "A B"),
+            ('From: "A, B" <a@x>', "A, B"),
+            ("From: a@x (A)", "a@x"),
+            ("From: <a@x>", "a@x"),
+            ("From: =?utf-8?B?SsO2cmc=?= <a@x>", "Jörg"),
+            # without one, the envelope's sender
+            ("To: b@x", "eve@far.example"),
+        ],
+    )
+    def test_an_author_has_a_name(self, field, wanted):
+        header = minimta.Header.parse(field.encode())
+        line = b"From eve@far.example  Wed Feb 19 05:10:01 2025"
+        assert minimta.sender_name(header, line) == wanted
+
+
+# == 23 Programs: SendmailOptions, cmd_sendmail, cmd_mail, cmd_serve ... ======
+
+
+def letters_of(kind):
+    """sendmail's letters of one kind, each with a value that makes sense."""
+    values = {"B": "8bitmime", "N": "never", "R": "full", "b": "m", "h": "5"}
+    rows = sorted(minimta.SENDMAIL_FLAGS.items())
+    return [(letter, values.get(letter, "x")) for letter, k in rows if k == kind]
+
+
+OPTION_ROWS = [
+    # who sends
+    (["-f", "a@b"], "sender", "a@b"),
+    (["-fa@b"], "sender", "a@b"),
+    (["-r", "a@b"], "sender", "a@b"),
+    (["-f", ""], "sender", ""),
+    ([], "sender", None),
+    (["-F", "A B"], "full_name", "A B"),
+    # recipients anywhere
+    (["a", "-i", "b"], "recipients", ["a", "b"]),
+    (["-t", "--", "-i", "b"], "recipients", ["-i", "b"]),
+    (["-"], "recipients", ["-"]),
+    # flags, glued together
+    (["-t"], "reads_header", True),
+    (["-it"], "reads_header", True),
+    (["-ti"], "dot_ends", False),
+    (["-tfa@b"], "sender", "a@b"),
+    (["-i"], "dot_ends", False),
+    (["-oi"], "dot_ends", False),
+    (["-oitrue"], "dot_ends", False),
+    (["-o", "i"], "dot_ends", False),
+    (["-OIgnoreDots=true"], "dot_ends", False),
+    (["-OIgnoreDots=false"], "dot_ends", True),
+    ([], "dot_ends", True),
+    (["-v"], "is_verbose", True),
+    # how it is delivered
+    ([], "delivery", "b"),
+    (["-odi"], "delivery", "i"),
+    (["-odf"], "delivery", "i"),
+    (["-odq"], "delivery", "q"),
+    (["-odd"], "delivery", "q"),
+    (["-odb"], "delivery", "b"),
+    (["-O", "DeliveryMode=queue"], "delivery", "q"),
+    (["-bq"], "delivery", "q"),
+    # what to be
+    ([], "mode", "m"),
+    (["-bs"], "mode", "s"),
+    (["-b", "s"], "mode", "s"),
+    (["-bl"], "mode", "d"),
+    (["-I"], "mode", "i"),
+    (["-q"], "mode", "q"),
+    (["-q30m"], "mode", "q"),
+    (["-bd", "-q30m"], "mode", "d"),
+    (["-q30m", "-bd"], "mode", "d"),
+    # files
+    (["-C", "/x"], "config", "/x"),
+    (["-oA/x"], "alias_file", "/x"),
+    (["-OAliasFile=/x"], "alias_file", "/x"),
+]
+
+BAD_OPTIONS = [
+    *(["-Z"], ["-iZ"], ["--help-me"], ["-\x1b"]),
+    # an argument is missing
+    *(["-f"], ["-F"], ["-b"], ["-tf"]),
+    # a value that makes no sense
+    *(["-bX"], ["-bss"], ["-Bx"], ["-Nx"], ["-Nnever,x"], ["-Rx"], ["-hx"], ["-h-1"]),
+]
+
+
+class TestSendmailOptions:
+    """sendmail's command line."""
+
+    @pytest.mark.parametrize(("args", "name", "wanted"), OPTION_ROWS)
+    def test_an_option_is_taken(self, args, name, wanted):
+        assert getattr(minimta.SendmailOptions(args), name) == wanted
+
+    @pytest.mark.parametrize(("letter", "_"), letters_of(""))
+    def test_a_letter_without_argument_leaves_the_next_word(self, letter, _):
+        assert minimta.SendmailOptions([f"-{letter}", "bob"]).recipients == ["bob"]
+
+    @pytest.mark.parametrize(("letter", "value"), letters_of(":"))
+    def test_a_letter_with_argument_takes_it_glued(self, letter, value):
+        args = [f"-{letter}{value}", "bob"]
+        assert minimta.SendmailOptions(args).recipients == ["bob"]
+
+    @pytest.mark.parametrize(("letter", "value"), letters_of(":"))
+    def test_a_letter_with_argument_takes_it_from_the_next_word(self, letter, value):
+        args = [f"-{letter}", value, "bob"]
+        assert minimta.SendmailOptions(args).recipients == ["bob"]
+
+    @pytest.mark.parametrize(("letter", "value"), letters_of("?"))
+    def test_a_letter_that_may_have_one_takes_it_only_glued(self, letter, value):
+        for word in (f"-{letter}", f"-{letter}{value}"):
+            assert minimta.SendmailOptions([word, "bob"]).recipients == ["bob"]
+
+    @pytest.mark.parametrize("args", BAD_OPTIONS)
+    def test_what_makes_no_sense_is_a_usage_error(self, args):
+        with pytest.raises(minimta.ProgramError) as caught:
+            minimta.SendmailOptions(args)
+        assert caught.value.code == 64
+        assert str(caught.value).isprintable()
+
+    def test_the_arguments_stay_as_they_were(self):
+        args = ["-f", "a", "b"]
+        minimta.SendmailOptions(args)
+        assert args == ["-f", "a", "b"]
+
+
+SENDER_ROWS = [
+    # without -f, the caller
+    (None, "bob@host.example"),
+    ("a@b", "a@b"),
+    ("a", "a@host.example"),
+    ("A B <a@b>", "a@b"),
+    # the null sender
+    ("", ""),
+    ("<>", ""),
+]
+
+WORD_ROWS = [
+    (["a@b", "c"], ["a@b", "c@host.example"]),
+    (["a@b, c@d"], ["a@b", "c@d"]),
+    (["A B <a@b>"], ["a@b"]),
+    (["\\bob"], ["bob@host.example"]),
+    # no command, no file: names
+    (["|cat"], ["|cat@host.example"]),
+    (["/etc/passwd"], ["/etc/passwd@host.example"]),
+    ([":include:/x"], ["/x@host.example"]),
+]
+
+
+class TestPeople:
+    """Who is named on a command line."""
+
+    @pytest.mark.parametrize(("text", "wanted"), SENDER_ROWS)
+    def test_a_sender_is_read(self, quiet, text, wanted):
+        assert str(minimta.read_sender(quiet.house, text)) == wanted
+
+    @pytest.mark.parametrize("text", ["a b", "a@b, c@d", "a@b@c", "(x)"])
+    def test_a_bad_sender_is_bad_data(self, quiet, text):
+        with pytest.raises(minimta.ProgramError, match="-f: ") as caught:
+            minimta.read_sender(quiet.house, text)
+        assert caught.value.code == 65
+
+    @pytest.mark.parametrize(("words", "wanted"), WORD_ROWS)
+    def test_recipients_are_read(self, quiet, words, wanted):
+        found = minimta.read_recipients(quiet.house, words)
+        assert list(map(str, found)) == wanted
+
+    @pytest.mark.parametrize(
+        ("word", "code"), [("-x", 64), ("a\nb", 64), ("a b", 65), ("a@b@c", 65)]
+    )
+    def test_a_bad_recipient_is_refused(self, quiet, word, code):
+        with pytest.raises(minimta.ProgramError) as caught:
+            minimta.read_recipients(quiet.house, ["bob", word])
+        assert caught.value.code == code
+
+
+# == 24 Dispatch: PROGRAMS, main ==============================================
+
+
+VERSION = f"minimta {minimta.__version__}\n"
+
+MAIN_ROWS = [
+    # by its own name, by the first word
+    (["/usr/sbin/sendmail", "--version"], 0, VERSION, ""),
+    (["minimta.py", "mailq", "--version"], 0, VERSION, ""),
+    (["minimta.py", "--version"], 0, VERSION, ""),
+    (["/usr/bin/mailq", "--help"], 0, "usage: mailq", ""),
+    (["minimta.py", "newaliases", "--help"], 0, "usage: newaliases", ""),
+    (["minimta.py"], 0, "usage: minimta.py", ""),
+    (["minimta.py", "help"], 0, "usage: minimta.py", ""),
+    # a program's name is not looked for behind a program
+    (["sendmail", "mailq", "-Z"], 64, "", "sendmail: illegal option -- Z: "),
+    # mistakes
+    (["minimta.py", "sendmial"], 64, "", "minimta.py: unknown command sendmial: "),
+    (["minimta.py", "sendmail", "-Z"], 64, "", "sendmail: illegal option -- Z: "),
+    (["mail", "-Z"], 64, "", "mail: option -Z not recognized: "),
+    (["sendmail"], 64, "", "sendmail: no recipients: "),
+    (["mailq", "x\n"], 64, "", "mailq: unknown argument x?: "),
+    (["serve", "-C"], 64, "", "serve: unknown argument -C: "),
+    (["config", "-C", "/no/such"], 78, "", "config: /no/such: no such file"),
+]
+
+
+class TestMain:
+    """The one place that ends in words."""
+
+    @pytest.mark.parametrize(("argv", "code", "out", "err"), MAIN_ROWS)
+    def test_a_program_ends_in_a_code_and_a_line(self, capfd, argv, code, out, err):
+        assert minimta.main(argv) == code
+        said = capfd.readouterr()
+        assert said.out.startswith(out)
+        assert said.err.startswith(err)
+        assert bool(said.err) == bool(err)
+        assert said.err.count("\n") == bool(err)
+
+    @pytest.mark.parametrize("name", sorted(minimta.PROGRAMS))
+    def test_every_program_has_a_usage(self, name):
+        assert minimta.PROGRAMS[name].__doc__.startswith("usage: ")
 
 
 # == The whole program ========================================================

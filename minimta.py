@@ -5141,8 +5141,11 @@ class SmtpServer:
         for server in self.servers:
             threading.Thread(target=server.serve_forever, daemon=True).start()
         patience = wait()
-        for server in self.servers:
-            server.shutdown()
+        ends = [threading.Thread(target=server.shutdown) for server in self.servers]
+        for thread in ends:
+            thread.start()  # each takes up to half a second
+        for thread in ends:
+            thread.join()
         if not patience:
             self.pool.hang_up()
         self.pool.wait(patience or GRACE)
@@ -5592,6 +5595,8 @@ class SignalPipe:
         for number in numbers:
             signal.signal(number, self.note)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        # What came between the fork and now was held back, and comes now.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
     def note(self, number: int, _: object) -> None:
         """Remembers a signal; the wakeup descriptor has woken select()."""
@@ -5640,6 +5645,7 @@ class Daemon:
         self.environ = environ
         self.path = path
         self.spool = house.spool()
+        self.pid = 0
         self.listeners: dict[tuple, object] = {}
         self.asked: set[int] = set()
         self.children = [
@@ -5729,6 +5735,7 @@ class Daemon:
         import select
         import signal
 
+        self.pid = os.getpid()
         self.house.log.line("master", f"daemon started -- version {__version__}")
         while True:
             self.start_children()
@@ -5744,19 +5751,24 @@ class Daemon:
 
     def start_children(self) -> None:
         """Starts whichever is not running and has rested."""
+        import signal
+
         now = time.time()
+        ends = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         for child in self.children:
             if child.pid or child.due > now:
                 continue
             child.began = now
+            # A signal to a child that is not ready for it must not get lost.
+            signal.pthread_sigmask(signal.SIG_BLOCK, ends)
             try:
                 child.pid = os.fork()
             except OSError as error:
                 self.house.log.warning("master", f"fork {child.name}: {error.strerror}")
                 child.died(now, False)
-                continue
-            if child.pid == 0:
+            if child.pid == 0 and os.getpid() != self.pid:
                 self.be_child(child)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
 
     def be_child(self, child: Child) -> None:
         """A child's whole life; never returns."""
@@ -5858,21 +5870,32 @@ class Daemon:
                 if child.name == "smtpd":
                     child.died(time.time(), True)  # the next one takes over now
 
+    def send_signal(self, pid: int, number: int) -> None:
+        """Signals a child that may be gone."""
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return
+
+    def has_ended(self, pid: int) -> bool:
+        """Whether a child has ended; buries it."""
+        try:
+            return os.waitpid(pid, os.WNOHANG)[0] == pid
+        except ChildProcessError:
+            return True
+
     def stop(self) -> int:
         """Ends the children, waits for them, and is done."""
         import signal
 
-        pids = [child.pid for child in self.children if child.pid] + list(self.asked)
-        for pid in set(pids):
-            try:
-                os.kill(pid, signal.SIGTERM)
-            except ProcessLookupError:
-                continue
-        for pid in set(pids):
-            try:
-                os.waitpid(pid, 0)
-            except ChildProcessError:
-                continue
+        pids = {child.pid for child in self.children if child.pid} | self.asked
+        for number, patience in ((signal.SIGTERM, 2 * GRACE), (signal.SIGKILL, GRACE)):
+            for pid in pids:
+                self.send_signal(pid, number)
+            give_up = time.monotonic() + patience
+            while pids and time.monotonic() < give_up:
+                pids -= {pid for pid in pids if self.has_ended(pid)}
+                time.sleep(0.01)
         self.house.log.line("master", "daemon stopped")
         return EX_OK
 

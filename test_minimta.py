@@ -3211,7 +3211,8 @@ class TestAliasDatabase:
         built = sorted(os.listdir(aside))
         aliases.move(str(aside), str(tmp_path), "aliases.db", built)
         assert aliases.lookup("a") == "second"
-        assert sorted(os.listdir(tmp_path)) == sorted(["aliases", "aside", *built])
+        left = [n for n in os.listdir(tmp_path) if not n.endswith(("-wal", "-shm"))]
+        assert sorted(left) == sorted(["aliases", "aside", *built])
 
     @pytest.mark.parametrize("value", ["bob", "jörg", "\udcff", "b, " * 2000 + "c"])
     def test_what_is_built_is_read_back(self, aliases, value):

@@ -292,7 +292,7 @@ SETTINGS = (
         "smtpd_client_connection_count_limit",
         "number",
         "50",
-        "(later) connections of one client",
+        "sessions of one client or user at once",
     ),
     Setting("default_process_limit", "number", "100", "SMTP sessions at once"),
     Setting("command_time_limit", "time", "1000s", "(later) how long a pipe may run"),
@@ -5025,26 +5025,38 @@ class WorkerPool:
         self.waiting = queue.SimpleQueue()
         self.guard = threading.Lock()
         self.threads = 0
-        self.busy = 0
-        self.open: set = set()
+        self.open: dict = {}  # what is served -> whose it is
 
-    def submit(self, connection: object) -> bool:
-        """Has a thread serve `connection`; False if there is none to spare."""
+    @property
+    def busy(self) -> int:
+        """How many threads serve somebody."""
+        return len(self.open)
+
+    def submit(self, connection: tuple, whose: str = "", share: int = 0) -> bool:
+        """Has a thread serve `connection`; False if there is none to spare.
+
+        One client (`whose`, "" for those who are trusted) gets no more than
+        its share of them.
+        """
+        with self.guard:
+            taken = sum(other == whose for other in self.open.values()) if whose else 0
+            if self.busy >= self.limit or whose and taken >= share:
+                return False
+            if self.busy >= self.threads and not self.start_thread():
+                return False
+            self.open[connection[0]] = whose
+        self.waiting.put(connection)
+        return True
+
+    def start_thread(self) -> bool:
+        """One thread more; False if the system has none for us."""
         import threading
 
-        with self.guard:
-            if self.busy >= self.limit:
-                return False
-            self.busy += 1
-            self.open.add(connection[0])
-            if self.busy > self.threads:
-                try:
-                    threading.Thread(target=self.work, daemon=True).start()
-                except RuntimeError:  # the system has no thread for us
-                    self.busy -= 1
-                    return False
-                self.threads += 1
-        self.waiting.put(connection)
+        try:
+            threading.Thread(target=self.work, daemon=True).start()
+        except RuntimeError:
+            return False
+        self.threads += 1
         return True
 
     def work(self) -> None:
@@ -5055,8 +5067,7 @@ class WorkerPool:
                 self.serve(*connection)
             finally:
                 with self.guard:
-                    self.busy -= 1
-                    self.open.discard(connection[0])
+                    del self.open[connection[0]]
 
     def hang_up(self) -> None:
         """Ends reading on every open connection: each says 421 and goes."""
@@ -5154,14 +5165,13 @@ class SmtpServer:
         """A socketserver.TCPServer on a bound socket, feeding the pool."""
         import socketserver  # 10 ms; only the daemon needs it
 
-        pool, refuse = self.pool, self.refuse
+        admit = self.admit
 
         class Server(socketserver.TCPServer):
             """Passes each connection on; a thread of the pool closes it."""
 
             def process_request(self, request: object, client_address: object) -> None:
-                if not pool.submit((request, client_address)):
-                    refuse(request)
+                admit(request, client_address)
 
             def handle_error(self, request: object, client_address: object) -> None:
                 """What goes wrong with one connection is that one's end."""
@@ -5171,8 +5181,26 @@ class SmtpServer:
         server.socket = listener
         return server
 
+    def admit(self, connection: object, address: object) -> None:
+        """Hands a connection to a thread of the pool, or turns it away."""
+        client = self.client_of(connection, address)
+        is_trusted = client.uid == 0 or (not client.is_local and client.may_relay)
+        whose = "" if is_trusted else str(client)
+        share = self.desk.settings.smtpd_client_connection_count_limit
+        if not self.pool.submit((connection, client), whose, share):
+            self.refuse(connection)
+
+    def client_of(self, connection: object, address: object) -> Client:
+        """Who has connected, by the word of the kernel."""
+        import socket
+
+        if connection.family == socket.AF_UNIX:
+            return Client("local", True, peer_uid(connection))
+        may_relay = address[0] in self.networks
+        return Client(address[0].replace("::ffff:", ""), may_relay)
+
     def refuse(self, connection: object) -> None:
-        """421 for a connection more than the pool has threads."""
+        """421 for one connection too many."""
         try:
             connection.setblocking(False)
             connection.send(bytes(TOO_MANY_SESSIONS))
@@ -5193,18 +5221,14 @@ class SmtpServer:
         except OSError:
             return
 
-    def converse(self, connection: object, address: object) -> None:
+    def converse(self, connection: object, client: Client) -> None:
         """One connection's life, in a thread of the pool."""
         import socket
 
         try:
             connection.settimeout(READ_TIMEOUT)
-            if connection.family == socket.AF_UNIX:
-                client = Client("local", True, peer_uid(connection))
-            else:
+            if not client.is_local:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                trusted = address[0] in self.networks
-                client = Client(address[0].replace("::ffff:", ""), trusted)
             if not Conversation(self.desk, connection, client).run():
                 self.linger(connection)
         except Exception as error:  # noqa: BLE001 one session's end, not the server's

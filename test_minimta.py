@@ -4614,6 +4614,22 @@ class TestWorkerPool:
         gate.set()
         assert pool.wait(PATIENCE)
 
+    def test_one_client_gets_no_more_than_its_share(self):
+        gate = threading.Event()
+        pool = minimta.WorkerPool(5, lambda name, address: gate.wait(PATIENCE))
+        got = [pool.submit((name, None), "uid=7", 2) for name in "abc"]
+        others = [pool.submit((name, None), "uid=8", 2) for name in "de"]
+        assert (got, others) == ([True, True, False], [True, True])
+        gate.set()
+        assert pool.wait(PATIENCE)
+
+    def test_who_is_trusted_has_no_share(self):
+        gate = threading.Event()
+        pool = minimta.WorkerPool(3, lambda name, address: gate.wait(PATIENCE))
+        assert all(pool.submit((name, None), "", 1) for name in "abc")
+        gate.set()
+        assert pool.wait(PATIENCE)
+
     def test_a_thread_serves_one_connection_after_the_other(self):
         served = []
         pool = minimta.WorkerPool(1, lambda name, address: served.append(name))

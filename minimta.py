@@ -231,6 +231,7 @@ def printable(text: str, limit: int = 1000) -> str:
 
 MINUTE, HOUR, DAY = 60, 3600, 86400  # seconds
 TIME_UNITS = {"s": 1, "m": MINUTE, "h": HOUR, "d": DAY, "w": 7 * DAY}
+NO_LIMIT = 1 << 60  # bytes
 SIZE_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
@@ -284,24 +285,24 @@ SETTINGS = (
     Setting("home_mailbox", "text", "", "(later) mailbox below the home"),
     Setting("mail_spool_directory", "path", "/var/mail", "where mailboxes are"),
     Setting("queue_directory", "path", "/var/spool/minimta", "the queue"),
-    Setting("message_size_limit", "size", "50M", "bytes of one message"),
+    Setting("message_size_limit", "limit", "50M", "bytes of one message; 0: any"),
     Setting("mailbox_size_limit", "size", "0", "bytes of a mailbox; 0: no limit"),
     Setting("queue_minfree", "size", "16M", "bytes that stay free on the queue's disk"),
-    Setting("smtpd_recipient_limit", "number", "1000", "recipients of one message"),
+    Setting("smtpd_recipient_limit", "count", "1000", "recipients of one message"),
     Setting(
         "smtpd_client_connection_count_limit",
-        "number",
+        "count",
         "50",
         "sessions of one client or user at once",
     ),
-    Setting("default_process_limit", "number", "100", "SMTP sessions at once"),
+    Setting("default_process_limit", "count", "100", "SMTP sessions at once"),
     Setting("command_time_limit", "time", "1000s", "(later) how long a pipe may run"),
     Setting("minimal_backoff_time", "time", "300s", "shortest wait between attempts"),
     Setting("maximal_backoff_time", "time", "4000s", "longest wait between attempts"),
     Setting("maximal_queue_lifetime", "time", "5d", "then mail is bounced"),
     Setting("bounce_queue_lifetime", "time", "5d", "then a bounce is given up"),
     Setting("delay_warning_time", "time", "4h", "(later) then the sender is warned"),
-    Setting("hopcount_limit", "number", "50", "Received lines of a looping message"),
+    Setting("hopcount_limit", "count", "50", "Received lines of a looping message"),
     Setting("mail_owner", "text", "", "user of the queue: minimta, daemon or nobody"),
     Setting("default_privs", "text", "nobody", "(later) user of commands in aliases"),
     Setting("maillog_file", "text", "", "log file; - is stdout; default: syslog"),
@@ -342,11 +343,18 @@ def read_list(text: str) -> tuple[str, ...]:
     return tuple(text.replace(",", " ").split())
 
 
+def read_count(text: str) -> int:
+    """A number from 1 up. Raises ValueError."""
+    return int(read_amount(text, {}) or "none at all")
+
+
 READERS = {
     "text": lambda text: text,
     "path": lambda text: text.rstrip("/") or "/",
     "list": read_list,
     "number": lambda text: read_amount(text, {}),
+    "count": read_count,
+    "limit": lambda text: read_amount(text, SIZE_UNITS) or NO_LIMIT,
     "port": lambda text: range(1 << 16).index(read_amount(text, {})),
     "size": lambda text: read_amount(text, SIZE_UNITS),
     "time": lambda text: read_amount(text, TIME_UNITS),
@@ -1521,6 +1529,22 @@ def parse_journal(text: bytes) -> list[Attempt]:
     return found
 
 
+def last_round(attempts: list[Attempt]) -> list[Attempt]:
+    """The lines of each recipient's last attempt: all that was open then."""
+    when = {attempt.recipient: attempt.when for attempt in attempts}
+    latest = {
+        (attempt.recipient, attempt.destination): attempt
+        for attempt in attempts
+        if attempt.when == when[attempt.recipient]
+    }
+    return list(latest.values())
+
+
+def open_recipients(attempts: list[Attempt]) -> set[str]:
+    """Those whose last attempt left something to do."""
+    return {a.recipient for a in last_round(attempts) if not a.is_final}
+
+
 class QueueEntry:
     """A message in the queue as mailq shows it, and as the daemon sends it.
 
@@ -1543,17 +1567,11 @@ class QueueEntry:
 
     def note(self, attempts: list[Attempt]) -> None:
         """Takes up what the journal says; a later line wins."""
-        waiting: dict[str, dict[str, str]] = {}
-        for attempt in attempts:
-            targets = waiting.setdefault(attempt.recipient, {})
-            targets[attempt.destination] = "" if attempt.is_final else attempt.text
-        for recipient, targets in waiting.items():
-            open_reasons = [text for text in targets.values() if text]
-            if open_reasons:
-                self.reasons[recipient] = open_reasons[0]
+        self.done = {a.recipient for a in attempts} - open_recipients(attempts)
+        for attempt in last_round(attempts):
+            if not attempt.is_final:
+                self.reasons.setdefault(attempt.recipient, attempt.text)
                 self.state = "deferred"
-            else:
-                self.done.add(recipient)
 
     def __bytes__(self) -> bytes:
         rows = [("id", self.queue_id), ("size", str(self.size)), ("state", self.state)]
@@ -2727,8 +2745,14 @@ class Spool:
             if os.geteuid() == 0 and size == 0:
                 os.fchown(fd, self.uid, self.gid)
             torn = size and os.pread(fd, 1, size - 1) != b"\n"
-            lines = b"".join(map(bytes, attempts))
-            write_all(fd, b"\n" + lines if torn else lines)
+            # What is still to do first: torn in the middle, the journal must
+            # not call a recipient done that is not.
+            lines = b"".join(map(bytes, sorted(attempts, key=lambda a: a.is_final)))
+            try:
+                write_all(fd, b"\n" + lines if torn else lines)
+            except OSError:
+                os.ftruncate(fd, size)
+                raise
             if any(attempt.is_final for attempt in attempts):
                 os.fsync(fd)
         finally:
@@ -3080,6 +3104,7 @@ class ForwardFiles:
 
 MAX_NULS = 1 << 26  # bytes at a mailbox's end that are cut off as torn
 SEARCH = 1 << 22  # bytes of a mailbox searched at once
+HEADER_SLACK = 1 << 12  # bytes that a reader may have added to a message
 OVERLAP = 1 << 16  # bytes of them searched again: the head of one message
 CLOCK_SLACK = 60  # seconds that a mailbox may seem older than a message in it
 STALE_LOCK = 500  # seconds until anybody's dotlock is broken; Postfix
@@ -3353,6 +3378,9 @@ class Mailbox:
         found: dict[str, int] = {}
         text, base = b"", 0
         while wanted:
+            skipped = self.skip_hole(base + len(text))
+            if skipped != base + len(text):
+                base, text = skipped, b""
             block = os.pread(self.fd, SEARCH, base + len(text))
             text += block
             for match in pattern.finditer(text):
@@ -3366,6 +3394,15 @@ class Mailbox:
                 break
             base, text = base + max(0, len(text) - OVERLAP), text[-OVERLAP:]
         return found
+
+    def skip_hole(self, place: int) -> int:
+        """Where the next data is: a file may be made of holes, and vast."""
+        if not hasattr(os, "SEEK_DATA"):
+            return place
+        try:
+            return os.lseek(self.fd, place, os.SEEK_DATA)
+        except OSError:
+            return place  # there is none, or the file system does not tell
 
     def already_has(self, offset: int | None, render: object) -> bool:
         """Whether a message is there already; a torn copy is cut off first.
@@ -3382,25 +3419,21 @@ class Mailbox:
         return self.has_end(offset, render())
 
     def has_end(self, offset: int, chunks: object) -> bool:
-        """Whether a message that was changed still has its last bytes.
+        """Whether a message that was changed is all there, its end included.
 
-        If not, it was torn, and something was appended behind it.
+        Readers add a line to the header. If it is shorter than it should be,
+        or ends otherwise, it was torn, and something was appended behind it.
         """
-        last = b""
+        tail, size = b"", 0
         for chunk in chunks:
-            last = (last + chunk)[-200:]
-        # The last paragraph only: its reader may have added to the header.
-        last = last.strip().rpartition(b"\n\n")[2]
-        text, place = b"", offset + 1
-        while last:
-            block = os.pread(self.fd, BLOCK, place)
-            text, place = text[-300:] + block, place + len(block)
-            end = text.find(b"\nFrom ")
-            if last in (text if end < 0 else text[:end]):
-                return True
-            if end >= 0 or not block:
-                return False
-        return True
+            tail, size = (tail + chunk)[-200:], size + len(chunk)
+        blank = len(tail) - len(tail.rstrip())
+        # The last paragraph only: what is above may be the header.
+        tail = tail.rstrip().rpartition(b"\n\n")[2]
+        text = os.pread(self.fd, size + HEADER_SLACK, offset)
+        end = text.find(b"\nFrom ")
+        entry = (text if end < 0 else text[:end]).rstrip()
+        return len(entry) >= size - blank and entry.endswith(tail)
 
     def compare(self, offset: int, chunks: object) -> str:
         """What stands at `offset`, held against the text it should have.
@@ -3813,7 +3846,14 @@ class Trail:
 
     def is_first(self, text: str) -> bool:
         """Whether this step leads to `text` for the first time; notes it."""
-        place = (text, self.steps[-1:])
+        return self.note((text, self.steps[-1:]))
+
+    def is_first_at(self, user: str) -> bool:
+        """Whether a user's ~/.forward is come to for the first time."""
+        return self.note(("user", user))
+
+    def note(self, place: tuple) -> bool:
+        """Notes that `place` was visited; whether it had not been."""
         is_first = place not in self.visited
         self.visited.add(place)
         return is_first
@@ -3903,7 +3943,8 @@ class Router:
             if value is None and self.users.lookup(name) is None:
                 value = BUILT_IN_ALIASES.get(name)
             if value is not None:
-                is_itself = trail.steps[-1:] == (("alias", name),)
+                # Its own name, in its value or in its .forward: the mailbox.
+                is_itself = trail.steps[-1:] in ((("alias", name),), (("user", name),))
                 return None if is_itself else (name, value)
         return None
 
@@ -3950,11 +3991,16 @@ class Router:
         on_the_way = trail.names("user")
         if is_plain or on_the_way[-1:] == [user.name]:
             return [mailbox]  # its own name in its .forward means the mailbox
+        loop = self.failed(address, "5.4.6", f"mail forwarding loop for {target}")
+        if user.name in on_the_way:
+            return [loop]
+        if not trail.is_first_at(user.name):
+            return []  # under another spelling: user+detail
         text = self.forward_text(user)
         if not text:
             return [mailbox]
-        if user.name in on_the_way or user.name in trail.passed:
-            return [self.failed(address, "5.4.6", f"mail forwarding loop for {target}")]
+        if user.name in trail.passed:
+            return [loop]
         return self.expand_forward(text, mailbox, trail.then("user", user.name))
 
     def find_user(self, local: str) -> User | None:
@@ -4088,8 +4134,7 @@ class ActiveMessage:
         latest = {(a.recipient, a.destination): a for a in self.journal}
         finished = {pair for pair, attempt in latest.items() if attempt.is_final}
         reached = {pair[1] for pair in finished if latest[pair].outcome == SENT}
-        waiting = {name for name, _ in latest.keys() - finished}
-        done = {name for name, _ in finished} - waiting
+        done = {a.recipient for a in self.journal} - open_recipients(self.journal)
         too_far = len(self.header.values("received")) > hopcount_limit
         seen = router.passed(self.header.values("delivered-to"))
         for recipient in self.file.envelope.recipients:
@@ -4163,14 +4208,19 @@ class Delivery:
             if task.message.queue_id in self.suspects
             and mailbox.modified > task.message.file.envelope.arrived - CLOCK_SLACK
         }
+        # All looked for before the first is added: only the last message of
+        # the file can be a torn one, and is cut off then.
         offsets = mailbox.find(wanted)
+        present = {
+            task
+            for task in tasks
+            if task.message.queue_id in wanted
+            and mailbox.already_has(offsets.get(task.message.queue_id), task.render)
+        }
         added = []
         for task in tasks:
-            queue_id = task.message.queue_id
             try:
-                if queue_id not in wanted or not mailbox.already_has(
-                    offsets.get(queue_id), task.render
-                ):
+                if task not in present:
                     mailbox.append(task.render())
                 added.append(task)
             except MailError as error:
@@ -4336,6 +4386,7 @@ BUSY_TRIES = 30  # seconds that a locked mailbox is waited for before it counts
 GRACE = 5  # seconds that sessions and relays have when the daemon is stopped
 MAX_RELAYS = 4  # relay processes at once, each with a batch of open files
 MAX_WAITING = 2 * BATCH  # remote recipients in line for them
+JOURNAL_ROOM = 1 << 20  # bytes free, or nothing is handed to a relay
 RELAY_PAUSE = 5  # seconds until one that found no place in the line asks again
 # What is imported on the way of a message, some of it with a user's rights.
 RUNNER_MODULES = ("mailbox", "fcntl", "mmap", "re", "heapq", "select", "tempfile")
@@ -4395,10 +4446,12 @@ class QueueRunner:
         self.schedule: list[tuple[float, str]] = []
         self.known: set[str] = set()
         self.busy: dict[str, int] = {}
+        self.early: set[str] = set()  # reports that wait for their messages
+        self.unsettled = set(spool.ids())
         self.jobs: dict[int, RelayJob] = {}
         self.waiting: list[Task] = []
         self.strangers: list[int] = []
-        self.delivery = Delivery(settings, users, set(spool.ids()))
+        self.delivery = Delivery(settings, users, set(self.unsettled))
         aliases = AliasDatabase(settings.alias_file, self.warn)
         self.router = Router(settings, aliases, users, ForwardFiles(), self.warn)
 
@@ -4503,11 +4556,16 @@ class QueueRunner:
     def take_up(self, queue_id: str, now: float) -> ActiveMessage | None:
         """Opens a message; one that is none is set aside."""
         file = None
+        self.early.discard(queue_id)
         try:
             file = self.spool.open(queue_id)
             if os.fstat(file.fd).st_mtime > now:
                 # Flushed: after a crash it must come before what is newer.
                 self.spool.wait_until(queue_id, now)
+            if self.is_early(queue_id, file.envelope.arrived):
+                os.close(file.fd)
+                self.early.add(queue_id)
+                return self.retry(queue_id, now + 0.5)
             message = ActiveMessage(file, self.spool.journal(queue_id), now)
         except FileNotFoundError:
             self.known.discard(queue_id)
@@ -4524,6 +4582,17 @@ class QueueRunner:
         if not message.journal and queue_id not in self.busy:
             self.log.active(queue_id, file.size, file.envelope)
         return message
+
+    def is_early(self, report_id: str, arrived: float) -> bool:
+        """Whether a crash came between a report and the note of it.
+
+        Its message is settled first, and then finds it still here.
+        """
+        parent = report_id.rpartition("B")[0]
+        if not {parent, report_id} <= self.unsettled or not self.spool.has(parent):
+            return False
+        journal = self.spool.journal(parent)
+        return not any(a.outcome == BOUNCED and a.when == arrived for a in journal)
 
     def set_aside(self, queue_id: str, why: str) -> None:
         """Keeps a message that cannot go anywhere, in corrupt/."""
@@ -4563,6 +4632,10 @@ class QueueRunner:
 
     def plan_relay(self, task: Task) -> None:
         """Puts a remote task in line, if there is a way out."""
+        if self.settings.relayhost and self.spool.free() < JOURNAL_ROOM:
+            # What cannot be noted would be sent again at each attempt.
+            task.error = MailError("4.3.1", "the queue's disk is full")
+            return
         if self.settings.relayhost and len(self.waiting) < MAX_WAITING:
             self.waiting.append(task)
             return
@@ -4604,6 +4677,7 @@ class QueueRunner:
     def settle(self, message: ActiveMessage) -> None:
         """Draws the consequences of an attempt: report, journal, next time."""
         message.is_settled = True
+        self.unsettled.discard(message.queue_id)
         try:
             with message.file:
                 self.conclude(message)
@@ -4612,7 +4686,9 @@ class QueueRunner:
             # What was delivered could not be noted: look before the next time.
             self.delivery.suspects.add(message.queue_id)
             self.log.warning("qmgr", f"{message.queue_id}: {error}")
-            self.retry(message, message.now + self.settings.minimal_backoff_time)
+            self.retry(
+                message.queue_id, message.now + self.settings.minimal_backoff_time
+            )
 
     def conclude(self, message: ActiveMessage) -> None:
         """What settle() does if all goes well. Raises OSError, MailError."""
@@ -4629,7 +4705,7 @@ class QueueRunner:
                 held = [found for task in later for found in task.attempts(now)]
                 self.spool.note(queue_id, attempts + held)
             if later:
-                self.retry(message, now + max(task.pause for task in later))
+                self.retry(message.queue_id, now + max(task.pause for task in later))
             else:
                 self.back_off(message, now)
         elif self.spool.has(queue_id):
@@ -4656,19 +4732,19 @@ class QueueRunner:
         self.delivery.suspects.discard(message.queue_id)
         self.log.removed(message.queue_id)
 
-    def retry(self, message: ActiveMessage, when: float) -> None:
+    def retry(self, queue_id: str, when: float) -> None:
         """Puts a message back on the schedule."""
-        self.known.discard(message.queue_id)
-        self.add(message.queue_id, when)
+        self.known.discard(queue_id)
+        self.add(queue_id, when)
 
     def back_off(self, message: ActiveMessage, now: float) -> None:
         """Sets the next attempt, by age and chance."""
         chance = os.urandom(1)[0] / 255
         shortest = self.settings.minimal_backoff_time
         longest = self.settings.maximal_backoff_time
-        when = now + retry_delay(message.age, shortest, longest, chance)
+        when = now + max(1.0, retry_delay(message.age, shortest, longest, chance))
         self.spool.wait_until(message.queue_id, when)
-        self.retry(message, when)
+        self.retry(message.queue_id, when)
 
     def is_expired(self, message: ActiveMessage) -> bool:
         """Whether what cannot be delivered now has had its time."""
@@ -4739,8 +4815,9 @@ class QueueRunner:
         import select
 
         self.flush()
-        while self.run_due(time.time()) or self.jobs:
-            for fd in select.select(list(self.jobs), [], [], 0.5 * bool(self.jobs))[0]:
+        while self.run_due(time.time()) or self.jobs or self.busy or self.early:
+            self.start_relays()
+            for fd in select.select(list(self.jobs), [], [], 0.2)[0]:
                 self.hear(fd)
             if self.jobs:
                 self.scan()  # what came meanwhile has nobody else
@@ -5873,6 +5950,14 @@ class Daemon:
                         text = f"process {child.name}[{pid}] ended with {status}"
                         self.house.log.warning("master", text)
 
+    def check_settings(self, before: Settings) -> None:
+        """Raises ProgramError for settings that the children could not use."""
+        settings = self.house.settings
+        Networks(settings.mynetworks)
+        queue_owner(settings, self.house.users)
+        if settings.queue_directory != before.queue_directory:
+            raise ProgramError(EX_CONFIG, "queue_directory: needs a restart")
+
     def reload(self) -> None:
         """Reads the settings again; bad ones change nothing."""
         import signal
@@ -5880,7 +5965,7 @@ class Daemon:
         before = self.house
         try:
             self.house = House(self.environ, self.path, before.log.echo)
-            Networks(self.house.settings.mynetworks)
+            self.check_settings(before.settings)
             self.bind_all()
         except ProgramError as error:
             self.house = before

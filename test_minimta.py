@@ -836,7 +836,8 @@ GOOD_VALUES = [
     ("smtpd_port=26", 26),
     # sizes: bytes, or a unit of 1024
     ("message_size_limit = 10", 10),
-    ("message_size_limit = 0", 0),
+    ("message_size_limit = 0", minimta.NO_LIMIT),
+    ("mailbox_size_limit = 0", 0),
     ("message_size_limit = 2k", 2 << 10),
     ("message_size_limit = 50M", 50 << 20),
     ("message_size_limit = 1g", 1 << 30),
@@ -2920,6 +2921,23 @@ def traced(program, *words):
 class TestSpool:
     """The queue's files."""
 
+    def test_a_journal_torn_anywhere_forgets_nothing(self, spool):
+        # One recipient, sent to one target and deferred at two.
+        outcomes = {
+            "mailbox a": "sent",
+            "remote b@x": "deferred",
+            "error c": "deferred",
+        }
+        spool.note(
+            "0000000000",
+            [make_attempt(outcome, where=where) for where, outcome in outcomes.items()],
+        )
+        data = Path(spool.path("journal", "0000000000")).read_bytes()
+        for end in range(len(data)):
+            attempts = minimta.parse_journal(data[:end])
+            names = {attempt.recipient for attempt in attempts}
+            assert minimta.open_recipients(attempts) == names
+
     def test_a_commit_is_write_fsync_rename_fsync_of_the_directory(self, spool):
         calls = traced(COMMIT_ONE, str(HERE), spool.directory, str(os.getuid()))
         top = re.escape(spool.directory)
@@ -3675,6 +3693,14 @@ class TestRedelivery:
         boxes.write_bytes(there)
         deliver_again(boxes, torn[1])
         assert boxes.read_bytes() == there
+
+    def test_half_a_copy_with_mail_behind_it_does_not_count(self, boxes, torn):
+        first, second = (b"".join(render()) for render in torn)
+        for cut in (first.index(b"some text"), len(first) - 4):
+            there = first[:cut] + b"\n\n" + OLD_MAIL
+            boxes.write_bytes(there)
+            deliver_again(boxes, torn[1])
+            assert boxes.read_bytes() == there + second
 
     def test_a_copy_with_nuls_in_it_does_not_count(self, boxes, torn):
         there = b"".join(torn[0]()).replace(b"some text", b"\0" * 9) + OLD_MAIL
@@ -5550,10 +5576,20 @@ class TestServe:
 
         wait_for(announced)
 
-    def test_sighup_with_bad_settings_keeps_the_old_ones(self, server):
-        server.write("etc/minimta.conf", "no_such_setting = 1\n")
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "no_such_setting = 1",
+            "default_process_limit = 0",
+            "mynetworks = everybody",
+            "queue_directory = /elsewhere",
+            pytest.param("mail_owner = nobody-here", marks=needs_root),
+        ],
+    )
+    def test_sighup_with_bad_settings_keeps_the_old_ones(self, server, text):
+        server.write("etc/minimta.conf", f"{text}\n")
         server.process.send_signal(signal.SIGHUP)
-        wait_for(lambda: "no_such_setting" in server.log())
+        wait_for(lambda: "settings not read" in server.log())
         server.send("payam@localhost", letter("still"))
         server.wait_message("payam", "still")
 
@@ -6261,6 +6297,20 @@ class TestForward:
             server.wait_message(user, "on")
         for user in set(LOCAL_USERS) - set(wanted.split()):
             assert server.messages(user) == []
+
+    def test_an_alias_and_a_forward_that_name_oneself_are_no_loop(self, server):
+        server.aliases("user1: user1, user2\n")
+        server.run("newaliases")
+        server.forward("user1", "user1, payam\n")
+        server.send("user1@localhost", letter("self"))
+        for user in LOCAL_USERS:
+            server.wait_message(user, "self")
+
+    def test_one_users_many_spellings_are_read_once(self, server):
+        server.forward("user1", ", ".join(f"user2+{n}" for n in range(500)))
+        server.forward("user2", ", ".join(f"payam+{n}" for n in range(500)))
+        server.send("user1@localhost", letter("many"))
+        server.wait_message("payam", "many")
 
     def test_a_chain_is_followed(self, server):
         server.forward("user1", "user2\n")

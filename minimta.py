@@ -4135,17 +4135,11 @@ class ActiveMessage:
         finished = {pair for pair, attempt in latest.items() if attempt.is_final}
         reached = {pair[1] for pair in finished if latest[pair].outcome == SENT}
         done = {a.recipient for a in self.journal} - open_recipients(self.journal)
-        too_far = len(self.header.values("received")) > hopcount_limit
         seen = router.passed(self.header.values("delivered-to"))
         for recipient in self.file.envelope.recipients:
             if recipient in done:
                 continue  # wherever the aliases may lead by now
-            if too_far:
-                error = MailError("5.4.6", "too many hops")
-                found = [Destination("error", recipient, error=error)]
-            else:
-                found = self.resolve(router, recipient, seen)
-            for destination in found:
+            for destination in self.resolve(router, recipient, seen, hopcount_limit):
                 if (recipient, destination.key) in finished:
                     continue
                 task = self.tasks.setdefault(destination.key, Task(self, destination))
@@ -4154,9 +4148,13 @@ class ActiveMessage:
                     task.done = ("2.0.0", "delivered already")
         return list(self.tasks.values())
 
-    def resolve(self, router: Router, recipient: str, seen: frozenset) -> list:
+    def resolve(
+        self, router: Router, recipient: str, seen: frozenset, hopcount_limit: int
+    ) -> list[Destination]:
         """The destinations of one recipient of the envelope."""
         try:
+            if len(self.header.values("received")) > hopcount_limit:
+                raise MailError("5.4.6", "too many hops")
             return router.resolve(Address.parse(recipient), seen)
         except MailError as error:
             return [Destination("error", recipient, error=error)]
@@ -4375,7 +4373,7 @@ class RelayJob:
         return list({id(task.message): task.message for task in self.tasks}.values())
 
 
-# == 18 Queue runner: QueueRunner, take_lock ==================================
+# == 18 Queue runner: Pickup, QueueRunner, take_lock ==========================
 # The schedule: which message is tried when, and what follows from it.
 # Failures: MailError for a queue that cannot be read; a message that cannot
 # is set aside.
@@ -4420,6 +4418,74 @@ def is_bounced(task: Task) -> bool:
     return bool(task.error) and not task.error.is_temporary
 
 
+class Pickup:
+    """Takes in what users left in the maildrop; run() is its door."""
+
+    def __init__(self, settings: Settings, spool: Spool, log: Log) -> None:
+        self.settings = settings
+        self.spool = spool
+        self.log = log
+        self.drop = Maildrop(spool.directory)
+
+    def run(self) -> None:
+        """Copies what users left in maildrop/ into the queue."""
+        import errno
+
+        try:
+            names = [name for name in os.listdir(self.drop.directory) if is_id(name)]
+        except OSError:
+            return
+        names = [name for name in names if len(name) == 10]  # no report's id
+        short = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
+        for name in sorted(names)[:1000]:
+            try:
+                self.take(name)
+            except MailError as error:
+                self.log.warning("pickup", f"maildrop/{name}: {error.text}")
+                if error.is_temporary:
+                    return  # no room: it stays where it is
+                self.put_away(name)
+            except Exception as error:  # noqa: BLE001 whatever a user wrote there
+                if getattr(error, "errno", None) in short:
+                    return  # our own trouble, not the drop's
+                self.log.warning("pickup", f"maildrop/{name}: {error}")
+                self.put_away(name)
+
+    def put_away(self, name: str) -> None:
+        """Moves a drop that is no message away, never following it.
+
+        Under a name of its own, so that nothing in corrupt/ is lost.
+        """
+        path = self.spool.path("corrupt", f"{name}.{os.urandom(6).hex()}")
+        try:
+            os.rename(f"{self.drop.directory}/{name}", path)
+        except OSError:
+            return
+
+    def take(self, name: str) -> None:
+        """Copies one drop; only its owner is believed, not what it says."""
+        limit = self.settings.message_size_limit + MAX_ENVELOPE
+        uid, file = self.drop.take(name, limit)
+        with file:
+            now = time.time()
+            sender = str(Address.parse(file.envelope.sender))
+            recipients = [str(Address.parse(r)) for r in file.envelope.recipients]
+            more = {"arrived": now, "origin": f"uid {uid}"}
+            if "SMTPUTF8" in file.envelope.body:
+                more["body"] = "8BITMIME SMTPUTF8"
+            envelope = Envelope(sender, recipients, **more)
+            # The same id again after a crash: the same message, not a second.
+            if not self.spool.has(name):
+                with self.spool.create(envelope, name) as draft:
+                    host = self.settings.myhostname
+                    draft.write(received_field({"uid": uid}, host, name, now))
+                    for chunk in file.chunks():
+                        draft.write(chunk)
+                    draft.commit()
+                self.log.accepted(name, Client("local", True, uid), envelope)
+        os.unlink(f"{self.drop.directory}/{name}")
+
+
 class QueueRunner:
     """Delivers what is due. One thread; needs the queue's lock.
 
@@ -4433,7 +4499,6 @@ class QueueRunner:
         spool: Spool,
         log: Log,
         users: Users,
-        fresh: set[str] = frozenset(),
     ) -> None:
         self.settings = settings
         self.spool = spool
@@ -4443,6 +4508,7 @@ class QueueRunner:
         if settings.relayhost:
             preload(*RELAY_MODULES)
         self.owner = queue_owner(settings, users)
+        self.pickup = Pickup(settings, spool, log)
         self.schedule: list[tuple[float, str]] = []
         self.known: set[str] = set()
         self.busy: dict[str, int] = {}
@@ -4469,7 +4535,7 @@ class QueueRunner:
 
     def scan(self) -> None:
         """Finds messages that nobody announced, in queue/ and maildrop/."""
-        self.pick_up()
+        self.pickup.run()
         for queue_id in self.spool.ids():
             if queue_id not in self.known:
                 try:
@@ -4481,60 +4547,6 @@ class QueueRunner:
         """Makes everything due now."""
         self.scan()
         self.schedule = [(0.0, queue_id) for _, queue_id in sorted(self.schedule)]
-
-    def pick_up(self) -> None:
-        """Copies what users left in maildrop/ into the queue."""
-        drop = Maildrop(self.spool.directory)
-        try:
-            names = [name for name in os.listdir(drop.directory) if is_id(name)]
-            names = [name for name in names if len(name) == 10]  # no report's id
-        except OSError:
-            return
-        for name in sorted(names)[:1000]:
-            try:
-                self.take_drop(drop, name)
-            except MailError as error:
-                self.log.warning("pickup", f"maildrop/{name}: {error.text}")
-                if error.is_temporary:
-                    return  # no room: it stays where it is
-                self.spool_away(drop, name)
-            except Exception as error:  # noqa: BLE001 whatever a user wrote there
-                self.log.warning("pickup", f"maildrop/{name}: {error}")
-                self.spool_away(drop, name)
-
-    def spool_away(self, drop: Maildrop, name: str) -> None:
-        """Moves a drop that is no message away, never following it.
-
-        Under a name of its own, so that nothing in corrupt/ is lost.
-        """
-        path = self.spool.path("corrupt", f"{name}.{os.urandom(6).hex()}")
-        try:
-            os.rename(f"{drop.directory}/{name}", path)
-        except OSError:
-            return
-
-    def take_drop(self, drop: Maildrop, name: str) -> None:
-        """Copies one drop; only its owner is believed, not what it says."""
-        limit = self.settings.message_size_limit + MAX_ENVELOPE
-        uid, file = drop.take(name, limit)
-        with file:
-            now = time.time()
-            sender = str(Address.parse(file.envelope.sender))
-            recipients = [str(Address.parse(r)) for r in file.envelope.recipients]
-            more = {"arrived": now, "origin": f"uid {uid}"}
-            if "SMTPUTF8" in file.envelope.body:
-                more["body"] = "8BITMIME SMTPUTF8"
-            envelope = Envelope(sender, recipients, **more)
-            # The same id again after a crash: the same message, not a second.
-            if not self.spool.has(name):
-                with self.spool.create(envelope, name) as draft:
-                    host = self.settings.myhostname
-                    draft.write(received_field({"uid": uid}, host, name, now))
-                    for chunk in file.chunks():
-                        draft.write(chunk)
-                    draft.commit()
-                self.log.accepted(name, Client("local", True, uid), envelope)
-        os.unlink(f"{drop.directory}/{name}")
 
     def run_due(self, now: float) -> bool:
         """Tries up to BATCH messages that are due; whether there were any."""
@@ -4700,16 +4712,16 @@ class QueueRunner:
         self.report(message, now)
         for attempt in attempts:
             self.log.attempt(queue_id, attempt, message.file.envelope.arrived)
-        if later or any(not attempt.is_final for attempt in attempts):
-            if attempts:
-                held = [found for task in later for found in task.attempts(now)]
-                self.spool.note(queue_id, attempts + held)
-            if later:
-                self.retry(message.queue_id, now + max(task.pause for task in later))
-            else:
-                self.back_off(message, now)
-        elif self.spool.has(queue_id):
+        if not later and all(attempt.is_final for attempt in attempts):
             self.finish(message)
+            return
+        if attempts:
+            held = [found for task in later for found in task.attempts(now)]
+            self.spool.note(queue_id, attempts + held)
+        if later:
+            self.retry(queue_id, now + max(task.pause for task in later))
+        else:
+            self.back_off(message, now)
 
     def put_off(self, message: ActiveMessage) -> list[Task]:
         """Takes out tasks that can wait a moment, which is no deferral yet.
@@ -4727,10 +4739,11 @@ class QueueRunner:
 
     def finish(self, message: ActiveMessage) -> None:
         """Removes a message that every recipient is done with."""
-        self.spool.remove(message.queue_id)
         self.known.discard(message.queue_id)
         self.delivery.suspects.discard(message.queue_id)
-        self.log.removed(message.queue_id)
+        if self.spool.has(message.queue_id):  # it may be set aside
+            self.spool.remove(message.queue_id)
+            self.log.removed(message.queue_id)
 
     def retry(self, queue_id: str, when: float) -> None:
         """Puts a message back on the schedule."""
@@ -4792,15 +4805,18 @@ class QueueRunner:
         header = bytes(message.header)
         if kind == "notice":  # of a report, the text tells what was lost
             header += b"\n" + message.header.rest
-        report = Report(self.settings, to, failures, header)
-        sealed = Envelope("", [to], arrived=now, origin=origin, kind=kind)
-        with self.spool.create(sealed, report_id) as draft:
-            host = self.settings.myhostname
+        envelope = Envelope("", [to], arrived=now, origin=origin, kind=kind)
+        self.post(Report(self.settings, to, failures, header), envelope, report_id)
+        self.log.reported(message.queue_id, report_id)
+        self.add(report_id, now)
+
+    def post(self, report: Report, envelope: Envelope, report_id: str) -> None:
+        """Puts a report into the queue. Raises MailError."""
+        host, now = self.settings.myhostname, envelope.arrived
+        with self.spool.create(envelope, report_id) as draft:
             draft.write(received_field({}, host, report_id, now))
             draft.write(report.fields(report_id, now) + bytes(report))
             draft.commit()  # the bounce is safe
-        self.log.reported(message.queue_id, report_id)
-        self.add(report_id, now)
 
     def has_report(self, report_id: str, origin: str) -> bool:
         """Whether a report was queued before a crash."""
@@ -6612,27 +6628,32 @@ class SendmailOptions:
                 return
             if len(word) < 2 or word[0] != "-":
                 self.recipients.append(word)
-                continue
-            letters = word[1:]
-            while letters:
-                letter, letters = letters[0], letters[1:]
-                kind = SENDMAIL_FLAGS.get(letter)
-                if kind is None:
-                    raise ProgramError(
-                        EX_USAGE,
-                        f"illegal option -- {printable(letter)}: see sendmail --help",
-                    )
-                value = ""
-                if kind:
-                    value, letters = letters, ""
-                if letter + value == "oA" and args:
-                    value += args.pop(0)
-                if kind == ":" and not value:
-                    if not args:
-                        text = f"option requires an argument -- {letter}: see --help"
-                        raise ProgramError(EX_USAGE, text)
-                    value = args.pop(0)
-                self.take(letter, value)
+            else:
+                self.read_letters(word[1:], args)
+
+    def read_letters(self, letters: str, args: list[str]) -> None:
+        """Takes a word of options, `-ti` or `-fADDR`, perhaps the next too."""
+        while letters:
+            letter, letters = letters[0], letters[1:]
+            kind = SENDMAIL_FLAGS.get(letter)
+            if kind is None:
+                text = f"illegal option -- {printable(letter)}: see sendmail --help"
+                raise ProgramError(EX_USAGE, text)
+            value = ""
+            if kind:
+                value, letters = self.argument(letter, letters, args), ""
+            self.take(letter, value)
+
+    def argument(self, letter: str, glued: str, args: list[str]) -> str:
+        """What an option says: the rest of its word, or the next one."""
+        if letter + glued == "oA" and args:
+            return glued + args.pop(0)
+        if glued or SENDMAIL_FLAGS[letter] == "?":
+            return glued
+        if not args:
+            text = f"option requires an argument -- {letter}: see --help"
+            raise ProgramError(EX_USAGE, text)
+        return args.pop(0)
 
     def take(self, letter: str, value: str) -> None:
         """One option; letters without a row here mean nothing to us."""
@@ -7253,6 +7274,16 @@ def fault(error: Exception) -> str:
     return f"{type(error).__name__}: {error}: a fault of minimta's, please report it"
 
 
+def run_program(program: object, args: list[str]) -> int:
+    """Runs a program, or says what it is."""
+    if "--version" in args[:1]:
+        return print_version()
+    if "--help" in args[:1]:
+        print_help(program)
+        return EX_OK
+    return program(args, dict(os.environ))
+
+
 def main(argv: list[str]) -> int:
     """Runs the program that argv[0] names, else argv[1]; its exit code.
 
@@ -7262,14 +7293,8 @@ def main(argv: list[str]) -> int:
     name, args = os.path.basename(argv[0]), argv[1:]
     if name not in PROGRAMS and args and args[0] in PROGRAMS:
         name, args = args[0], args[1:]
-    program = PROGRAMS.get(name, cmd_help)
     try:
-        if "--version" in args[:1]:
-            return print_version()
-        if "--help" in args[:1]:
-            print_help(program)
-            return EX_OK
-        return program(args, dict(os.environ))
+        return run_program(PROGRAMS.get(name, cmd_help), args)
     except ProgramError as error:
         complain(name, str(error))
         return error.code

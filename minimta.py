@@ -5806,29 +5806,51 @@ class Daemon:
         self.listeners = bound
 
     def bind(self, host: str, port: int) -> object:
-        """A listening socket, None for IPv6 on a host that has none."""
+        """A listening socket, None for IPv6 on a host that has none.
+
+        Raises ProgramError. An address in use may be a killed daemon's, for
+        as long as the kernel is not done with it.
+        """
         import errno
+
+        give_up = time.monotonic() + LOCK_PATIENCE
+        while True:
+            try:
+                return self.bind_once(host, port)
+            except OSError as error:
+                if ":" in host and error.errno in (
+                    errno.EADDRNOTAVAIL,
+                    errno.EAFNOSUPPORT,
+                ):
+                    return None
+                in_use = error.errno == errno.EADDRINUSE
+                if not in_use or time.monotonic() > give_up:
+                    raise self.bind_failure(f"{host}:{port}", error) from None
+            time.sleep(0.05)
+
+    def bind_once(self, host: str, port: int) -> object:
+        """A listening socket. Raises OSError."""
         import socket
 
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family)
         try:
-            listener = socket.socket(family)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listener.bind((host, port))
             listener.listen(BACKLOG)
-        except OSError as error:
-            if ":" in host and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                return None
-            code = EX_NOPERM if isinstance(error, PermissionError) else EX_OSERR
-            todo = "stop the other mail server, or set smtpd_port"
-            if code == EX_NOPERM:
-                todo = "run as root, or set smtpd_port above 1023"
-            raise ProgramError(
-                code, f"{host}:{port}: {error.strerror}: {todo}"
-            ) from None
+        except OSError:
+            listener.close()
+            raise
         return listener
+
+    def bind_failure(self, place: str, error: OSError) -> ProgramError:
+        """What to tell about an address that cannot be listened on."""
+        code, todo = EX_OSERR, "stop the other mail server, or set smtpd_port"
+        if isinstance(error, PermissionError):
+            code, todo = EX_NOPERM, "run as root, or set smtpd_port above 1023"
+        return ProgramError(code, f"{place}: {error.strerror}: {todo}")
 
     def bind_submit(self) -> object:
         """The submit socket. The queue is locked: an old one is nobody's."""

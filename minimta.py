@@ -3621,7 +3621,7 @@ class Folder:
         came = old[self.size - offset :]
         new = b"".join(self.rewritten(m) for m in kept if m.start >= offset) + came
         aside = self.keep_aside(old)
-        if len(new) > len(old):
+        if len(new) > len(old) and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self.fd, offset, len(new))  # a full disk shows here
         os.lseek(self.fd, offset, os.SEEK_SET)
         write_all(self.fd, new)
@@ -7291,6 +7291,9 @@ def open_standard_files() -> bool:
 
 def fault(error: Exception) -> str:
     """The words for what no program expected."""
+    if isinstance(error, ImportError):
+        what = f"this Python has no module {error.name}"
+        return f"{what}: install the whole of python3, not a part of it"
     if isinstance(error, OSError):
         return f"{error.filename or 'system'}: {error.strerror}: mend that first"
     return f"{type(error).__name__}: {error}: a fault of minimta's, please report it"
@@ -7329,7 +7332,8 @@ def main(argv: list[str]) -> int:
         return 130  # 128 + SIGINT, as shells count
     except Exception as error:  # noqa: BLE001 a traceback is nobody's message
         complain(name, fault(error))
-        return EX_OSERR if isinstance(error, OSError) else EX_SOFTWARE
+        kinds = ((OSError, EX_OSERR), (ImportError, EX_UNAVAILABLE))
+        return next((code for k, code in kinds if isinstance(error, k)), EX_SOFTWARE)
 
 
 if __name__ == "__main__":

@@ -5360,6 +5360,20 @@ MAIN_ROWS = [
 class TestMain:
     """The one place that ends in words."""
 
+    def test_a_python_without_a_module_is_told_so(self, instance):
+        instance.aliases("a: b\n")
+        code = (
+            "import sys; sys.modules['dbm'] = None; sys.path.insert(0, sys.argv[1]);"
+            "import minimta; sys.exit(minimta.main(['newaliases']))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-IS", "-c", code, HERE],
+            capture_output=True,
+            env=instance.env(),
+        )
+        assert_one_clear_line(Result(done.returncode, done.stdout, done.stderr), 69)
+        assert b"no module dbm" in done.stderr
+
     @pytest.mark.parametrize(("argv", "code", "out", "err"), MAIN_ROWS)
     def test_a_program_ends_in_a_code_and_a_line(self, capfd, argv, code, out, err):
         assert minimta.main(argv) == code

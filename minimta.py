@@ -3535,8 +3535,7 @@ class Folder:
         import re
 
         pattern = re.compile(rb"^From [^\n]*\d\d:\d\d[^\n]*\d{4}", re.MULTILINE)
-        with open(self.path, "rb") as file:
-            text = file.read()
+        text = self.read_at(0, os.fstat(self.fd).st_size)
         starts = (
             [
                 match.start()
@@ -3557,9 +3556,23 @@ class Folder:
             lines = text.count(b"\n", start, end)
             self.messages.append(FolderMessage(start, end, lines, status))
 
+    def read_at(self, start: int, size: int) -> bytes:
+        """A part of the file; never by another descriptor.
+
+        To close that one would give up the fcntl lock, POSIX says.
+        """
+        blocks, place = [], start
+        while place < start + size:
+            block = os.pread(self.fd, min(SEARCH, start + size - place), place)
+            if not block:
+                break
+            blocks.append(block)
+            place += len(block)
+        return b"".join(blocks)
+
     def read(self, message: FolderMessage) -> tuple[bytes, Header]:
         """(From_ line, header with the body as its rest) of one message."""
-        text = os.pread(self.fd, message.end - message.start, message.start)
+        text = self.read_at(message.start, message.end - message.start)
         first, _, rest = text.partition(b"\n")
         return first, Header.parse(rest)
 
@@ -3593,8 +3606,7 @@ class Folder:
     def fingerprint(self) -> tuple[int, int]:
         """What differs if anything but the file's end was changed since."""
         now = os.stat(self.path)
-        text = os.pread(self.fd, self.size, 0)
-        return now.st_ino, hash(text)
+        return now.st_ino, hash(self.read_at(0, self.size))
 
     def lock_patiently(self) -> None:
         """Waits for a deliverer to finish, thirty seconds at the most."""
@@ -3617,7 +3629,7 @@ class Folder:
         end = os.fstat(self.fd).st_size
         if offset == self.size:
             return
-        old = os.pread(self.fd, end - offset, offset)
+        old = self.read_at(offset, end - offset)
         came = old[self.size - offset :]
         new = b"".join(self.rewritten(m) for m in kept if m.start >= offset) + came
         aside = self.keep_aside(old)

@@ -348,9 +348,16 @@ def read_count(text: str) -> int:
     return int(read_amount(text, {}) or "none at all")
 
 
+def read_path(text: str) -> str:
+    """An absolute path. Raises ValueError."""
+    if not text.startswith("/"):
+        raise ValueError(text)
+    return text.rstrip("/") or "/"
+
+
 READERS = {
     "text": lambda text: text,
-    "path": lambda text: text.rstrip("/") or "/",
+    "path": read_path,
     "list": read_list,
     "number": lambda text: read_amount(text, {}),
     "count": read_count,
@@ -494,10 +501,13 @@ class Settings:
     def read(self, row: Setting) -> object:
         """The value of a row in its kind's type. Raises ProgramError."""
         text = self.expand(self.texts[row.name])
+        where = self.sources.get(row.name, "settings")
+        if "$" in text:
+            why = f"{where}: {row.name} = {text}: there is no such setting"
+            raise ProgramError(EX_CONFIG, why)
         try:
             return READERS[row.kind](text)
         except ValueError:
-            where = self.sources.get(row.name, "settings")
             raise ProgramError(
                 EX_CONFIG, f"{where}: {row.name} = {text} is not a {row.kind}"
             ) from None
@@ -3287,10 +3297,16 @@ class Mailbox:
 
     def failure(self, error: OSError) -> MailError:
         """The failure for an error of the mailbox's disk or directory."""
-        import errno
-
-        why = "is a symbolic link" if error.errno == errno.ELOOP else error.strerror
-        return MailError("4.2.0", f"mailbox {self.path}: {why}")
+        why = f": {error.strerror}"
+        try:
+            seen = os.lstat(self.path)
+            if seen.st_mode & 0o170000 == 0o120000:
+                why = " is a symbolic link"
+            elif seen.st_uid != self.owner:
+                why = " does not belong to its user"
+        except OSError:
+            pass  # it is not there, or not to be seen
+        return MailError("4.2.0", f"mailbox {self.path}{why}")
 
     def make_sure(self) -> bool:
         """Makes the file if there is none; looks at it if there is.
@@ -3504,8 +3520,9 @@ class Folder:
     Read with the reader's own rights; write() keeps mail that came meanwhile.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, home: str = "") -> None:
         self.path = path
+        self.home = home  # the reader's, for what needs a place for a moment
         self.messages: list[FolderMessage] = []
         self.size = 0
         flags = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
@@ -3645,14 +3662,19 @@ class Folder:
         """Writes what is about to be replaced to a file of its own."""
         import tempfile
 
-        folder = os.path.dirname(self.path)
-        if not os.access(folder, os.W_OK):
-            folder = os.path.expanduser("~")
-        fd, path = tempfile.mkstemp(".rescued", ".mail-", folder)
-        write_all(fd, text)
-        os.fsync(fd)
-        os.close(fd)
-        return path
+        for folder in (os.path.dirname(self.path), self.home, "/var/tmp", "/tmp"):
+            try:
+                fd, path = tempfile.mkstemp(".rescued", ".mail-", folder or None)
+            except OSError:
+                continue  # not ours to write
+            try:
+                write_all(fd, text)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            return path
+        why = f"no place for a copy of {self.path}: make {self.home} writable"
+        raise ProgramError(EX_CANTCREAT, why)
 
 
 # == 15 Relay: Relay, split_host ==============================================
@@ -4206,6 +4228,9 @@ class Delivery:
                 task.pause = 1
         except MailError as error:
             self.fail(tasks, error)
+        except OSError as error:
+            owner = user.uid if os.geteuid() == 0 else os.geteuid()
+            self.fail(tasks, Mailbox(path, owner).failure(error))
         except Exception as error:  # noqa: BLE001 one mailbox must not stop the others
             why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             self.fail(tasks, MailError("4.2.0", f"mailbox {path}: {why}"))
@@ -4272,6 +4297,7 @@ class Delivery:
         try:
             seen = os.fstat(fd)
             if seen.st_uid == 0 and seen.st_size == 0 and seen.st_nlink == 1:
+                os.fchmod(fd, 0o600)
                 os.fchown(fd, user.uid, user.gid)
                 sync_folder(os.path.dirname(path))
         finally:
@@ -5649,6 +5675,8 @@ class Submission:
                 spool.make()
         except ProgramError as error:
             raise MailError("4.3.0", str(error)) from None
+        if spool.free() < self.settings.queue_minfree:
+            raise MailError("4.3.1", "Insufficient system storage")
         envelope = self.envelope(letter)
         with spool.create(envelope) as draft:
             host, now = self.settings.myhostname, envelope.arrived
@@ -5859,7 +5887,11 @@ class Daemon:
 
     def bind_failure(self, place: str, error: OSError) -> ProgramError:
         """What to tell about an address that cannot be listened on."""
+        import errno
+
         code, todo = EX_OSERR, "stop the other mail server, or set smtpd_port"
+        if error.errno != errno.EADDRINUSE:
+            todo = "set inet_interfaces to addresses of this host"
         if isinstance(error, PermissionError):
             code, todo = EX_NOPERM, "run as root, or set smtpd_port above 1023"
         return ProgramError(code, f"{place}: {error.strerror}: {todo}")
@@ -6087,7 +6119,9 @@ def sender_name(header: Header, from_line: bytes) -> str:
     """The name of a message's author as the header list shows it."""
     value = (header.values("from") or [""])[0]
     name, angle, _ = value.partition("<")
-    if angle and name.strip():
+    if not angle and value.endswith(")"):  # user@host (A Name)
+        name = value.partition("(")[2][:-1]
+    if (angle or name != value) and name.strip():
         return decoded(name.strip().strip('"'))
     try:
         found = AddressScanner(value).scan()
@@ -6138,12 +6172,20 @@ class Terminal:
         """A line on standard error."""
         write_all(2, f"{printable(text)}\n".encode("utf-8", "replace"))
 
+    def read(self) -> bytes:
+        """Some bytes of standard input. Raises ProgramError."""
+        try:
+            return os.read(0, BLOCK)
+        except OSError as error:
+            why = f"standard input cannot be read: {error.strerror}: give it some"
+            raise ProgramError(EX_NOINPUT, why) from None
+
     def read_line(self, prompt: str) -> bytes | None:
         """A line without its end, None at the end of the input."""
         if prompt and self.is_interactive:
             self.say(prompt)
         while b"\n" not in self.buffer:
-            data = os.read(0, 1 << 16)
+            data = self.read()
             if not data:
                 line, self.buffer = self.buffer, b""
                 return line or None
@@ -6156,7 +6198,7 @@ class Terminal:
         blocks = [self.buffer]
         self.buffer = b""
         while blocks[-1] or len(blocks) == 1:
-            blocks.append(os.read(0, BLOCK))
+            blocks.append(self.read())
         text = b"".join(blocks).replace(b"\r\n", b"\n")
         return text if not text or text.endswith(b"\n") else text + b"\n"
 
@@ -7166,7 +7208,7 @@ def read_mail(house: House, options: dict, environ: dict, words: list[str]) -> i
         where = f"{path}: no mail" if "-f" in options else f"No mail for {name}"
         write_all(2, os_bytes(printable(where) + "\n"))
         return 1
-    reader = MailReader(house, Terminal(), Folder(path))
+    reader = MailReader(house, Terminal(), Folder(path, house.user.home))
     if "-H" in options:
         for number in range(1, len(reader.messages) + 1):
             reader.terminal.say(reader.summary(number) + "\n")
@@ -7327,6 +7369,9 @@ def main(argv: list[str]) -> int:
     The only place that turns an error into a line on stderr.
     """
     open_standard_files()
+    if sys.version_info < (3, 9):  # noqa: UP036 whoever links it finds out here
+        complain("minimta", "Python 3.9 is needed: write a newer one behind pinned=")
+        return EX_UNAVAILABLE
     name, args = os.path.basename(argv[0]), argv[1:]
     if name not in PROGRAMS and args and args[0] in PROGRAMS:
         name, args = args[0], args[1:]

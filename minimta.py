@@ -113,6 +113,7 @@ To understand everything else, start at main(), the last function.
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import time
 
@@ -2866,7 +2867,7 @@ class Maildrop:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         fd = os.open(f"{self.directory}/{name}", flags)
         seen = os.fstat(fd)
-        regular = seen.st_mode & 0o170000 == 0o100000
+        regular = stat.S_ISREG(seen.st_mode)
         try:
             if not regular or seen.st_nlink != 1 or seen.st_size > limit:
                 raise ValueError("not a regular file of one name and a sane size")
@@ -3097,7 +3098,7 @@ class ForwardFiles:
     def problem(self, seen: os.stat_result, home: os.stat_result, owners: tuple) -> str:
         """Why the file must not be trusted, or ""."""
         checks = (
-            (seen.st_mode & 0o170000 != 0o100000, "is not a regular file"),
+            (not stat.S_ISREG(seen.st_mode), "is not a regular file"),
             (seen.st_uid not in owners, "does not belong to its user"),
             (seen.st_mode & 0o022, "is writable by others"),
             (home.st_mode & 0o022, "is in a home that is writable by others"),
@@ -3300,7 +3301,7 @@ class Mailbox:
         why = f": {error.strerror}"
         try:
             seen = os.lstat(self.path)
-            if seen.st_mode & 0o170000 == 0o120000:
+            if stat.S_ISLNK(seen.st_mode):
                 why = " is a symbolic link"
             elif seen.st_uid != self.owner:
                 why = " does not belong to its user"
@@ -3331,7 +3332,7 @@ class Mailbox:
         at_path = os.lstat(self.path)
         same = (at_path.st_dev, at_path.st_ino) == (seen.st_dev, seen.st_ino)
         problems = (
-            (seen.st_mode & 0o170000 != 0o100000, "is not a regular file"),
+            (not stat.S_ISREG(seen.st_mode), "is not a regular file"),
             (not same, "was replaced while it was opened"),
             (seen.st_nlink != 1, "has more than one name"),
             (seen.st_uid != self.owner, "does not belong to its user"),
@@ -3535,7 +3536,7 @@ class Folder:
                 self.is_read_only = True
         except OSError as error:
             raise ProgramError(1, f"{path}: {error.strerror}") from None
-        if os.fstat(self.fd).st_mode & 0o170000 != 0o100000:
+        if not stat.S_ISREG(os.fstat(self.fd).st_mode):
             raise ProgramError(1, f"{path}: not a regular file")
         self.lock = MailboxLock(path, self.fd)
         if self.is_read_only:
@@ -4155,6 +4156,7 @@ class ActiveMessage:
         self.journal = journal
         self.now = now
         self.header = file.header()
+        self.hops = len(self.header.values("received"))
         self.tasks: dict[str, Task] = {}
         self.is_settled = False
 
@@ -4187,7 +4189,7 @@ class ActiveMessage:
     ) -> list[Destination]:
         """The destinations of one recipient of the envelope."""
         try:
-            if len(self.header.values("received")) > hopcount_limit:
+            if self.hops > hopcount_limit:
                 raise MailError("5.4.6", "too many hops")
             return router.resolve(Address.parse(recipient), seen)
         except MailError as error:
@@ -4232,7 +4234,7 @@ class Delivery:
             owner = user.uid if os.geteuid() == 0 else os.geteuid()
             self.fail(tasks, Mailbox(path, owner).failure(error))
         except Exception as error:  # noqa: BLE001 one mailbox must not stop the others
-            why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            why = f"{type(error).__name__}: {error}"
             self.fail(tasks, MailError("4.2.0", f"mailbox {path}: {why}"))
 
     def append(self, mailbox: Mailbox, tasks: list[Task]) -> None:
@@ -4425,7 +4427,7 @@ MAX_WAITING = 2 * BATCH  # remote recipients in line for them
 JOURNAL_ROOM = 1 << 20  # bytes free, or nothing is handed to a relay
 RELAY_PAUSE = 5  # seconds until one that found no place in the line asks again
 # What is imported on the way of a message, some of it with a user's rights.
-RUNNER_MODULES = ("mailbox", "fcntl", "mmap", "re", "heapq", "select", "tempfile")
+RUNNER_MODULES = ("mailbox", "fcntl", "re", "heapq", "select", "tempfile")
 RELAY_MODULES = ("smtplib", "encodings.idna", "stringprep")
 
 

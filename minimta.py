@@ -41,10 +41,10 @@ mass mailer. The way of a message (the boxes are names in this file):
   sendmail, mail --> submit socket --.
                 `--> Maildrop ---.   |
                                  v   v
-  SmtpServer -----------------> Spool --> QueueRunner --> Delivery --> Mailbox
-                                 ^                           |
-                                 |                           `--> Relay
-                                 `-- Report <-- a recipient was bounced
+  SmtpServer -----------------> Spool --> QueueRunner --> Delivery --> Mailbox,
+                                 ^             |           FileBox, MaildirBox
+                                 |             `-> Lanes --> RelayJob, PipeJob
+                                 `-- Reporter <-- a recipient was bounced
 
 CONTENTS
 
@@ -57,25 +57,27 @@ CONTENTS
      6 Queue words
      7 Dialogue
      8 Reports
+     9 Trees
   HANDS  each owns one thing outside the program
-     9 Log
-    10 Users
-    11 Spool
-    12 Alias database
-    13 Mailboxes
-    14 Folders
-    15 Relay
+    10 Log
+    11 Users
+    12 Spool
+    13 Alias database
+    14 Mailboxes
+    15 Folders
+    16 Commands
+    17 Relay
   WORK   what is done with them
-    16 Routing
-    17 Delivery
-    18 Queue runner
-    19 SMTP server
-    20 Submission
-    21 Daemon
-    22 Mail reader
+    18 Routing
+    19 Delivery
+    20 Queue runner
+    21 SMTP server
+    22 Submission
+    23 Daemon
+    24 Mail reader
   DOORS  the programs
-    23 Programs
-    24 Dispatch
+    25 Programs
+    26 Dispatch
 
 LAWS
 
@@ -93,7 +95,8 @@ THE QUEUE, and what a crash leaves in each state
                                      fsynced; the runner delivers it
       -           +          +       tried: the journal has a line for each
                                      attempt; recipients it calls sent or
-                                     bounced are not tried again
+                                     bounced are not tried again, nor the
+                                     members of a list that it calls sent
       -           -          +       done: the journal is removed last
 
 A queue file never changes after its rename. Its mtime is its next attempt.
@@ -194,14 +197,22 @@ class MailError(Exception):
     """Why a recipient or a message fails: enhanced status and one sentence.
 
     `status` is "4.x.y" (try again) or "5.x.y" (never), RFC 3463; `relay` says
-    who refused, as the log's relay= shows it.
+    who refused, as the log's relay= shows it; `code` is the SMTP reply's,
+    0 where the status decides.
     """
 
-    def __init__(self, status: str, text: str, relay: str = "local") -> None:
+    def __init__(
+        self, status: str, text: str, relay: str = "local", code: int = 0
+    ) -> None:
         super().__init__(text)
         self.status = status
         self.text = text
         self.relay = relay
+        self.code = code
+
+    def fields(self) -> tuple:
+        """Status, text and reply code."""
+        return self.status, self.text, self.code
 
     @property
     def is_temporary(self) -> bool:
@@ -212,6 +223,50 @@ class MailError(Exception):
     def exit_code(self) -> int:
         """What `sendmail` exits with for it."""
         return next(c for prefix, c in EXIT_CODES if self.status.startswith(prefix))
+
+
+def is_number(text: str) -> bool:
+    """Whether `text` is a number of up to three decimal digits."""
+    return text.isascii() and text.isdigit() and len(text) <= 3
+
+
+def is_status(text: str) -> bool:
+    """Whether `text` is an enhanced status code, RFC 3463 section 2.
+
+    >>> is_status("5.7.1"), is_status("5.7")
+    (True, False)
+    """
+    parts = text.split(".")
+    is_class = parts[0] in ("2", "4", "5")
+    return len(parts) == 3 and is_class and all(map(is_number, parts))
+
+
+def read_refusal(text: str, code: int) -> MailError:
+    """The failure that `[550] [5.7.1] text` spells; `code` where none is said.
+
+    `code` 0 leaves it to the status.
+
+    >>> read_refusal("550 5.7.1 no entry", 0).fields()
+    ('5.7.1', 'no entry', 550)
+    """
+    word, _, rest = text.partition(" ")
+    if is_number(word) and len(word) == 3 and word[0] in "45":
+        code, text = int(word), rest.strip()
+    word, _, rest = text.partition(" ")
+    code = code or (450 if word.startswith("4.") else 550)
+    status = f"{code // 100}.0.0"
+    if is_status(word):
+        # Where the two contradict each other, the code says what is meant.
+        status, text = status[0] + word[1:], rest.strip()
+    return MailError(status, text or "mail is not accepted here", code=code)
+
+
+def nearest(name: str, names: object) -> str:
+    """`did you mean X?` for the one of `names` that is like `name`, or ""."""
+    import difflib  # 12 ms; only a mistake needs it
+
+    near = difflib.get_close_matches(name, list(names), 1, 0.6)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def printable(text: str, limit: int = 1000) -> str:
@@ -279,11 +334,11 @@ SETTINGS = (
     Setting("smtpd_tls_cert_file", "text", "", "(later) the listener's certificate"),
     Setting("smtpd_tls_key_file", "text", "", "(later) its key"),
     Setting("smtpd_sasl_password_file", "text", "", "(later) who may authenticate"),
-    Setting("alias_maps", "list", "/etc/aliases", "the aliases file"),
+    Setting("alias_maps", "list", "/etc/aliases", "the aliases files"),
     Setting("recipient_delimiter", "text", "+", "user+detail is user's mail"),
     Setting("luser_relay", "text", "", "who gets mail for unknown local users"),
-    Setting("mailbox_transport", "text", "", "(later) lmtp: another mail store"),
-    Setting("home_mailbox", "text", "", "(later) mailbox below the home"),
+    Setting("mailbox_transport", "text", "", "lmtp: another mail store"),
+    Setting("home_mailbox", "text", "", "mailbox below the home; Maildir with / last"),
     Setting("mail_spool_directory", "path", "/var/mail", "where mailboxes are"),
     Setting("queue_directory", "path", "/var/spool/minimta", "the queue"),
     Setting("message_size_limit", "limit", "50M", "bytes of one message; 0: any"),
@@ -297,15 +352,15 @@ SETTINGS = (
         "sessions of one client or user at once",
     ),
     Setting("default_process_limit", "count", "100", "SMTP sessions at once"),
-    Setting("command_time_limit", "time", "1000s", "(later) how long a pipe may run"),
+    Setting("command_time_limit", "time", "1000s", "how long a pipe may run"),
     Setting("minimal_backoff_time", "time", "300s", "shortest wait between attempts"),
     Setting("maximal_backoff_time", "time", "4000s", "longest wait between attempts"),
     Setting("maximal_queue_lifetime", "time", "5d", "then mail is bounced"),
     Setting("bounce_queue_lifetime", "time", "5d", "then a bounce is given up"),
-    Setting("delay_warning_time", "time", "4h", "(later) then the sender is warned"),
+    Setting("delay_warning_time", "time", "4h", "then the sender is warned; 0: never"),
     Setting("hopcount_limit", "count", "50", "Received lines of a looping message"),
     Setting("mail_owner", "text", "", "user of the queue: minimta, daemon or nobody"),
-    Setting("default_privs", "text", "nobody", "(later) user of commands in aliases"),
+    Setting("default_privs", "text", "nobody", "user of commands in aliases"),
     Setting("maillog_file", "text", "", "log file; - is stdout; default: syslog"),
     Setting("syslog_facility", "text", "mail", "syslog facility"),
     Setting("syslog_name", "text", "minimta", "first word of each log line"),
@@ -318,6 +373,8 @@ PRIVATE_DEFAULTS = {
     "maillog_file": "/var/log/mail.log",
 }
 BELOW_ROOT = ("alias_maps", "mail_spool_directory", "queue_directory", "maillog_file")
+# Kinds of map that Postfix makes of a text file; here all are that file.
+ALIAS_KINDS = ("hash", "btree", "dbm", "sdbm", "cdb", "lmdb", "texthash")
 
 
 def read_amount(text: str, units: dict[str, int]) -> int:
@@ -437,10 +494,7 @@ def complete(texts: dict) -> dict:
 
 def unknown_setting(where: str, name: str, names: list[str]) -> ProgramError:
     """The error for a name that is not a setting; names the nearest one."""
-    import difflib  # 12 ms; only a mistake needs it
-
-    near = difflib.get_close_matches(name, names, 1, 0.5)
-    hint = f"did you mean {near[0]}?" if near else "see minimta.py config"
+    hint = nearest(name, names) or "see minimta.py config"
     return ProgramError(
         EX_CONFIG, f"{where}: unknown setting {printable(name, 60)}: {hint}"
     )
@@ -534,11 +588,35 @@ class Settings:
         return next(filter(self.is_local, names), self.myorigin)
 
     @property
-    def alias_file(self) -> str:
-        """The aliases file, "" for none; Postfix's `hash:` is taken off."""
-        first = next(iter(self.alias_maps), "")
-        kind, colon, path = first.partition(":")
-        return path if colon and "/" not in kind else first
+    def alias_files(self) -> list[str]:
+        """The aliases files, the first one first; `hash:` is taken off.
+
+        Raises ProgramError for a kind of map that is no file.
+        """
+        found = []
+        for word in self.alias_maps:
+            kind, colon, path = word.partition(":")
+            if not colon or "/" in kind:
+                kind, path = "texthash", word
+            if kind not in ALIAS_KINDS or not path.startswith("/"):
+                why = f"alias_maps: {printable(word, 100)}: need an absolute path"
+                raise ProgramError(EX_CONFIG, why)
+            found.append(path)
+        return found
+
+    def split_detail(self, local: str) -> tuple[str, str]:
+        """(user, `+detail`) of a local part, cut at the first delimiter.
+
+        Each character of recipient_delimiter is one, as in Postfix, which
+        leaves owner-LIST and LIST-request whole where that is a hyphen.
+        """
+        delimiters = self.recipient_delimiter
+        is_list = local.startswith("owner-") or local.endswith("-request")
+        if not ("-" in delimiters and is_list):
+            for place, char in enumerate(local):
+                if place and char in delimiters:
+                    return local[:place], local[place:]
+        return local, ""
 
     @property
     def listen_on(self) -> list[str]:
@@ -1219,11 +1297,25 @@ def terminal_text(text: str) -> str:
 
 # == 5 Aliases: Target, AliasTable, split_items ===============================
 # What may stand to the right of a colon in aliases(5), and in ~/.forward.
-# Source: aliases(5) of sendmail and Postfix.
+# Source: aliases(5) of sendmail, Postfix and OpenSMTPD; Exim's redirect data.
 # Failures: ValueError with a reason for one line; the table keeps them all.
 
 BUILT_IN_ALIASES = {"postmaster": "root", "mailer-daemon": "root", "abuse": "root"}
 MAX_DEPTH = 20  # aliases and forwards behind one another
+
+# How a target that is no address begins -> its kind.
+TARGET_PREFIXES = (
+    ("|", "pipe"),
+    (":include:", "include"),
+    ("/", "file"),
+    ("~/", "file"),  # below the home of whose .forward it is
+    ("error:", "error"),  # OpenSMTPD's
+    (":fail:", "error"),  # Exim's, as are the next two
+    (":defer:", "error"),
+    (":blackhole:", "null"),
+)
+# What follows these is a sentence: no comma ends it. Exim reads them so too.
+SENTENCES = ("error:", ":fail:", ":defer:")
 
 
 def unescaped(text: str) -> str:
@@ -1238,7 +1330,8 @@ class Target(Value):
     """One destination in an alias or .forward.
 
     `kind`: address (text is an address, may be bare), user (a name behind
-    a backslash: not aliased further), null (/dev/null), file, pipe, include.
+    a backslash: not aliased further), null (/dev/null), file, pipe, include,
+    error (text is `550 5.7.1 why`, see read_refusal).
     """
 
     __slots__ = ("kind", "text")
@@ -1250,18 +1343,41 @@ class Target(Value):
     @classmethod
     def parse(cls, item: str) -> Target:
         """The target that `item` spells. Raises ValueError with the reason."""
-        bare = item
-        if item[:2] in ('"|', '"/', '"\\', '":') and item[-1:] == '"':
-            bare = item[1:-1] if item[1] == "\\" else unescaped(item[1:-1])
+        bare = cls.without_quotes(item)
         if bare == "/dev/null":
             return cls("null", bare)
-        for prefix, kind in (("|", "pipe"), (":include:", "include"), ("/", "file")):
-            if bare.startswith(prefix):
-                text = bare if kind == "file" else bare[len(prefix) :].strip()
-                if text in ("", "/"):
-                    raise ValueError(f"nothing behind {prefix}")
-                return cls(kind, text)
+        for prefix, kind in TARGET_PREFIXES:
+            if bare.lower().startswith(prefix):
+                return cls.parse_special(kind, prefix, bare[len(prefix) :].strip())
         return cls.parse_address(bare)
+
+    @classmethod
+    def without_quotes(cls, item: str) -> str:
+        """`item`, without quotes around the whole of what is no address."""
+        inside = item[1:-1].lower()
+        if not (len(item) > 2 and item[0] == item[-1] == '"'):
+            return item
+        if inside.startswith("\\"):
+            return item[1:-1]
+        is_special = any(inside.startswith(prefix) for prefix, _ in TARGET_PREFIXES)
+        return unescaped(item[1:-1]) if is_special else item
+
+    @classmethod
+    def parse_special(cls, kind: str, prefix: str, text: str) -> Target:
+        """The target of that kind behind its prefix. Raises ValueError."""
+        if kind == "null":
+            return cls("null", "/dev/null")
+        if kind == "error":
+            code = {":fail:": 550, ":defer:": 450}.get(prefix, 0)
+            status, why, code = read_refusal(text, code).fields()
+            return cls("error", f"{code} {status} {why}")
+        if kind == "pipe" and len(text) > 1 and text[0] == text[-1] == '"':
+            text = unescaped(text[1:-1])  # |"command args", Postfix's other form
+        if text in ("", "/"):
+            raise ValueError(f"nothing behind {prefix}")
+        if kind == "include" and text[0] != "/":
+            raise ValueError(f":include:{printable(text, 60)}: need an absolute path")
+        return cls(kind, prefix + text if kind == "file" else text)
 
     @classmethod
     def parse_address(cls, bare: str) -> Target:
@@ -1276,18 +1392,19 @@ class Target(Value):
         return cls(kind, str(found[0]))
 
     def __str__(self) -> str:
-        prefix = {"pipe": "|", "include": ":include:", "user": "\\"}.get(self.kind, "")
-        whole = prefix + self.text
-        return quoted(whole) if self.kind in ("pipe", "file", "include") else whole
+        prefixes = {"pipe": "|", "include": ":include:", "user": "\\"}
+        whole = {"error": "error:"}.get(self.kind, "") + (
+            prefixes.get(self.kind, "") + self.text
+        )
+        return whole if self.kind in ("address", "user", "null") else quoted(whole)
 
 
-def split_items(text: str) -> list[str]:
-    """The comma-separated items of `text`; quotes, <> and () are kept whole.
+def item_end(text: str, start: int, stops: str) -> int:
+    """Where the item that begins at `start` ends; quotes, <> and () are whole.
 
-    >>> split_items('a, "|cmd x, y", "B, B" <b@x>')
-    ['a', '"|cmd x, y"', '"B, B" <b@x>']
+    Raises ValueError for a quotation mark that is not closed.
     """
-    items, start, depth, is_quoted, place = [], 0, 0, False, 0
+    depth, is_quoted, place = 0, False, start
     while place < len(text):
         char = text[place]
         if char == "\\":
@@ -1296,19 +1413,48 @@ def split_items(text: str) -> list[str]:
             is_quoted = not is_quoted
         elif not is_quoted:
             depth = max(0, depth + (char in "(<") - (char in ")>"))
-            if char == "," and not depth:
-                items.append(text[start:place])
-                start = place + 1
+            if char in stops and not depth:
+                return place
         place += 1
     if is_quoted:
         raise ValueError("unbalanced quotation mark")
-    items.append(text[start:])
-    return [item.strip() for item in items if item.strip()]
+    return len(text)
+
+
+def split_items(text: str, stops: str = ",") -> list[str]:
+    """The items of `text` between commas; quotes, <> and () are kept whole.
+
+    >>> split_items('a, "|cmd x, y", "B, B" <b@x>, :fail: no, never')
+    ['a', '"|cmd x, y"', '"B, B" <b@x>', ':fail: no, never']
+    """
+    items, place = [], 0
+    while place < len(text):
+        rest = text[place:].lstrip()
+        start = len(text) - len(rest)
+        if rest.lower().startswith(SENTENCES):
+            end = len(text)
+        else:
+            end = item_end(text, start, "," if rest.startswith("|") else stops)
+        items.append(text[start:end].strip())
+        place = end + 1
+    return [item for item in items if item]
+
+
+def loose_items(text: str) -> list[str]:
+    """`text` as Postfix reads it: semicolons and blanks set apart as well.
+
+    Blanks only between bare addresses: of anything else they are a part.
+    """
+    found = []
+    for item in split_items(text, ",;"):
+        is_bare = not any(char in '"<(\\|~' for char in item) and item[0] not in "/:"
+        found += item.split() if is_bare and not item.startswith("error:") else [item]
+    return found
 
 
 def parse_targets(text: str) -> tuple[Target, ...]:
     """Targets of an alias's value or a .forward line. Raises ValueError."""
-    return tuple(Target.parse(item) for item in split_items(text))
+    return tuple(Target.parse(item) for item in loose_items(text))
 
 
 def split_key(line: str) -> tuple[str, str]:
@@ -1341,7 +1487,8 @@ class AliasTable:
     def parse(cls, text: str) -> AliasTable:
         """The table of an aliases file's text."""
         table = cls()
-        for line, entry in logical_lines(text):
+        # A backslash at a line's end continues it too, says sendmail.
+        for line, entry in logical_lines(text.replace("\\\n", "\n ")):
             try:
                 table.add(line, entry)
             except ValueError as error:
@@ -1354,14 +1501,16 @@ class AliasTable:
             raise ValueError("the first line begins with white space")
         name, value = split_key(entry)
         targets = parse_targets(value)
+        shown = printable(name, 60)
         if not targets:
-            raise ValueError(f"{printable(name, 60)}: missing value for alias")
+            raise ValueError(f"{shown}: missing value for alias")
         if name in self.entries:
             first = self.entries[name][0]
-            self.warnings.append(
-                (line, f"duplicate alias {printable(name, 60)}; line {first} counts")
-            )
+            text = f"duplicate alias {shown}; line {first} counts"
+            self.warnings.append((line, text))
             return
+        if len(targets) != len(split_items(value)):
+            self.warnings.append((line, f"{shown}: write commas between targets"))
         self.entries[name] = (line, targets)
 
     def items(self) -> list[tuple[str, str]]:
@@ -1396,13 +1545,37 @@ class AliasTable:
                     way.append((step, iter(self.names(step))))
         return found
 
+    def value(self, name: str) -> str | None:
+        """The targets of alias `name` as the database keeps them."""
+        entry = self.entries.get(name)
+        return None if entry is None else ", ".join(map(str, entry[1]))
+
     def names(self, name: str) -> list[str]:
         """The bare names that alias `name` leads to."""
         targets = self.entries[name][1]
         return [t.text.lower() for t in targets if t.kind == "address"]
 
+    def dangling(self, problem: object) -> list[tuple[int, str]]:
+        """(line, reason) of each target that does not exist.
 
-# == 6 Queue words: Envelope, Attempt, new_id, retry_delay ====================
+        `problem(target)` says why, or "" where there is nothing wrong; each
+        target is asked for once, and a name of the table's own never.
+        """
+        found = []
+        asked: dict[Target, str] = {}
+        for name, (line, targets) in self.entries.items():
+            for target in targets:
+                if target.kind == "address" and target.text.lower() in self.entries:
+                    continue
+                if target not in asked:
+                    asked[target] = problem(target)
+                if asked[target]:
+                    shown = f"{printable(name, 60)}: {printable(str(target), 100)}"
+                    found.append((line, f"{shown}: {asked[target]}"))
+        return found
+
+
+# == 6 Queue words: Wishes, Envelope, Attempt, new_id, retry_delay ============
 # A queue file's first lines and a journal's lines, as values.
 # Failures: ValueError for what is not a queue file or a journal line.
 
@@ -1419,13 +1592,23 @@ def new_id(now: float, chance: int) -> str:
 
 
 def is_id(name: str) -> bool:
-    """Whether `name` can be a queue id, ours or a report's (ID, B, number)."""
+    """Whether `name` can be a queue id, ours or a report's.
+
+    A report's is that of its message, a letter (bounce, delay, success) and a
+    number.
+    """
     head, tail = name[:10], name[10:]
     return (
         len(head) == 10
         and all(c in ID_LETTERS for c in head)
-        and (all(c in "B0123456789" for c in tail) and len(tail) < 20)
+        and (all(c in "BDS0123456789" for c in tail) and len(tail) < 20)
     )
+
+
+def parent_id(report_id: str) -> str:
+    """The id of the message that a report is about, "" if it is none's."""
+    place = max(report_id.rfind(letter, 10) for letter in "BDS")
+    return report_id[: max(0, place)]
 
 
 def retry_delay(age: float, shortest: int, longest: int, chance: float) -> float:
@@ -1440,12 +1623,73 @@ def retry_delay(age: float, shortest: int, longest: int, chance: float) -> float
     return min(max(age, shortest), longest) * (0.9 + 0.2 * chance)
 
 
+def is_xtext(text: str, longest: int = 500) -> bool:
+    """Whether `text` is RFC 3461 section 4's xtext: printable, or +HH."""
+    for piece in text.split("+")[1:]:
+        if len(piece) < 2 or not all(c in "0123456789ABCDEF" for c in piece[:2]):
+            return False
+    plain = all("!" <= char <= "~" and char != "=" for char in text)
+    return plain and 0 < len(text) <= longest
+
+
+def is_notify(text: str) -> bool:
+    """Whether `text` is a NOTIFY= value, RFC 3461 section 4.1."""
+    words = text.upper().split(",")
+    known = {"SUCCESS", "FAILURE", "DELAY"}
+    return words == ["NEVER"] or set(words) <= known and len(set(words)) == len(words)
+
+
+def is_original(text: str) -> bool:
+    """Whether `text` is an ORCPT= value, RFC 3461 section 4.2."""
+    kind, semicolon, address = text.partition(";")
+    plain = kind.isascii() and kind.replace("-", "").isalnum()
+    return plain and bool(semicolon) and is_xtext(address)
+
+
+class Wishes(Value):
+    """What a recipient's sender wants to be told: NOTIFY and ORCPT of RCPT.
+
+    RFC 3461 section 4; both "" where nothing was said.
+    """
+
+    __slots__ = ("notify", "original")
+
+    def __init__(self, notify: str = "", original: str = "") -> None:
+        self.notify = notify.upper()
+        self.original = original
+
+    def want(self, what: str) -> bool:
+        """Whether a report of SUCCESS, FAILURE or DELAY is wanted."""
+        return what in (self.notify or "FAILURE,DELAY").split(",")
+
+    def parameters(self) -> str:
+        """As parameters of RCPT, with a blank before each."""
+        notify = f" NOTIFY={self.notify}" if self.notify else ""
+        return notify + (f" ORCPT={self.original}" if self.original else "")
+
+
+NO_WISHES = Wishes()
+
+# Line behind a recipient's in the envelope -> (field of Wishes, its check).
+WISH_LINES = {"notify": is_notify, "original": is_original}
+# Line of the envelope for the whole message -> what it may be.
+MESSAGE_LINES = {
+    "origin": lambda text: True,
+    "kind": lambda text: text in ("message", "report", "notice"),
+    "body": lambda text: True,
+    "ret": lambda text: text in ("FULL", "HDRS"),
+    "envid": lambda text: is_xtext(text, 100),
+}
+
+
 class Envelope:
     """Who sent a message and to whom: the first lines of its queue file.
 
     `sender` and `recipients` are addresses as text, "" the null sender;
-    `origin` says where it came from, `kind` is message, report (a bounce) or
-    notice (a bounce's bounce, for postmaster).
+    `origin` says where it came from: `uid 1000` or `[192.0.2.1] ESMTP name`;
+    `kind` is message, report (a bounce) or notice (a bounce's bounce, for
+    postmaster). `ret` and `envid` are RET and ENVID of MAIL, `wishes` maps a
+    recipient to its Wishes.
     """
 
     def __init__(self, sender: str, recipients: list[str], **more: object) -> None:
@@ -1455,16 +1699,31 @@ class Envelope:
         self.origin = str(more.get("origin", ""))
         self.kind = str(more.get("kind", "message"))
         self.body = str(more.get("body", ""))
+        self.ret = str(more.get("ret", ""))
+        self.envid = str(more.get("envid", ""))
+        self.wishes: dict[str, Wishes] = more.get("wishes", {})
+
+    def wishes_of(self, recipient: str) -> Wishes:
+        """What is to be told of one recipient."""
+        return self.wishes.get(recipient, NO_WISHES)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(name, value) of its lines."""
+        rows = [("arrived", repr(self.arrived)), ("sender", self.sender)]
+        for name in MESSAGE_LINES:
+            value = getattr(self, name)
+            if value or name in ("origin", "kind", "body"):
+                rows.append((name, value))
+        for recipient in self.recipients:
+            rows.append(("recipient", recipient))
+            if recipient in self.wishes:
+                wishes = self.wishes[recipient]
+                pairs = zip(WISH_LINES, wishes.fields())
+                rows += [(name, value) for name, value in pairs if value]
+        return rows
 
     def __bytes__(self) -> bytes:
-        rows = [
-            ("arrived", repr(self.arrived)),
-            ("sender", self.sender),
-            ("origin", self.origin),
-            ("kind", self.kind),
-            ("body", self.body),
-            *(("recipient", recipient) for recipient in self.recipients),
-        ]
+        rows = self.rows()
         text = "".join(f"{name}: {value}\n" for name, value in rows)
         if text.count("\n") != len(rows) or "\r" in text or "\0" in text:
             raise ValueError("a line end in the envelope")
@@ -1473,25 +1732,43 @@ class Envelope:
     @classmethod
     def parse(cls, block: bytes) -> Envelope:
         """The envelope at the start of `block`, up to the empty line."""
+        pairs = cls.split(block)
+        rows, recipients = dict(pairs), [v for n, v in pairs if n == "recipient"]
+        if "sender" not in rows or "arrived" not in rows or not recipients:
+            raise ValueError("no sender, recipient or arrival time")
+        if not 0 <= float(rows["arrived"]) < 1e11:
+            raise ValueError("no arrival time")
+        more: dict[str, object] = {"arrived": rows["arrived"]}
+        for name, is_right in MESSAGE_LINES.items():
+            if rows.get(name) and is_right(rows[name]):
+                more[name] = rows[name]
+        more["wishes"] = cls.find_wishes(pairs)
+        return cls(rows["sender"], recipients, **more)
+
+    @classmethod
+    def split(cls, block: bytes) -> list[tuple[str, str]]:
+        """(name, value) of each line up to the empty one."""
         end = block.find(b"\n\n")
         if end < 0:
             raise ValueError("no empty line behind the envelope")
-        rows: dict[str, str] = {}
-        recipients = []
+        pairs = []
         for line in os_text(block[:end]).split("\n"):
             name, colon, value = line.partition(": ")
             if not colon and not line.endswith(":"):
                 raise ValueError(f"not an envelope line: {printable(line, 60)}")
+            pairs.append((name.rstrip(":"), value))
+        return pairs
+
+    @classmethod
+    def find_wishes(cls, pairs: list[tuple[str, str]]) -> dict[str, Wishes]:
+        """Recipient -> what stands in the lines behind it."""
+        recipient, said = "", {}
+        for name, value in pairs:
             if name == "recipient":
-                recipients.append(value)
-            rows[name.rstrip(":")] = value
-        if "sender" not in rows or "arrived" not in rows or not recipients:
-            raise ValueError("no sender, recipient or arrival time")
-        known = ("arrived", "origin", "kind", "body")
-        more = {name: rows[name] for name in known if name in rows}
-        if not 0 <= float(rows["arrived"]) < 1e11:
-            raise ValueError("no arrival time")
-        return cls(rows["sender"], recipients, **more)
+                recipient = value
+            elif name in WISH_LINES and WISH_LINES[name](value):
+                said.setdefault(recipient, {})[name] = value
+        return {name: Wishes(**words) for name, words in said.items()}
 
 
 class Attempt(Value):
@@ -1667,7 +1944,17 @@ MAIL_PARAMETERS = {
     "BODY": lambda value: bool(value) and value.upper() in ("7BIT", "8BITMIME"),
     "SMTPUTF8": is_absent,
     "AUTH": bool,  # read and given no weight, RFC 4954 section 5
+    "RET": lambda value: bool(value) and value.upper() in ("FULL", "HDRS"),
+    "ENVID": lambda value: bool(value) and is_xtext(value, 100),
 }
+# The same for RCPT, RFC 3461 section 4.
+RCPT_PARAMETERS = {
+    "NOTIFY": lambda value: bool(value) and is_notify(value),
+    "ORCPT": lambda value: bool(value) and is_original(value),
+}
+# A local submitter that has good recipients too may hand over an unknown one
+# to be bounced: its exit code cannot tell of both.
+LOCAL_RCPT_PARAMETERS = {**RCPT_PARAMETERS, "XBOUNCE": is_absent}
 
 
 def read_parameters(text: str, known: dict) -> dict[str, str | None]:
@@ -1724,7 +2011,7 @@ class Reply(Value):
         """The reply for a failure: its status, a code of the same class."""
         codes = {"5.3.4": 552, "4.3.1": 452, "5.1.3": 501, "5.7.1": 554}
         usual = 451 if error.is_temporary else 550
-        code = codes.get(error.status, usual)
+        code = error.code or codes.get(error.status, usual)
         return cls(code, error.status, printable(error.text, 400))
 
 
@@ -1796,12 +2083,23 @@ class Client(Value):
 class Transaction:
     """What MAIL and RCPT have said: one message's envelope in the making."""
 
-    def __init__(self, sender: Address, body: str, is_utf8: bool) -> None:
+    def __init__(self, sender: Address, options: dict) -> None:
         self.sender = sender
-        self.body = body
-        self.is_utf8 = is_utf8
+        self.body = (options.get("BODY") or "").upper()
+        self.is_utf8 = "SMTPUTF8" in options
+        self.ret = (options.get("RET") or "").upper()
+        self.envid = options.get("ENVID") or ""
         self.recipients: list[str] = []
+        self.wishes: dict[str, Wishes] = {}
         self.was_refused = False
+
+    def add(self, recipient: str, options: dict) -> None:
+        """One more recipient, with its parameters."""
+        self.was_refused = False
+        self.recipients.append(recipient)
+        wishes = Wishes(options.get("NOTIFY") or "", options.get("ORCPT") or "")
+        if wishes != NO_WISHES:
+            self.wishes[recipient] = wishes
 
 
 class Session:
@@ -1901,7 +2199,7 @@ class Session:
         self.is_extended = True
         size = f"SIZE {self.settings.message_size_limit}"
         words = ("PIPELINING", size, "8BITMIME", "ENHANCEDSTATUSCODES", "SMTPUTF8")
-        return Reply(250, "", self.settings.myhostname, *words, "HELP")
+        return Reply(250, "", self.settings.myhostname, *words, "DSN", "HELP")
 
     def mail(self, text: str) -> Reply:
         """MAIL FROM:<reverse-path> [parameters]. RFC 5321 section 4.1.1.2."""
@@ -1918,8 +2216,7 @@ class Session:
             return NEEDS_UTF8
         if self.room() - size < self.settings.queue_minfree:
             raise MailError("4.3.1", "Insufficient system storage")
-        body = options.get("BODY", "").upper()
-        self.transaction = Transaction(sender, body, "SMTPUTF8" in options)
+        self.transaction = Transaction(sender, options)
         return SENDER_OK
 
     def rcpt(self, text: str) -> Reply:
@@ -1932,17 +2229,13 @@ class Session:
         if len(transaction.recipients) >= limit and not self.client.is_local:
             return TOO_MANY_RECIPIENTS
         transaction.was_refused = True  # until it is not
-        # A local submitter that has good recipients too may hand over an
-        # unknown one to be bounced: its exit code cannot tell of both.
-        known = {"XBOUNCE": is_absent} if self.client.is_local else {}
+        known = LOCAL_RCPT_PARAMETERS if self.client.is_local else RCPT_PARAMETERS
         recipient, options = self.read_path(text, "TO:", RCPT_SYNTAX, known)
         if not recipient.is_ascii and not transaction.is_utf8:
             return NEEDS_UTF8
         self.check(recipient, "XBOUNCE" in options)
-        transaction.was_refused = False
-        transaction.recipients.append(
-            str(recipient.qualified(self.settings.local_origin))
-        )
+        name = str(recipient.qualified(self.settings.local_origin))
+        transaction.add(name, options)
         return RECIPIENT_OK
 
     def read_path(
@@ -1985,7 +2278,7 @@ class Session:
         if error.status == "5.1.1":
             why = "User unknown in local recipient table"
         text = f"<{recipient}>: Recipient address rejected: {why}"
-        return MailError(error.status, text)
+        return MailError(error.status, text, code=error.code)
 
     def data(self, text: str) -> Reply:
         """DATA: the message follows. RFC 5321 section 4.1.1.4."""
@@ -1999,22 +2292,31 @@ class Session:
 
     def envelope(self, now: float) -> Envelope:
         """The envelope of the message that follows DATA."""
-        sender = self.transaction.sender.qualified(self.settings.myorigin)
-        local = self.client.is_local
-        origin = f"uid {self.client.uid}" if local else f"[{self.client.address}]"
-        body = self.transaction.body + (" SMTPUTF8" if self.transaction.is_utf8 else "")
-        recipients = self.transaction.recipients
-        return Envelope(str(sender), recipients, arrived=now, origin=origin, body=body)
+        said = self.transaction
+        sender = said.sender.qualified(self.settings.myorigin)
+        origin = f"[{self.client.address}] {self.protocol} {self.helo}".rstrip()
+        if self.client.is_local:
+            origin = f"uid {self.client.uid}"
+        body = said.body + (" SMTPUTF8" if said.is_utf8 else "")
+        more = {"origin": origin, "body": body, "ret": said.ret, "envid": said.envid}
+        more["wishes"] = said.wishes
+        return Envelope(str(sender), said.recipients, arrived=now, **more)
+
+    @property
+    def protocol(self) -> str:
+        """What Received calls it, RFC 3848 and RFC 6531 section 4.3."""
+        proto = "ESMTP" if self.is_extended else "SMTP"
+        is_utf8 = self.transaction and self.transaction.is_utf8
+        return f"UTF8{proto[1:]}" if is_utf8 else proto
 
     def received(self, queue_id: str, now: float) -> bytes:
         """Our Received field for that message."""
         recipients = self.transaction.recipients
-        proto = "ESMTP" if self.is_extended else "SMTP"
         fields = {
             "uid": self.client.uid,
             "helo": self.helo,
             "client": str(self.client).replace("[", " ["),
-            "proto": f"UTF8{proto[1:]}" if self.transaction.is_utf8 else proto,
+            "proto": self.protocol,
             "recipient": recipients[0] if len(recipients) == 1 else "",
         }
         return received_field(fields, self.settings.myhostname, queue_id, now)
@@ -2085,71 +2387,281 @@ class Session:
     LOCAL_COMMANDS = (list_queue, flush_queue)
 
 
-# == 8 Reports: Report ========================================================
-# What the sender of a message is told when a recipient was bounced.
+# == 8 Reports: ReportKind, Event, Report =====================================
+# What the sender of a message is told of its recipients: bounced, delayed, or
+# delivered. Source: RFC 3464 and 6522 (form), 3834 (Auto-Submitted), 3461.
+# Shapes and words are Postfix's, so that programs which read those read ours.
 
-REPORT_TEXT = """\
-This is the mail system at host {host}.
+BOUNCE_SIZE = 50_000  # bytes of a message that come back whole; Postfix's limit
+REPORT_WIDTH = 79  # columns
 
+FAILED_TEXT = """\
 I'm sorry to have to inform you that your message could not
 be delivered to one or more recipients. It's attached below.
 
 For further assistance, please send mail to postmaster.
 
-                   The mail system
+If you do so, please include this problem report. You can
+delete your own text from the attached returned message.
+"""
+DELAYED_TEXT = """\
+####################################################################
+# THIS IS A WARNING ONLY.  YOU DO NOT NEED TO RESEND YOUR MESSAGE. #
+####################################################################
 
-{reasons}
+Your message could not be delivered yet. It will be retried
+until {until}.
 
---- The header of your message:
-
+For further assistance, please send mail to postmaster.
+"""
+DELIVERED_TEXT = """\
+Your message was successfully delivered to the destination(s)
+listed below. If the message was delivered to mailbox you will
+receive no further notifications. Otherwise you may still receive
+notifications of mail delivery errors from other systems.
 """
 
 
-class Report:
-    """A bounce: plain text with the reasons and the header of the message.
+class ReportKind(Value):
+    """One kind of report: what it is called and what it begins with.
 
-    `failures` are (recipient, MailError); `to` is the sender who is told.
+    `letter` stands in its queue id, `wish` in NOTIFY=, `note` in the log.
     """
 
-    def __init__(
-        self, settings: Settings, to: str, failures: list, header: bytes
-    ) -> None:
-        self.host = settings.myhostname
+    __slots__ = ("letter", "wish", "subject", "note", "text")
+
+    def __init__(self, letter: str, wish: str, *texts: str) -> None:
+        self.letter = letter
+        self.wish = wish
+        self.subject, self.note, self.text = texts
+
+
+FAILED = ReportKind(
+    *("B", "FAILURE", "Undelivered Mail Returned to Sender"),
+    *("sender non-delivery notification", FAILED_TEXT),
+)
+DELAYED = ReportKind(
+    *("D", "DELAY", "Delayed Mail (still being retried)"),
+    *("sender delay notification", DELAYED_TEXT),
+)
+DELIVERED = ReportKind(
+    *("S", "SUCCESS", "Successful Mail Delivery Report"),
+    *("sender delivery status notification", DELIVERED_TEXT),
+)
+
+
+def address_type(address: str) -> str:
+    """What a report calls that kind of address, RFC 6533 section 3."""
+    return "rfc822" if address.isascii() else "utf-8"
+
+
+class Event(Value):
+    """What a report says of one recipient.
+
+    `recipient` is whom the sender named, `target` where its mail went;
+    `action` is failed, delayed, delivered, relayed or expanded; `original` is
+    ORCPT or "".
+    """
+
+    __slots__ = ("recipient", "target", "action", "status", "relay", "text", "original")
+
+    def __init__(self, recipient: str, target: str, *words: str) -> None:
+        self.recipient = recipient
+        self.target = target
+        self.action, self.status, self.relay, self.text, self.original = words
+
+    def sentence(self) -> str:
+        """It for people: `<bob@x> (expanded from <team@x>): why`."""
+        from textwrap import fill
+
+        via = f" (expanded from <{self.recipient}>)"
+        via = "" if self.target == self.recipient else via
+        text = printable(f"<{self.target}>{via}: {self.text}")
+        how = {"break_long_words": False, "break_on_hyphens": False}
+        return fill(text, REPORT_WIDTH, subsequent_indent="    ", **how)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """It for programs: the fields of RFC 3464 section 2.3."""
+        host = self.relay.partition("[")[0]
+        is_remote = self.relay not in ("local", "none", "") and host
+        said = self.text.partition(" said: ")[2].rpartition(" (in reply to ")[0]
+        why = f"smtp; {said}" if is_remote and said else f"X-Minimta; {self.text}"
+        usual = f"{address_type(self.recipient)};{self.recipient}"
+        return [
+            ("Final-Recipient", f"{address_type(self.target)}; {self.target}"),
+            ("Original-Recipient", self.original or usual),
+            ("Action", self.action),
+            ("Status", self.status),
+            ("Remote-MTA", f"dns; {host}" if is_remote else ""),
+            ("Diagnostic-Code", why),
+        ]
+
+
+def field_lines(rows: list[tuple[str, str]]) -> str:
+    """Header lines of (name, value), none for an empty value."""
+    return "".join(f"{n}: {printable(v)}\n" for n, v in rows if v)
+
+
+class Report:
+    """A multipart/report: text for people, fields for programs, the message.
+
+    `about`: queue_id, host, envelope, message_id (of the message it is about)
+    and expires (when it is given up, seconds since the epoch).
+    """
+
+    def __init__(self, kind: ReportKind, to: str, events: list, about: dict) -> None:
+        self.kind = kind
         self.to = to
-        self.failures = failures
-        self.header = header
+        self.events = events
+        self.about = about
+        self.host = about["host"]
 
-    def __bytes__(self) -> bytes:
-        reasons = "\n\n".join(
-            f"<{recipient}>: {printable(error.text)} ({error.status})"
-            for recipient, error in self.failures
+    def chunks(
+        self, report_id: str, now: float, is_whole: bool, copy: object
+    ) -> object:
+        """It in pieces; `copy` is the message or its header, in bytes."""
+        boundary = f"{report_id}.{int(now)}/{self.host}"
+        yield os_bytes(self.header(report_id, now, boundary))
+        kind = "message/rfc822" if is_whole else "text/rfc822-headers"
+        name = "Undelivered Message" if self.kind is FAILED else "Message"
+        name += "" if is_whole else " Headers"
+        parts = (
+            ("Notification", "text/plain; charset=utf-8", self.text()),
+            ("Delivery report", "message/delivery-status", self.status()),
+            (name, kind, f"Return-Path: <{self.about['envelope'].sender}>\n"),
         )
-        text = REPORT_TEXT.format_map({"host": self.host, "reasons": reasons})
-        return os_bytes(text) + self.header
+        for description, content_type, text in parts:
+            yield os_bytes(
+                f"\n--{boundary}\nContent-Description: {description}\n"
+                f"Content-Type: {content_type}\nContent-Transfer-Encoding: 8bit\n\n"
+                + text
+            )
+        yield from copy
+        yield os_bytes(f"\n--{boundary}--\n")
 
-    def fields(self, queue_id: str, now: float) -> bytes:
-        """Its own header; Auto-Submitted quiets autoresponders, RFC 3834."""
-        rows = (
+    def header(self, report_id: str, now: float, boundary: str) -> str:
+        """Its own header, and what a reader without MIME sees first."""
+        failed = [event.recipient for event in self.events if event.action == "failed"]
+        rows = [
             ("Date", rfc_date(now)),
             ("From", f"Mail Delivery System <MAILER-DAEMON@{self.host}>"),
+            ("Subject", self.kind.subject),
             ("To", self.to),
-            ("Subject", "Undelivered Mail Returned to Sender"),
-            ("Message-ID", f"<{queue_id}.report@{self.host}>"),
             ("Auto-Submitted", "auto-replied"),
+            ("Message-ID", f"<{report_id}.report@{self.host}>"),
+            ("References", printable(self.about["message_id"], 300)),
+            ("X-Failed-Recipients", ",\n ".join(dict.fromkeys(failed))),
             ("MIME-Version", "1.0"),
-            ("Content-Type", "text/plain; charset=utf-8"),
             ("Content-Transfer-Encoding", "8bit"),
+        ]
+        text = "".join(f"{name}: {value}\n" for name, value in rows if value)
+        return (
+            f"{text}Content-Type: multipart/report; report-type=delivery-status;\n"
+            f'\tboundary="{boundary}"\n\nThis is a MIME-encapsulated message.\n'
         )
-        return os_bytes("".join(f"{name}: {value}\n" for name, value in rows) + "\n")
+
+    def text(self) -> str:
+        """What people read."""
+        until = rfc_date(self.about["expires"])
+        sentences = "\n\n".join(event.sentence() for event in self.events)
+        return (
+            f"This is the mail system at host {self.host}.\n\n"
+            + self.kind.text.replace("{until}", until)
+            + f"\n                   The mail system\n\n{sentences}\n"
+        )
+
+    def status(self) -> str:
+        """What programs read, RFC 3464 section 2: message, then recipients."""
+        envelope = self.about["envelope"]
+        sender = f"{address_type(envelope.sender)}; {envelope.sender}"
+        rows = [
+            ("Reporting-MTA", f"dns; {self.host}"),
+            ("Original-Envelope-Id", envelope.envid),
+            ("X-Minimta-Queue-ID", self.about["queue_id"]),
+            ("X-Minimta-Sender", sender),
+            ("Arrival-Date", rfc_date(envelope.arrived)),
+        ]
+        retry = ("Will-Retry-Until", rfc_date(self.about["expires"]))
+        more = [retry] if self.kind is DELAYED else []
+        blocks = [rows, *(event.rows() + more for event in self.events)]
+        return "\n".join(map(field_lines, blocks))
+
+
+# == 9 Trees: Branch ==========================================================
+# What `explain` draws: a line, where it is written, and what follows from it.
+
+MAX_BRANCHES = 100  # of one line that are drawn
+MAX_COLUMN = 60  # where a rule's file and line are written
+
+
+class Branch:
+    """One line of an explanation, and those that hang from it.
+
+    `where` is file and line of the rule; `detail` stands in brackets behind.
+    """
+
+    def __init__(self, text: str, where: str = "", detail: str = "") -> None:
+        self.text = printable(text, 300)
+        self.where = where
+        self.detail = detail
+        self.branches: list[Branch] = []
+
+    def grow(self, text: str, where: str = "", detail: str = "") -> Branch:
+        """A new branch of this one."""
+        branch = Branch(text, where, detail)
+        self.branches.append(branch)
+        return branch
+
+    def leaves(self) -> object:
+        """The branches without branches, in their order."""
+        if not self.branches:
+            yield self
+        for branch in self.branches:
+            yield from branch.leaves()
+
+    def lines(self, indent: str = "", joint: str = "") -> object:
+        """(text with the tree's lines, branch) of itself and all below."""
+        yield indent + joint + self.text, self
+        if joint:
+            indent += "│  " if joint.startswith("├") else "   "
+        shown = self.branches[:MAX_BRANCHES]
+        hidden = len(self.branches) - len(shown)
+        if hidden:
+            shown = [*shown, Branch(f"... and {hidden} more")]
+        for number, branch in enumerate(shown, 1):
+            corner = "└─ " if number == len(shown) else "├─ "
+            yield from branch.lines(indent, corner)
+
+    def __str__(self) -> str:
+        rows = list(self.lines())
+        width = min(MAX_COLUMN, max(len(text) for text, _ in rows) + 1)
+        found = []
+        for text, branch in rows:
+            gap = " " * max(2, width - len(text))
+            line = f"{text}{gap}{branch.where}" if branch.where else text
+            found.append(line + (f"  ({branch.detail})" if branch.detail else ""))
+        return "".join(line + "\n" for line in found)
+
+    def tree(self) -> dict:
+        """Itself for JSON: text, where, detail, and the list `then`."""
+        pairs = (("text", self.text), ("where", self.where), ("detail", self.detail))
+        found: dict = {name: value for name, value in pairs if value}
+        if self.branches:
+            found["then"] = [branch.tree() for branch in self.branches]
+        return found
 
 
 # =============================================================================
 # HANDS: each owns one thing outside the program.
 # =============================================================================
 
-# == 9 Log: Log ===============================================================
+# == 10 Log: Log ==============================================================
 # One method an event, in Postfix's shapes, so that its log readers serve.
 # Failures: none; mail is never held up by a log that cannot be written.
+
+
+# Destinations that an address names; of others the log says the recipient.
+ADDRESS_KINDS = ("mailbox", "lmtp", "remote", "error")
 
 
 class Log:
@@ -2250,7 +2762,9 @@ class Log:
         delay = max(0.0, attempt.when - arrived)
         shown = f"{delay:.2g}" if delay < 10 else f"{delay:.0f}"
         kind, _, target = attempt.destination.partition(" ")
-        component = "smtp" if kind == "remote" else "local"
+        component = {"remote": "smtp", "lmtp": "lmtp"}.get(kind, "local")
+        if kind not in ADDRESS_KINDS:
+            target = attempt.recipient
         first = (
             "" if target == attempt.recipient else f" orig_to=<{attempt.recipient}>,"
         )
@@ -2261,18 +2775,16 @@ class Log:
             f"status={attempt.outcome} ({attempt.text})",
         )
 
-    def reported(self, queue_id: str, report_id: str) -> None:
-        """A bounce was queued."""
-        self.line(
-            "bounce", f"{queue_id}: sender non-delivery notification: {report_id}"
-        )
+    def reported(self, queue_id: str, note: str, report_id: str) -> None:
+        """A report was queued."""
+        self.line("bounce", f"{queue_id}: {note}: {report_id}")
 
     def removed(self, queue_id: str) -> None:
         """A message is done with."""
         self.line("qmgr", f"{queue_id}: removed")
 
 
-# == 10 Users: User, Users, Rights, find_root, read_settings ==================
+# == 11 Users: User, Users, Rights, find_root, read_settings ==================
 # Who is who on this host or in this private instance, and acting as them.
 # Failures: MailError 4.3.0 when the user database cannot be read.
 
@@ -2330,6 +2842,14 @@ class Users:
             return User(*(pwd.getpwnam(name)[n] for n in (0, 2, 3, 4, 5)))
         except (KeyError, UnicodeError, ValueError):
             return None
+
+    def names(self) -> list[str]:
+        """The names of all users, as far as the system tells them."""
+        if self.path:
+            return [user.name for user in self.rows()]
+        import pwd
+
+        return [entry.pw_name for entry in pwd.getpwall()]
 
     def by_uid(self, uid: int) -> User:
         """The user of that uid; a made-up one where passwd has none."""
@@ -2442,6 +2962,21 @@ def queue_owner(settings: Settings, users: Users) -> User:
     )
 
 
+def command_user(settings: Settings, users: Users) -> User:
+    """default_privs: who runs commands and appends to files of aliases.
+
+    Never root. Raises MailError 4.3.5.
+    """
+    if os.geteuid() != 0:
+        return users.by_uid(os.geteuid())
+    name = settings.default_privs
+    user = users.exact(name) or Users().exact(name)
+    if user is None or user.uid == 0:
+        why = f"default_privs: no user {printable(name, 60)} that is not root"
+        raise MailError("4.3.5", why)
+    return user
+
+
 def find_root(environ: dict) -> str:
     """The private instance's directory, or "" for the host's own system."""
     if environ.get("MINIMTA_ROOT"):
@@ -2471,7 +3006,7 @@ def read_settings(environ: dict, path: str = "") -> Settings:
     return Settings.parse(text, environ, os.uname().nodename or "localhost", root, name)
 
 
-# == 11 Spool: Spool, Draft, QueueFile, Maildrop ==============================
+# == 12 Spool: Spool, Draft, QueueFile, Maildrop ==============================
 # The queue's directories and files. See the front page for their states.
 # Failures: MailError 4.3.1 (no room) or 4.3.0 (cannot be stored).
 
@@ -2877,10 +3412,12 @@ class Maildrop:
             raise
 
 
-# == 12 Alias database: AliasDatabase, ForwardFiles ===========================
-# The aliases file and the dbm database that newaliases makes of it.
-# Failures: MailError 4.3.0 when neither can be read; ProgramError for a
-# database that cannot be built: then the old one stays as it was.
+# == 13 Alias database: AliasDatabase, AliasMaps, TargetFiles =================
+# The aliases files, the dbm databases that newaliases makes of them, and what
+# they and users refer to: :include: lists and ~/.forward.
+# Failures: MailError 4.3.0 when something cannot be read, 4.3.5 when it must
+# not be trusted; ProgramError for a database that cannot be built: then the
+# old one stays as it was.
 
 
 ALIAS_MODULES = ("dbm", "dbm.dumb", "dbm.gnu", "dbm.ndbm", "dbm.sqlite3")
@@ -2903,7 +3440,7 @@ class AliasDatabase:
 
     Where there is a database it rules, also when the text is newer (then the
     log says so); where there is none, or none that this Python can read, the
-    text is used. lookup() and rebuild() are all there is to it.
+    text is used. lookup(), where() and rebuild() are all there is to it.
     """
 
     # What the backends make of a name. dbm.dumb writes three files: its .dir
@@ -2919,26 +3456,30 @@ class AliasDatabase:
         self.warn = warn or (lambda text: None)
         self.seen: tuple | None = None
         self.known: dict[str, str | None] = {}
-        self.text: dict[str, str] | None = None
+        self.text: AliasTable | None = None
+        self.problem = ""  # why the database may not say what the text does
 
-    def lookup(self, name: str) -> str | None:
-        """The value of an alias (its targets, as text), or None.
+    def lookup(self, names: list[str]) -> tuple[str, str] | None:
+        """(name, its targets as text) of the first of these aliases, or None.
 
-        Threads share this: each goes on with the dictionary it began with.
+        Names are in lower case. Threads share this: each goes on with the
+        dictionary it began with.
         """
-        name = name.lower()
         for _ in range(5):
             seen = signature(self.files)
             if seen != self.seen:
                 self.refresh(seen)
             known = self.known
-            if name in known:
-                return known[name]
-            value = self.fetch(name)
-            if signature(self.files) == seen:  # not replaced while it was read
+            found = None
+            for name in names:
+                value = known[name] if name in known else self.fetch(name)
                 if len(known) < self.MAX_KNOWN:
                     known[name] = value
-                return value
+                if value is not None:
+                    found = name, value
+                    break
+            if signature(self.files) == seen:  # not replaced while it was read
+                return found
         raise MailError("4.3.0", f"{self.path}: alias database keeps changing")
 
     def refresh(self, seen: tuple) -> None:
@@ -2946,50 +3487,80 @@ class AliasDatabase:
         self.known = {}
         self.text = None
         self.seen = seen
+        self.problem = ""
         times = [entry[1] for entry in seen[1:] if entry]
         if seen[0] and times and max(times) < seen[0][1]:
-            self.warn(
+            self.note(
                 f"database {self.name} is older than source file {self.path}; "
                 "run newaliases"
             )
 
+    def note(self, problem: str) -> None:
+        """Something that an administrator should mend."""
+        self.problem = problem
+        self.warn(problem)
+
     def fetch(self, name: str) -> str | None:
         """Reads one name from the database, else from the text."""
-        text = self.text
-        if text is None and any(self.seen[1:]):
+        if self.text is None and any(self.seen[1:]):
             try:
                 return self.fetch_from_database(name)
             except Exception as error:  # noqa: BLE001 each backend has its own
-                self.warn(f"{self.name} cannot be read ({printable(str(error), 100)})")
-        if text is None:
-            text = self.text = self.read_text()
-        return text.get(name)
+                why = printable(str(error), 100)
+                self.note(f"{self.name} cannot be read ({why})")
+        if self.text is None:
+            table = self.read_text()
+            for line, reason in table.problems:
+                self.warn(f"{self.path}, line {line}: {reason}")
+            self.text = table
+        return self.text.value(name)
 
     def fetch_from_database(self, name: str) -> str | None:
         """One name from the database; keys may carry a NUL (Postfix's do)."""
-        import dbm  # 3 ms and more; only a look-up needs it
-
         key = os_bytes(name)
-        with dbm.open(self.name, "r") as database:
+        with self.open() as database:
             for spelling in (key, key + b"\0"):
                 if spelling in database:
                     return os_text(database[spelling].rstrip(b"\0"))
         return None
 
-    def read_text(self) -> dict[str, str]:
+    def open(self) -> object:
+        """The database for reading, also one of Postfix's or sendmail's.
+
+        They write Berkeley DB to /etc/aliases.db: so does dbm.ndbm on Debian,
+        which is told the name without its ending.
+        """
+        import dbm  # 3 ms and more; only a look-up needs it
+
+        if dbm.whichdb(self.name) == "":
+            import dbm.ndbm
+
+            return dbm.ndbm.open(self.path, "r")
+        return dbm.open(self.name, "r")
+
+    def read_text(self) -> AliasTable:
         """The text file's aliases. Raises MailError."""
         try:
             with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
-                table = AliasTable.parse(file.read())
+                return AliasTable.parse(file.read())
         except FileNotFoundError:
-            return {}
+            return AliasTable()
         except OSError as error:
             raise MailError(
                 "4.3.0", f"alias database unavailable: {self.path}: {error.strerror}"
             ) from None
-        for line, reason in table.problems:
-            self.warn(f"{self.path}, line {line}: {reason}")
-        return dict(table.items())
+
+    def where(self, name: str) -> str:
+        """Where an alias is written: file and line, else the database."""
+        try:
+            table = self.text or self.read_text()
+        except MailError:
+            return self.name
+        return (
+            f"{self.path}:{table.entries[name][0]}"
+            if name in table.entries
+            else (self.name)
+        )
 
     def rebuild(self) -> AliasTable:
         """Builds the database from the text, in one atomic step.
@@ -3065,53 +3636,212 @@ class AliasDatabase:
             os.close(fd)
 
 
-class ForwardFiles:
-    """Reads ~/.forward with its owner's rights; read() is all it does."""
+class AliasMaps:
+    """Several aliases files: of a name the first file that has it counts."""
 
-    MAX_SIZE = 1 << 16  # bytes
+    def __init__(self, databases: list[AliasDatabase]) -> None:
+        self.databases = databases
 
-    def read(self, user: User) -> tuple[str, str]:
-        """(text, why it is ignored) of a user's ~/.forward; both may be "".
+    def lookup(self, names: list[str]) -> tuple[str, str, AliasDatabase] | None:
+        """(name, its targets as text, whose it is) of the first of the names.
 
-        Never follows a link or waits for a FIFO. What others could have
-        written is ignored, and the mail goes to the mailbox, as in Postfix.
+        Raises MailError.
         """
-        path = f"{user.home}/.forward"
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with Rights(user) as rights:
-            try:
-                fd = os.open(path, flags)
-            except (FileNotFoundError, NotADirectoryError):
-                return "", ""
-            except OSError as error:
-                return "", f"{path}: {error.strerror}"
-            try:
-                owners = (rights.owner, 0)
-                why = self.problem(os.fstat(fd), os.stat(user.home), owners)
-                text = b"" if why else os.read(fd, self.MAX_SIZE)
-            except OSError as error:
-                return "", f"{path}: {error.strerror}"
-            finally:
-                os.close(fd)
-        return os_text(text), f"{path} {why}" if why else ""
+        groups = [names] if len(self.databases) == 1 else [[name] for name in names]
+        for group in groups:
+            for database in self.databases:
+                found = database.lookup(group)
+                if found:
+                    return (*found, database)
+        return None
 
-    def problem(self, seen: os.stat_result, home: os.stat_result, owners: tuple) -> str:
-        """Why the file must not be trusted, or ""."""
+    def names(self) -> object:
+        """The names in the files' texts, for a suggestion."""
+        for database in self.databases:
+            try:
+                yield from (database.text or database.read_text()).entries
+            except MailError:
+                continue
+
+
+def alias_maps(settings: Settings, warn: object = None) -> AliasMaps:
+    """The aliases of a host, as the settings name them."""
+    return AliasMaps([AliasDatabase(path, warn) for path in settings.alias_files])
+
+
+class ListFile(Value):
+    """What was read: its text, whose it is, whether others may write it."""
+
+    __slots__ = ("text", "owner", "is_shared")
+
+    def __init__(self, text: str, owner: User, is_shared: bool) -> None:
+        self.text = text
+        self.owner = owner
+        self.is_shared = is_shared
+
+
+# Homes of users that have none; no .forward is waited for there.
+NO_HOMES = ("", "/", "/nonexistent", "/var/empty", "/dev/null", "/proc")
+FIRST_PERSON = 1000  # uid; those below are the system's, many without a home
+FILTERS = ("# exim filter", "# sieve filter", "#exim filter", "#sieve filter")
+
+
+class TargetFiles:
+    """Reads ~/.forward and :include: files, each with its owner's rights.
+
+    Never follows a link or waits for a FIFO; what others could have written is
+    not believed.
+    """
+
+    MAX_FORWARD = 1 << 16  # bytes
+    MAX_INCLUDE = 1 << 24  # bytes; a list of 10,000 members has 300 kB
+
+    def __init__(self, users: Users) -> None:
+        self.users = users
+
+    def forward(self, user: User, detail: str) -> tuple[str, str, list[str]]:
+        """(path, text, what is ignored and why) of a user's .forward file.
+
+        ~/.forward+detail before ~/.forward; path and text are "" without one.
+        Raises MailError when the home is not there yet.
+        """
+        names = [".forward"]
+        if len(detail) > 1 and "/" not in detail and detail.isprintable():
+            names.insert(0, f".forward{detail}")
+        ignored = []
+        with Rights(user) as rights:
+            owners = (rights.owner, user.uid, 0)
+            if not self.has_home(user):
+                return "", "", []
+            for name in names:
+                path = f"{user.home}/{name}"
+                text, why = self.read_forward(path, user.home, owners)
+                if why:
+                    ignored.append(f"{path}{why}")
+                elif text is not None:
+                    return path, text, ignored
+        return "", "", ignored
+
+    def has_home(self, user: User) -> bool:
+        """Whether a user has a home. Raises MailError for one that may come.
+
+        A home that is not mounted yet may hold a .forward. Sticky means that
+        its owner is at work on it, says qmail.
+        """
+        try:
+            seen = os.stat(user.home or "/nonexistent")
+        except OSError as error:
+            if user.home in NO_HOMES or 0 < user.uid < FIRST_PERSON:
+                return False
+            if isinstance(error, PermissionError):
+                return True
+            why = f"home {user.home} of {user.name} is not there: {error.strerror}"
+            raise MailError("4.3.0", why) from None
+        if seen.st_mode & stat.S_ISVTX and seen.st_uid == user.uid != 0:
+            why = f"home {user.home} is sticky: its owner is at work on it"
+            raise MailError("4.3.0", why)
+        return True
+
+    def read_forward(self, path: str, home: str, owners: tuple) -> tuple:
+        """(text or None, why it is ignored or "")."""
+        try:
+            fd = self.open(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None, ""
+        except OSError as error:
+            return None, f": {error.strerror}"
+        try:
+            seen = os.fstat(fd)
+            why = self.problem(seen, owners, self.MAX_FORWARD) or self.home_problem(
+                os.stat(home), owners
+            )
+            text = "" if why else os_text(self.read_all(fd))
+        except OSError as error:
+            return None, f": {error.strerror}"
+        finally:
+            os.close(fd)
+        if text[:20].lower().startswith(FILTERS):
+            why = "is a filter, which minimta does not run"
+        return text, f" {why}" if why else ""
+
+    def include(self, path: str, reader: User | None) -> ListFile:
+        """An :include: file, read as `reader`, or as its owner if it is None.
+
+        A list of root's is read as root only where nobody else could have put
+        it. Raises MailError.
+        """
+        try:
+            if reader is None:
+                reader = self.owner_of(path)
+            with Rights(reader):
+                fd = self.open(path)
+                try:
+                    seen = os.fstat(fd)
+                    why = self.problem(seen, (seen.st_uid,), self.MAX_INCLUDE, 0o002)
+                    if why:
+                        raise MailError("4.3.5", f":include: {path} {why}")
+                    text = os_text(self.read_all(fd))
+                finally:
+                    os.close(fd)
+        except OSError as error:
+            why = "is a symbolic link" if os.path.islink(path) else error.strerror
+            raise MailError("4.3.5", f":include: {path}: {why}") from None
+        owner = self.users.by_uid(seen.st_uid)
+        return ListFile(text, owner, bool(seen.st_mode & 0o020))
+
+    def owner_of(self, path: str) -> User:
+        """Whose rights a list in /etc/aliases is read with. Raises OSError."""
+        uid = os.lstat(path).st_uid
+        place = os.path.dirname(path)
+        while uid == 0 and place != "/":
+            seen = os.lstat(place)
+            if seen.st_uid != 0 or seen.st_mode & 0o022 or stat.S_ISLNK(seen.st_mode):
+                return self.users.by_uid(65534)  # as anybody could read it
+            place = os.path.dirname(place)
+        return self.users.by_uid(uid)
+
+    def open(self, path: str) -> int:
+        """A descriptor for reading. Raises OSError."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+        return os.open(path, flags | os.O_CLOEXEC)
+
+    def read_all(self, fd: int) -> bytes:
+        """The file to its end, no more than its size now may be."""
+        blocks = []
+        while len(blocks) <= self.MAX_INCLUDE // BLOCK:
+            block = os.read(fd, BLOCK)
+            if not block:
+                break
+            blocks.append(block)
+        return b"".join(blocks)
+
+    def problem(
+        self, seen: os.stat_result, owners: tuple, limit: int, mask: int = 0o022
+    ) -> str:
+        """Why a file must not be trusted, or ""."""
         checks = (
             (not stat.S_ISREG(seen.st_mode), "is not a regular file"),
+            (seen.st_nlink != 1, "has more than one name"),
             (seen.st_uid not in owners, "does not belong to its user"),
-            (seen.st_mode & 0o022, "is writable by others"),
-            (home.st_mode & 0o022, "is in a home that is writable by others"),
-            (home.st_uid not in owners, "is in a home that belongs to somebody else"),
-            (seen.st_size > self.MAX_SIZE, "is too large"),
+            (seen.st_mode & mask, "is writable by others"),
+            (seen.st_size > limit, "is too large"),
         )
         return next((text for is_wrong, text in checks if is_wrong), "")
 
+    def home_problem(self, home: os.stat_result, owners: tuple) -> str:
+        """Why the home that a .forward is in must not be trusted, or ""."""
+        if home.st_mode & 0o022:
+            return "is in a home that is writable by others"
+        if home.st_uid not in owners:
+            return "is in a home that belongs to somebody else"
+        return ""
 
-# == 13 Mailboxes: MailboxLock, AppendOnly, Mailbox ===========================
-# Appending to mbox files: opened as their owner, locked both ways, synced.
-# Source: RFC 4155 (mboxrd), Debian policy 11.6 (fcntl, then dotlock).
-# Failures: MailError 4.2.x; a mailbox that is in use raises Busy.
+
+# == 14 Mailboxes: MailboxLock, Mailbox, FileBox, MaildirBox ==================
+# Adding to mbox files and Maildirs: opened as their owner, locked both ways,
+# synced. Source: RFC 4155 (mboxrd), Debian policy 11.6 (fcntl, then dotlock).
+# Failures: MailError 4.2.x, 5.2.0 for a file that an alias names; a mailbox
+# that is in use raises Busy.
 
 MAX_NULS = 1 << 26  # bytes at a mailbox's end that are cut off as torn
 SEARCH = 1 << 22  # bytes of a mailbox searched at once
@@ -3265,6 +3995,8 @@ class Mailbox:
     taken the user's Rights. Raises MailError, Busy.
     """
 
+    WHAT = "mailbox"
+
     def __init__(self, path: str, owner: int, limit: int = 0) -> None:
         self.path = path
         self.owner = owner
@@ -3303,11 +4035,15 @@ class Mailbox:
             seen = os.lstat(self.path)
             if stat.S_ISLNK(seen.st_mode):
                 why = " is a symbolic link"
-            elif seen.st_uid != self.owner:
+            elif seen.st_uid != self.owner and isinstance(error, PermissionError):
                 why = " does not belong to its user"
         except OSError:
             pass  # it is not there, or not to be seen
-        return MailError("4.2.0", f"mailbox {self.path}{why}")
+        return MailError(self.status(error), f"{self.WHAT} {self.path}{why}")
+
+    def status(self, error: OSError) -> str:
+        """The status of such an error: mail for a mailbox waits."""
+        return "4.2.0"
 
     def make_sure(self) -> bool:
         """Makes the file if there is none; looks at it if there is.
@@ -3331,17 +4067,20 @@ class Mailbox:
         """Raises MailError unless the open file is the user's own mailbox."""
         at_path = os.lstat(self.path)
         same = (at_path.st_dev, at_path.st_ino) == (seen.st_dev, seen.st_ino)
-        problems = (
-            (not stat.S_ISREG(seen.st_mode), "is not a regular file"),
-            (not same, "was replaced while it was opened"),
-            (seen.st_nlink != 1, "has more than one name"),
-            (seen.st_uid != self.owner, "does not belong to its user"),
-        )
-        for is_wrong, text in problems:
+        for is_wrong, status, text in self.problems(seen, same):
             if is_wrong:
-                raise MailError("4.2.0", f"mailbox {self.path} {text}")
+                raise MailError(status, f"{self.WHAT} {self.path} {text}")
         if self.limit and seen.st_size >= self.limit:
-            raise MailError("4.2.2", f"mailbox {self.path} is full")
+            raise MailError("4.2.2", f"{self.WHAT} {self.path} is full")
+
+    def problems(self, seen: os.stat_result, same: bool) -> tuple:
+        """(whether it is so, status, text) of what must not be."""
+        return (
+            (not stat.S_ISREG(seen.st_mode), "4.2.0", "is not a regular file"),
+            (not same, "4.2.0", "was replaced while it was opened"),
+            (seen.st_nlink != 1, "4.2.0", "has more than one name"),
+            (seen.st_uid != self.owner, "4.2.0", "does not belong to its user"),
+        )
 
     def cut_nuls(self) -> None:
         """Cuts NULs off the end: a size was written without its data."""
@@ -3479,7 +4218,122 @@ class Mailbox:
         return start + os.pread(self.fd, BLOCK, start).rfind(b"\nFrom ") + 1
 
 
-# == 14 Folders: Folder, FolderMessage ========================================
+def is_passing(error: OSError) -> bool:
+    """Whether what an error says may pass: no room, no descriptors."""
+    import errno
+
+    words = "ENOSPC EDQUOT EFBIG EIO EMFILE ENFILE ENOMEM EAGAIN ESTALE EROFS"
+    return error.errno in {getattr(errno, word) for word in words.split()}
+
+
+class FileBox(Mailbox):
+    """A file that an alias or .forward names, in mbox format.
+
+    It may be another's: the rights of who appends decide. What is wrong with
+    it is wrong for good, as in Postfix, and the sender is told.
+    """
+
+    WHAT = "file"
+
+    def status(self, error: OSError) -> str:
+        """A full disk passes; a file that may not be written does not."""
+        return "4.2.0" if is_passing(error) else "5.2.0"
+
+    def problems(self, seen: os.stat_result, same: bool) -> tuple:
+        """(whether it is so, status, text) of what must not be."""
+        is_program = stat.S_ISREG(seen.st_mode) and seen.st_mode & 0o111
+        return (
+            (not stat.S_ISREG(seen.st_mode), "5.2.0", "is not a regular file"),
+            (not same, "4.2.0", "was replaced while it was opened"),
+            (seen.st_nlink != 1, "5.2.0", "has more than one name"),
+            (is_program, "5.7.1", "is executable"),
+        )
+
+
+class NamedMaildir:
+    """What makes a mailbox.Maildir write pieces of bytes under a given name.
+
+    Its own names say nothing of the message, so that after a crash nobody
+    could tell whether it is there; and it would split a message into lines.
+    """
+
+    unique = ""
+
+    def _create_tmp(self) -> object:
+        path = os.path.join(self._path, "tmp", self.unique)
+        try:
+            os.unlink(path)  # what a crash left
+        except FileNotFoundError:
+            pass
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return open(path, "wb", opener=lambda name, _: os.open(name, flags, 0o600))
+
+    def _dump_message(self, message: object, target: object, *_: object) -> None:
+        for chunk in message:
+            target.write(chunk)
+
+
+class MaildirBox:
+    """A Maildir; add() puts messages into new/, sync() makes them durable.
+
+    The caller has taken the owner's Rights. Raises MailError: `status` for
+    what does not pass by itself.
+    """
+
+    def __init__(self, path: str, owner: int, status: str) -> None:
+        self.path = path.rstrip("/")
+        self.owner = owner
+        self.status = status
+        try:
+            self.make_sure()
+        except OSError as error:
+            raise self.failure(error) from None
+
+    def failure(self, error: OSError) -> MailError:
+        """The failure for an error of the Maildir's disk or directory."""
+        status = "4.2.0" if is_passing(error) else self.status
+        return MailError(status, f"maildir {self.path}: {error.strerror}")
+
+    def make_sure(self) -> None:
+        """Makes the directories that are missing; none may be a link."""
+        os.makedirs(self.path, 0o700, exist_ok=True)
+        for name in ("", "/tmp", "/new", "/cur"):
+            path = self.path + name
+            try:
+                os.mkdir(path, 0o700)
+            except FileExistsError:
+                pass
+            seen = os.lstat(path)
+            if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != self.owner:
+                why = f"maildir {self.path}: {path} is no directory of its user"
+                raise MailError(self.status, why)
+
+    def has(self, name: str) -> bool:
+        """Whether a message of that name is there, perhaps read already."""
+        there = os.listdir(f"{self.path}/new") + os.listdir(f"{self.path}/cur")
+        return any(found.partition(":")[0] == name for found in there)
+
+    def add(self, name: str, chunks: object) -> None:
+        """Adds one message, whole or not at all. Raises MailError."""
+        import mailbox  # 25 ms; only delivery needs it
+
+        box = type("Maildir", (NamedMaildir, mailbox.Maildir), {"unique": name})
+        try:
+            box(self.path, create=False).add(chunks)
+        except OSError as error:
+            raise self.failure(error) from None
+        except mailbox.ExternalClashError:
+            return  # it is there already
+
+    def sync(self) -> None:
+        """Makes the names in new/ durable. Raises MailError."""
+        try:
+            sync_folder(f"{self.path}/new")
+        except OSError as error:
+            raise self.failure(error) from None
+
+
+# == 15 Folders: Folder, FolderMessage ========================================
 # A mailbox as mail(1) reads and rewrites it; the mail stays in the file.
 # Failures: ProgramError, in the words of Heirloom mailx.
 
@@ -3678,24 +4532,277 @@ class Folder:
         raise ProgramError(EX_CANTCREAT, why)
 
 
-# == 15 Relay: Relay, split_host ==============================================
-# Hands mail to another host by SMTP, with smtplib. Runs without rights.
+# == 16 Commands: Command, verdict, command_environment =======================
+# Runs one command of an alias or .forward with a message on its standard
+# input. Source: Postfix's local(8); sysexits.h; qmail-command(8).
+# Failures: a MailError that is returned: 4.3.0 where another run may do.
+
+SHELL = "/bin/sh"
+COMMAND_PATH = "/usr/local/bin:/usr/bin:/bin"
+MAX_OUTPUT = 4096  # bytes of what a command prints that are kept for the bounce
+TICK = 0.05  # seconds between looks at a process, where the system tells nothing
+# What may stand in the environment of what came from outside; Postfix's
+# command_expansion_filter. A shell script that forgets its quotes survives it.
+PLAIN = frozenset(
+    "1234567890!@%-_=+:,./abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+)
+
+# Exit code -> status and what Postfix says of it; any other bounces.
+VERDICTS = {
+    64: ("5.3.0", "command line usage error"),
+    65: ("5.6.0", "data format error"),
+    66: ("5.3.0", "cannot open input"),
+    67: ("5.1.1", "user unknown"),
+    68: ("5.1.2", "host name unknown"),
+    69: ("5.3.0", "service unavailable"),
+    70: ("5.3.0", "internal software error"),
+    71: ("4.3.0", "system resource problem"),
+    72: ("5.3.0", "critical OS file missing"),
+    73: ("5.2.0", "can't create user output file"),
+    74: ("4.3.0", "input/output error"),
+    75: ("4.3.0", "temporary failure"),
+    76: ("5.5.0", "remote error in protocol"),
+    77: ("5.7.0", "permission denied"),
+    78: ("5.3.5", "local configuration error"),
+    111: ("4.3.0", "temporary failure (qmail's 111)"),
+    126: ("4.3.0", "command cannot be run"),
+    127: ("4.3.0", "command not found"),
+}
+DONE = (0, 99)  # 99: qmail's "done, and no more lines"; the other lines are done too
+
+
+def verdict(command: str, code: int, output: str) -> MailError | None:
+    """The failure that a command's exit code means, None for success.
+
+    `code` is negative for a signal. What it printed goes into the bounce; an
+    enhanced status at its start counts more than the code, as in Postfix.
+    """
+    if code in DONE:
+        return None
+    usual = ("5.3.0", f'Command died with status {code}: "{command}"')
+    status, text = VERDICTS.get(code, usual)
+    if code < 0:
+        status, text = "4.3.0", f'Command died with signal {-code}: "{command}"'
+    output = " ".join(output.split())
+    word, _, rest = output.partition(" ")
+    if is_status(word) and word[0] != "2":
+        return MailError(word, rest or text)
+    return MailError(status, text + (f". Command output: {output}" if output else ""))
+
+
+def command_environment(fixed: dict[str, str], mail: dict[str, str]) -> dict[str, str]:
+    """A command's whole environment; values of `mail` are made harmless."""
+    found = {"PATH": COMMAND_PATH, "SHELL": SHELL, "LANG": "C", "AGENT": "sendmail"}
+    found.update(fixed)
+    for name, value in mail.items():
+        if value or name == "SENDER":  # "" is the null sender
+            found[name] = "".join(char if char in PLAIN else "_" for char in value)
+    return found
+
+
+class Command:
+    """One command, run by whoever this process is; run() is its life.
+
+    In a session of its own, so that all it starts can be ended with it.
+    """
+
+    def __init__(self, text: str, folder: str, environ: dict, limit: int) -> None:
+        self.text = text
+        self.folder = folder
+        self.environ = environ
+        self.limit = limit
+        self.output = bytearray()
+
+    def start(self) -> object:
+        """The process. Raises OSError."""
+        from subprocess import PIPE, STDOUT, Popen
+
+        return Popen(
+            [SHELL, "-c", self.text],
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=STDOUT,
+            env=self.environ,
+            cwd=self.folder,
+            umask=0o077,
+            start_new_session=True,
+        )
+
+    def run(self, chunks: object, asker: int) -> MailError | None:
+        """Feeds it the message and waits; the failure, None for success.
+
+        `asker` is a pipe that this process writes to: when nobody reads it any
+        more, the command is ended, for nobody would know that it was done.
+        """
+        try:
+            process = self.start()
+        except OSError as error:
+            why = f'cannot run "{self.text}" in {self.folder}: {error.strerror}'
+            return MailError("4.3.0", why)
+        try:
+            return self.watch(process, iter(chunks), asker)
+        finally:
+            self.end(process)
+
+    def watch(self, process: object, chunks: object, asker: int) -> MailError | None:
+        """Writes, reads, and looks at the clock until the process ends."""
+        import select
+
+        poll = select.poll()
+        into, out = process.stdin.fileno(), process.stdout.fileno()
+        for fd, events in ((into, select.POLLOUT), (out, select.POLLIN), (asker, 0)):
+            os.set_blocking(fd, False)
+            poll.register(fd, events)
+        tick = self.limit
+        if hasattr(os, "pidfd_open"):
+            ended = os.pidfd_open(process.pid)
+            poll.register(ended, select.POLLIN)
+        else:
+            tick = TICK
+        give_up = time.monotonic() + self.limit
+        rest = memoryview(b"")
+        while process.poll() is None:
+            left = give_up - time.monotonic()
+            if left <= 0:
+                why = f'Command time limit exceeded: "{self.text}"'
+                return MailError("4.3.0", why)
+            ready = dict(poll.poll(max(1, 1000 * min(left, tick))))
+            if asker in ready:
+                return MailError("4.3.0", "nobody waits for the command any more")
+            if into in ready:
+                rest = self.feed(into, rest, chunks)
+                if rest is None:
+                    poll.unregister(into)
+                    process.stdin.close()
+            if out in ready and not self.listen(out):
+                poll.unregister(out)
+        self.listen(out)
+        return verdict(self.text, process.returncode, os_text(bytes(self.output)))
+
+    def feed(self, fd: int, rest: memoryview, chunks: object) -> memoryview | None:
+        """Writes a piece of the message; its rest, None at the end."""
+        try:
+            rest = rest or memoryview(next(chunks, b""))
+            if not rest:
+                return None
+            return rest[os.write(fd, rest) :]
+        except BlockingIOError:
+            return rest
+        except OSError:
+            return None  # it has read enough: no failure, says Postfix
+
+    def listen(self, fd: int) -> bool:
+        """Keeps the beginning of what it prints; False at the end."""
+        try:
+            data = os.read(fd, BLOCK)
+        except BlockingIOError:
+            return True
+        self.output += data[: MAX_OUTPUT - len(self.output)]
+        return bool(data)
+
+    def end(self, process: object) -> None:
+        """Ends it with all that it started, unless it has ended by itself."""
+        import signal
+
+        if process.poll() is None:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except OSError:
+                process.kill()
+            process.wait()
+
+
+# == 17 Relay: NextHop, Parcel, Relay =========================================
+# Hands mail to another host by SMTP or LMTP, with smtplib, without rights.
 # Failures: MailError with the host's own words, as Postfix puts them.
 
-SMTP_PORT = 25
+PORTS = {"smtp": 25, "lmtp": 24}
 CONNECT_TIMEOUT = 30  # seconds; RFC 5321 section 4.5.3.2 for the rest:
 REPLY_TIMEOUT = 300  # MAIL, RCPT
 FINAL_TIMEOUT = 600  # the reply to the message's end
 
 
-def split_host(text: str) -> tuple[str, int]:
-    """(host, port) of `host`, `[host]` or `[host]:port`. Raises MailError."""
-    host, _, port = text.strip().rpartition(":")
+def split_host(text: str, usual: int) -> tuple[str, int]:
+    """(host, port) of `host`, `[host]` or `[host]:port`. Raises ValueError."""
+    host, _, port = text.rpartition(":")
     if not host or "]" in port:
-        host, port = text.strip(), ""
-    if port and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-        raise MailError("4.3.5", f"relayhost {printable(text, 100)}: bad port")
-    return host.strip("[]"), int(port or SMTP_PORT)
+        host, port = text, str(usual)
+    host = host.strip("[]")
+    if not host or "/" in host or not (port.isascii() and port.isdigit()):
+        raise ValueError(text)
+    return host, range(65536).index(int(port) or -1)
+
+
+class NextHop(Value):
+    """Where mail is handed over: protocol, host, port.
+
+    For LMTP over a Unix socket `host` is its path and `port` 0.
+    """
+
+    __slots__ = ("kind", "host", "port")
+
+    def __init__(self, kind: str, host: str, port: int) -> None:
+        self.kind = kind
+        self.host = host
+        self.port = port
+
+    @classmethod
+    def parse(cls, text: str, setting: str, kind: str = "smtp") -> NextHop:
+        """`host`, `[host]:port`, and `lmtp:` or `smtp:` before it.
+
+        Behind lmtp: also /socket, unix:/socket and inet:host:port, as in
+        Postfix. Raises MailError naming the setting.
+        """
+        rest = text.strip()
+        word, colon, behind = rest.partition(":")
+        if colon and word in PORTS:
+            kind, rest = word, behind
+        if kind == "lmtp":
+            rest = rest.removeprefix("unix:").removeprefix("inet:")
+            if rest.startswith("/"):
+                return cls(kind, rest, 0)
+        try:
+            return cls(kind, *split_host(rest, PORTS[kind]))
+        except ValueError:
+            why = f"{setting} {printable(text, 100)}: need [host]:port"
+            raise MailError("4.3.5", why, "none") from None
+
+    def __str__(self) -> str:
+        prefix = "lmtp:" if self.kind == "lmtp" else ""
+        where = f"[{self.host}]:{self.port}" if self.port else self.host
+        return prefix + where
+
+
+class Parcel:
+    """What goes to one host in one transaction.
+
+    `head` is put before the message (Delivered-To of a forward); `wishes` maps
+    each recipient to its Wishes.
+    """
+
+    def __init__(self, message: QueueFile, sender: str, head: bytes) -> None:
+        self.message = message
+        self.sender = sender
+        self.head = head
+        self.wishes: dict[str, Wishes] = {}
+
+    def mail_options(self, has: object) -> str:
+        """Parameters of MAIL that the host knows. RFC 3461 section 4."""
+        envelope = self.message.envelope
+        ret = f" RET={envelope.ret}" if envelope.ret else ""
+        envid = f" ENVID={envelope.envid}" if envelope.envid else ""
+        offers = (
+            ("size", f" SIZE={len(self.head) + self.message.size}"),
+            ("8bitmime", " BODY=8BITMIME"),
+            ("smtputf8", " SMTPUTF8" if "SMTPUTF8" in envelope.body else ""),
+            ("dsn", ret + envid),
+        )
+        return "".join(text for word, text in offers if has(word))
+
+    def chunks(self) -> object:
+        """The message as it goes out, in pieces."""
+        yield self.head
+        yield from self.message.chunks()
 
 
 class Relay:
@@ -3704,25 +4811,31 @@ class Relay:
     Raises MailError for what concerns every recipient.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, hop: NextHop) -> None:
         self.settings = settings
-        self.host, self.port = split_host(settings.relayhost)
-        self.name = f"{self.host}[{self.host}]:{self.port}"
+        self.hop = hop
+        self.name = f"{hop.host}[{hop.host}]:{hop.port}"
+        if not hop.port:
+            self.name = f"{settings.myhostname}[{hop.host}]"
+        self.offers_dsn = False
 
     def connect(self) -> None:
         """Connects and says hello. Raises MailError."""
         import smtplib  # 30 ms; only relaying needs it
 
-        hello = self.settings.myhostname
+        hop, hello = self.hop, self.settings.myhostname
+        kinds = {"smtp": smtplib.SMTP, "lmtp": smtplib.LMTP}
         try:
-            self.smtp = smtplib.SMTP(local_hostname=hello, timeout=CONNECT_TIMEOUT)
-            code, text = self.smtp.connect(self.host, self.port)
-            address = self.smtp.sock.getpeername()[0]
-            self.name = f"{self.host}[{address}]:{self.port}"
+            self.smtp = kinds[hop.kind](local_hostname=hello, timeout=CONNECT_TIMEOUT)
+            code, text = self.smtp.connect(hop.host, hop.port)
+            if hop.port:
+                address = self.smtp.sock.getpeername()[0]
+                self.name = f"{hop.host}[{address}]:{hop.port}"
             self.smtp.sock.settimeout(REPLY_TIMEOUT)
             if code != 220:  # a host that lets nobody in today: try it again
                 raise self.refusal("initial connection", min(code, 499), text)
             self.smtp.ehlo_or_helo_if_needed()
+            self.offers_dsn = self.smtp.has_extn("dsn")
         except smtplib.SMTPHeloError as error:
             raise self.refusal(
                 "EHLO command", error.smtp_code, error.smtp_error
@@ -3732,62 +4845,73 @@ class Relay:
             text = f"connect to {self.name}: {why or 'lost connection'}"
             raise MailError("4.4.1", text, "none") from None
 
-    def send(self, message: QueueFile, head: bytes, recipients: list[str]) -> dict:
-        """Sends one message; recipient -> (status, text) or MailError.
-
-        `head` is put before it (Delivered-To of a forward).
-        """
+    def send(self, parcel: Parcel) -> dict:
+        """Sends one message; recipient -> (status, text) or MailError."""
         import smtplib
 
         try:
-            return self.transaction(message, head, recipients)
+            return self.transaction(parcel)
         except (OSError, smtplib.SMTPException) as error:
-            self.smtp.close()
-            why = getattr(error, "strerror", None) or printable(str(error), 200)
-            text = f"lost connection with {self.name}: {why}"
-            raise MailError("4.4.2", text, self.name) from None
+            raise self.lost(error) from None
 
-    def transaction(self, message: QueueFile, head: bytes, recipients: list) -> dict:
+    def lost(self, error: Exception) -> MailError:
+        """The failure for a connection that is no more."""
+        self.smtp.close()
+        why = getattr(error, "strerror", None) or printable(str(error), 200)
+        return MailError("4.4.2", f"lost connection with {self.name}: {why}", self.name)
+
+    def transaction(self, parcel: Parcel) -> dict:
         """MAIL, RCPT, DATA, the message. Raises MailError, OSError."""
-        envelope = message.envelope
-        if "SMTPUTF8" in envelope.body and not self.smtp.has_extn("smtputf8"):
+        body = parcel.message.envelope.body
+        if "SMTPUTF8" in body and not self.smtp.has_extn("smtputf8"):
             raise MailError("5.6.7", f"{self.name} does not offer SMTPUTF8", self.name)
         self.smtp.command_encoding = "utf-8"
-        options = (
-            ("size", f" SIZE={len(head) + message.size}"),
-            ("8bitmime", " BODY=8BITMIME"),
-            ("smtputf8", " SMTPUTF8" if "SMTPUTF8" in envelope.body else ""),
-        )
-        offered = (text for word, text in options if self.smtp.has_extn(word))
-        words = f"FROM:<{envelope.sender}>{''.join(offered)}"
+        options = parcel.mail_options(self.smtp.has_extn)
+        words = f"FROM:<{parcel.sender}>{options}"
         self.expect("MAIL FROM command", *self.smtp.docmd("MAIL", words), 250)
         results: dict = {}
-        for recipient in recipients:
-            code, text = self.smtp.docmd("RCPT", f"TO:<{recipient}>")
+        for recipient, wishes in parcel.wishes.items():
+            options = wishes.parameters() if self.offers_dsn else ""
+            code, text = self.smtp.docmd("RCPT", f"TO:<{recipient}>{options}")
             if code not in (250, 251):
                 results[recipient] = self.refusal("RCPT TO command", code, text)
-        good = [recipient for recipient in recipients if recipient not in results]
+        good = [recipient for recipient in parcel.wishes if recipient not in results]
         if good:
             self.expect("DATA command", *self.smtp.docmd("DATA"), 354)
-            done = self.send_text(message, head)
-            results.update((recipient, done) for recipient in good)
+            results.update(self.send_text(parcel, good))
         else:
             self.smtp.rset()
         return results
 
-    def send_text(self, message: QueueFile, head: bytes) -> tuple[str, str]:
-        """The message itself, streamed; (status, the host's words)."""
+    def send_text(self, parcel: Parcel, good: list[str]) -> dict:
+        """The message itself, streamed; what the host says of each recipient.
 
-        def chunks() -> object:
-            yield head
-            yield from message.chunks()
-
-        for block in dot_stuffed(chunks()):
+        LMTP has a reply for each of them, RFC 2033 section 4.2.
+        """
+        for block in dot_stuffed(parcel.chunks()):
             self.smtp.sock.sendall(block)
         self.smtp.sock.settimeout(FINAL_TIMEOUT)
-        code, text = self.smtp.getreply()
-        self.smtp.sock.settimeout(REPLY_TIMEOUT)
-        self.expect("end of DATA command", code, text, 250)
+        is_lmtp = self.hop.kind == "lmtp"
+        replies = [self.final_reply() for _ in (good if is_lmtp else good[:1])]
+        if self.smtp.sock:
+            self.smtp.sock.settimeout(REPLY_TIMEOUT)
+        return dict(zip(good, replies if is_lmtp else replies * len(good)))
+
+    def final_reply(self) -> tuple[str, str] | MailError:
+        """(status, the host's words) behind the message's end, or a failure.
+
+        A lost connection is a failure too: what LMTP said before it counts.
+        """
+        import smtplib
+
+        try:
+            if self.smtp.sock is None:
+                raise smtplib.SMTPServerDisconnected("no reply")
+            code, text = self.smtp.getreply()
+        except (OSError, smtplib.SMTPException) as error:
+            return self.lost(error)
+        if code != 250:
+            return self.refusal("end of DATA command", code, text)
         return "2.0.0", printable(f"{code} {os_text(text)}".replace("\n", " "), 300)
 
     def expect(self, stage: str, code: int, text: bytes, wanted: int) -> None:
@@ -3800,8 +4924,7 @@ class Relay:
         words = printable(os_text(text).replace("\n", " "), 500)
         status = words.partition(" ")[0]
         kind = "5" if 500 <= code < 600 else "4"
-        parts = status.split(".")
-        if len(parts) != 3 or parts[0] != kind or not all(p.isdigit() for p in parts):
+        if not is_status(status) or status[0] != kind:
             status = f"{kind}.0.0"
         said = f"host {self.name} said: {code} {words} (in reply to {stage})"
         return MailError(status, said, self.name)
@@ -3810,6 +4933,8 @@ class Relay:
         """Makes ready for the next message; whether the host is there."""
         import smtplib
 
+        if self.smtp.sock is None:
+            return False
         try:
             self.smtp.rset()
         except (OSError, smtplib.SMTPException):
@@ -3831,64 +4956,105 @@ class Relay:
 # WORK: what is done with them.
 # =============================================================================
 
-# == 16 Routing: Destination, Router ==========================================
-# Where mail for an address goes, decided anew for each attempt.
+# == 18 Routing: Destination, Trail, Router, TargetCheck ======================
+# Where mail for an address goes, decided anew for each attempt; what `explain`
+# draws is drawn on the way.
 # Failures: a Destination of kind error; verify() raises MailError.
+
+MAX_DESTINATIONS = 200_000  # of one recipient, or it is deferred
 
 
 class Destination(Value):
     """One final target of a recipient.
 
-    `kind`: mailbox, remote, null or error; `target` is an address as text;
-    `forwarders` are those whose .forward it went through, last one first.
+    `kind`: mailbox, maildir, file, pipe, lmtp, remote, null, include (a list
+    that was not read) or error. `target` is the address it was reached by,
+    `place` a path, a command or a next hop, `user` whose rights it takes.
+    `forwarders` are those it went through, last one first; `sender` is the
+    owner of a list, or "". `detail` is what followed the user's name.
     """
 
-    __slots__ = ("kind", "target", "user", "forwarders", "error")
+    __slots__ = (
+        *("kind", "target", "place", "user", "folder"),
+        *("detail", "forwarders", "sender", "error"),
+    )
 
-    def __init__(self, kind: str, target: str, **more: object) -> None:
+    def __init__(self, kind: str, target: str, place: str = "", **more: object) -> None:
         self.kind = kind
         self.target = target
+        self.place = place
         self.user: User | None = more.get("user")
+        self.folder: str = more.get("folder", "/")
+        self.detail: str = more.get("detail", "")
         self.forwarders: tuple[str, ...] = more.get("forwarders", ())
+        self.sender: str = more.get("sender", "")
         self.error: MailError | None = more.get("error")
 
     @property
     def key(self) -> str:
         """What the journal calls it; the same target gets one copy."""
-        return f"{self.kind} {self.target}"
+        if self.kind in ADDRESS_KINDS:
+            return f"{self.kind} {self.target}"
+        uid = f"{self.user.uid} " if self.user else ""
+        return f"{self.kind} {uid}{self.place}"
+
+    def shown(self) -> tuple[str, str]:
+        """(what it is, in which way) for an explanation."""
+        whose = f"as uid {self.user.uid}" if self.user else ""
+        return {
+            "mailbox": (f"mailbox {self.place}", f"mbox, {whose}"),
+            "maildir": (f"maildir {self.place}", whose),
+            "file": (f"file {self.place}", whose),
+            "pipe": (f"command {self.place}", f"{whose}, in {self.folder}"),
+            "lmtp": (f"mail store {self.place}", f"for <{self.target}>"),
+            "null": ("/dev/null: thrown away", ""),
+            "include": (f"list {self.place}", "only the daemon and root may read it"),
+        }[self.kind]
 
 
 class Trail:
     """How an address was come by while a recipient is expanded.
 
-    `steps` are ("alias", name) and ("user", name) in order; `passed` the
-    users of the message's Delivered-To fields. What one step leads to is
-    expanded once for the whole recipient, however often it is named.
+    `steps` are ("alias", name), ("user", name) and ("include", path) in order;
+    `passed` the names of the message's Delivered-To fields. What one step
+    leads to is expanded once for the whole recipient, however often it is
+    named. `rights` is whose commands and files these are (None: of aliases),
+    `reader` who reads lists (None: their owners), `branch` what is drawn.
     """
 
-    def __init__(self, steps: tuple, passed: frozenset, visited: set) -> None:
-        self.steps = steps
+    def __init__(self, passed: frozenset, branch: Branch | None = None) -> None:
+        self.steps: tuple = ()
         self.passed = passed
-        self.visited = visited
+        self.visited: set = set()
+        self.branch = branch
+        self.recipient = Address("")
+        self.rights: User | None = None
+        self.reader: User | None = None
+        self.may_run = True
+        self.sender = ""
 
-    def then(self, kind: str, name: str) -> Trail:
+    def changed(self, **changes: object) -> Trail:
+        """A copy with these fields changed."""
+        trail = Trail.__new__(Trail)
+        trail.__dict__.update(self.__dict__, **changes)
+        return trail
+
+    def then(self, kind: str, name: str, **changes: object) -> Trail:
         """The trail with one step more."""
-        return Trail((*self.steps, (kind, name)), self.passed, self.visited)
+        return self.changed(steps=(*self.steps, (kind, name)), **changes)
+
+    def draw(self, text: str, where: str = "", detail: str = "") -> Trail:
+        """The trail behind one more line of the drawing, if one is drawn."""
+        if self.branch is None:
+            return self
+        return self.changed(branch=self.branch.grow(text, where, detail))
 
     def names(self, kind: str) -> list[str]:
         """The names of its steps of one kind."""
         return [name for step, name in self.steps if step == kind]
 
-    def is_first(self, text: str) -> bool:
-        """Whether this step leads to `text` for the first time; notes it."""
-        return self.note((text, self.steps[-1:]))
-
-    def is_first_at(self, user: str) -> bool:
-        """Whether a user's ~/.forward is come to for the first time."""
-        return self.note(("user", user))
-
-    def note(self, place: tuple) -> bool:
-        """Notes that `place` was visited; whether it had not been."""
+    def is_first(self, *place: object) -> bool:
+        """Whether `place` is come to for the first time; notes it."""
         is_first = place not in self.visited
         self.visited.add(place)
         return is_first
@@ -3897,36 +5063,39 @@ class Trail:
 class Router:
     """Expands recipients by aliases, users, ~/.forward: resolve().
 
-    `forwards` reads .forward files, or is None where that is not allowed (the
+    `files` reads .forward and lists, or is None where that is not allowed (the
     SMTP server's process, a user's `sendmail`).
     """
 
     def __init__(
         self,
         settings: Settings,
-        aliases: AliasDatabase,
+        aliases: AliasMaps,
         users: Users,
-        forwards: ForwardFiles | None = None,
+        files: TargetFiles | None = None,
         warn: object = None,
     ) -> None:
         self.settings = settings
         self.aliases = aliases
         self.users = users
-        self.forwards = forwards
+        self.files = files
         self.warn = warn or (lambda text: None)
 
     def verify(self, address: Address) -> None:
-        """Raises MailError unless mail to a local address can be delivered."""
-        found = self.resolve(address, frozenset())
-        errors = [destination.error for destination in found if destination.error]
-        for error in errors:
-            if error.is_temporary and error.status == "4.3.0":
-                raise error
-        if errors and len(errors) == len(found) and not errors[0].is_temporary:
-            raise errors[0]
+        """Raises MailError unless mail to a local address can be delivered.
+
+        One good destination is enough; what cannot be told now is no refusal.
+        """
+        errors = []
+        for found in self.resolve(address, frozenset()):
+            if found.kind != "error":
+                return
+            errors.append(found.error)
+        if errors:
+            raise next(filter(lambda error: error.is_temporary, errors), errors[0])
 
     def passed(self, texts: list[str]) -> frozenset[str]:
-        """The users a message has been through, by its Delivered-To fields."""
+        """Whom a message has been through, by its Delivered-To fields."""
         found = set()
         for text in dict.fromkeys(texts):
             try:
@@ -3934,167 +5103,482 @@ class Router:
             except MailError:
                 continue
             if self.settings.is_local(address.domain):
-                found.add(address.local)
+                found |= {address.local, self.settings.split_detail(address.local)[0]}
         return frozenset(found)
 
-    def resolve(self, address: Address, passed: frozenset) -> list[Destination]:
-        """The destinations of one recipient, each once.
+    def resolve(
+        self, address: Address, passed: frozenset, branch: Branch | None = None
+    ) -> object:
+        """The destinations of one recipient, each once, one by one.
 
-        `passed` are the users that the message has been through already.
+        `passed` are those that the message has been through already; on
+        `branch` the way to each is drawn.
         """
-        found: dict[str, Destination] = {}
-        for destination in self.expand(address, Trail((), passed, set())):
-            found.setdefault(destination.key, destination)
-        return list(found.values())
+        seen = set()
+        for found in self.expand(address, Trail(passed, branch)):
+            if len(seen) >= MAX_DESTINATIONS:
+                error = MailError("4.3.0", "more destinations than can be remembered")
+                yield Destination("error", str(address), error=error)
+                return
+            if found.key not in seen:
+                seen.add(found.key)
+                yield found
 
-    def expand(self, address: Address, trail: Trail) -> list[Destination]:
+    def expand(self, address: Address, trail: Trail) -> object:
         """Destinations of `address`, nothing where it was expanded before."""
-        if not trail.is_first(str(address)):
-            return []
+        if not trail.is_first(str(address), trail.steps[-1:]):
+            return
         if not self.settings.is_local(address.domain):
-            forwarders = self.forwarders(trail)
-            return [Destination("remote", str(address), forwarders=forwarders)]
+            yield self.remote(address, trail.draw(f"{address} is elsewhere"))
+            return
+        if not trail.steps:
+            trail = trail.draw(self.why_local(address.domain))
         if len(trail.steps) > MAX_DEPTH:
-            return [self.failed(address, "5.4.6", "aliases nested too deeply")]
+            yield self.failed(trail, address, "5.4.6", "aliases nested too deeply")
+            return
         try:
-            alias = self.find_alias(address.local, trail)
+            alias = self.find_alias(address, trail)
         except MailError as error:
-            return [Destination("error", str(address), error=error)]
+            yield self.refused(trail, address, error)
+            return
         if alias is None:
-            return self.expand_user(address, trail)
-        name, value = alias
+            yield from self.expand_user(address, trail)
+        else:
+            yield from self.expand_alias(address, alias, trail)
+
+    def why_local(self, domain: str) -> str:
+        """For an explanation: why mail for a domain is delivered here."""
+        if not domain:
+            return "local name"
+        if domain.startswith("["):
+            return f"local address (inet_interfaces: {domain})"
+        return f"local domain (mydestination: {domain})"
+
+    def alias_names(self, address: Address) -> list[str]:
+        """The names that an alias for a local address may have, best first."""
+        local, domain = address.local.lower(), address.domain.lower().rstrip(".")
+        user, detail = self.settings.split_detail(local)
+        names = [local, f"{user}{detail[0]}*", user] if detail else [local]
+        plain = [local, user] if detail else [local]
+        return [f"{name}@{domain}" for name in plain if domain] + names
+
+    def find_alias(self, address: Address, trail: Trail) -> tuple | None:
+        """(name, value, its database or None) for an address, or None.
+
+        An alias or .forward that names itself means the next best thing, in
+        the end the mailbox. Raises MailError.
+        """
+        last = trail.steps[-1] if trail.steps else ("", "")
+        own = last[1] if last[0] in ("alias", "user") else ""
+        names = [name for name in self.alias_names(address) if name != own]
+        found = self.aliases.lookup(names)
+        if found is None:
+            for name in names:
+                if name in BUILT_IN_ALIASES and self.users.lookup(name) is None:
+                    return name, BUILT_IN_ALIASES[name], None
+        return found
+
+    def expand_alias(self, address: Address, alias: tuple, trail: Trail) -> object:
+        """Destinations of an alias: (name, value, its database or None)."""
+        name, value, source = alias
         if ("alias", name) in trail.steps:
             why = f"alias database loop for {printable(name, 100)}"
-            return [self.failed(address, "5.4.6", why)]
-        return self.expand_targets(value, trail.then("alias", name))
+            yield self.failed(trail, address, "5.4.6", why)
+            return
+        if name in trail.passed:
+            why = f"mail forwarding loop for {printable(name, 100)}"
+            yield self.failed(trail, address, "5.4.6", why)
+            return
+        try:
+            sender = self.list_owner(name) or trail.sender
+        except MailError as error:
+            yield self.refused(trail, address, error)
+            return
+        if trail.branch:
+            where = source.where(name) if source else "built in"
+            detail = f"sender is {sender}" if sender != trail.sender else ""
+            trail = trail.draw(f"alias {name} -> {value}", where, detail)
+            if source and source.problem:
+                trail.draw(source.problem)
+        changes = {"recipient": address, "rights": None, "reader": None}
+        changes.update(sender=sender, may_run=True)
+        yield from self.expand_targets(value, trail.then("alias", name, **changes))
 
-    def find_alias(self, local: str, trail: Trail) -> tuple[str, str] | None:
-        """(name, value) of the alias for a local part, or None.
+    def list_owner(self, name: str) -> str:
+        """The address of owner-LIST where there is one, or "".
 
-        An alias that names itself means the mailbox. Raises MailError.
+        It becomes the sender of what LIST expands to, as in sendmail.
         """
-        for name in self.spellings(local.lower()):
-            value = self.aliases.lookup(name)
-            if value is None and self.users.lookup(name) is None:
-                value = BUILT_IN_ALIASES.get(name)
-            if value is not None:
-                # Its own name, in its value or in its .forward: the mailbox.
-                is_itself = trail.steps[-1:] in ((("alias", name),), (("user", name),))
-                return None if is_itself else (name, value)
-        return None
+        owner = f"owner-{name}"
+        if name.startswith(("owner-", "@")) or not self.aliases.lookup([owner]):
+            return ""
+        return owner if "@" in owner else f"{owner}@{self.settings.local_origin}"
 
-    def spellings(self, local: str) -> list[str]:
-        """`local`, and without its +detail."""
-        delimiter = self.settings.recipient_delimiter
-        if delimiter and delimiter in local[1:]:
-            return [local, local[: local.index(delimiter, 1)]]
-        return [local]
-
-    def expand_targets(self, value: str, trail: Trail) -> list[Destination]:
-        """Destinations of an alias's value or a .forward line."""
+    def expand_targets(self, value: str, trail: Trail) -> object:
+        """Destinations of an alias's value, or of a line of a file."""
         try:
             targets = parse_targets(value)
         except ValueError as error:
-            return [self.failed(Address(trail.steps[-1][1]), "4.3.5", str(error))]
-        return [found for t in targets for found in self.expand_target(t, trail)]
+            address = Address(trail.steps[-1][1])
+            yield self.failed(trail, address, "4.3.5", str(error))
+            return
+        for target in targets:
+            yield from self.TARGETS[target.kind](self, target, trail)
 
-    def expand_target(self, target: Target, trail: Trail) -> list[Destination]:
-        """Destinations of one target."""
-        if target.kind == "address":
-            return self.expand(Address.parse(target.text), trail)
-        if target.kind == "user":
-            return self.expand_user(Address.parse(target.text), trail, True)
-        if target.kind == "null":
-            return [Destination("null", target.text)]
-        what = {"pipe": "a command", "file": "a file", "include": "an include file"}
-        text = f"delivery to {what[target.kind]} ({printable(target.text, 100)})"
-        kind, name = trail.steps[-1]
-        place = f"the alias {name}" if kind == "alias" else f"~{name}/.forward"
-        error = MailError("4.3.5", f"{text} is not built yet: change {place}")
-        return [Destination("error", f"{target.kind} {target.text}", error=error)]
+    def expand_address(self, target: Target, trail: Trail) -> object:
+        """Destinations of an address or a bare name."""
+        yield from self.expand(Address.parse(target.text), trail)
+
+    def expand_plain(self, target: Target, trail: Trail) -> object:
+        r"""Destinations of \user: neither aliases nor .forward."""
+        yield from self.expand_user(Address.parse(target.text), trail, True)
+
+    def discard(self, target: Target, trail: Trail) -> object:
+        """/dev/null."""
+        yield self.drawn(Destination("null", target.text, "/dev/null"), trail)
+
+    def refuse(self, target: Target, trail: Trail) -> object:
+        """error:550 text and its like."""
+        error = read_refusal(target.text, 0)
+        yield self.refused(trail, trail.recipient, error)
+
+    def to_place(self, target: Target, trail: Trail) -> object:
+        """A file, a Maildir or a command, with the rights of whose it is."""
+        what = {"pipe": "command"}.get(target.kind, "file")
+        kind, place = target.kind, target.text
+        if not trail.may_run:
+            why = f"mail to {what} is restricted: the list is writable by others"
+            yield self.failed(trail, trail.recipient, "5.7.1", why)
+            return
+        if kind == "file" and place.startswith("~/"):
+            if trail.steps[-1][0] != "user":
+                why = f"{place}: ~ is nobody's home here"
+                yield self.failed(trail, trail.recipient, "5.3.5", why)
+                return
+            place = trail.rights.home + place[1:]
+        kind = "maildir" if kind == "file" and place.endswith("/") else kind
+        try:
+            user = self.rights(trail)
+        except MailError as error:
+            yield self.refused(trail, trail.recipient, error)
+            return
+        yield self.drawn(self.destination(kind, place, user, trail), trail)
+
+    def rights(self, trail: Trail) -> User:
+        """Who runs a command: whose .forward or list it is, or default_privs.
+
+        Never root. Raises MailError.
+        """
+        user = trail.rights
+        if user is None or user.uid == 0 and os.geteuid() == 0:
+            return command_user(self.settings, self.users)
+        return user
+
+    def destination(
+        self, kind: str, place: str, user: User | None, trail: Trail
+    ) -> Destination:
+        """A destination on this host, reached by this trail."""
+        recipient = trail.recipient
+        name, detail = self.settings.split_detail(recipient.local)
+        more = {"user": user, "detail": detail[1:], "sender": trail.sender}
+        more["forwarders"] = self.forwarders(trail, "user")
+        if kind == "pipe" and trail.rights and user == trail.rights:
+            more["folder"] = user.home
+        target = str(recipient.qualified(self.settings.local_origin))
+        if kind in ("mailbox", "lmtp"):  # the user's one address, however reached
+            target = f"{user.name}@{self.settings.local_origin}"
+        return Destination(kind, target, place, **more)
+
+    def drawn(self, found: Destination, trail: Trail) -> Destination:
+        """`found`, drawn."""
+        if trail.branch:
+            text, detail = found.shown()
+            trail.draw(text, "", detail)
+        return found
+
+    def expand_include(self, target: Target, trail: Trail) -> object:
+        """Destinations of the lines of an :include: file."""
+        path = target.text
+        if self.files is None:
+            yield self.drawn(Destination("include", path, path), trail)
+            return
+        if len(trail.steps) > MAX_DEPTH or not trail.is_first("include", path):
+            trail.draw(f":include: {path}: not again")
+            return
+        try:
+            listing = self.files.include(path, trail.reader)
+        except MailError as error:
+            self.warn(error.text)
+            yield self.refused(trail, trail.recipient, error)
+            return
+        owner = listing.owner
+        changes = {"rights": owner, "may_run": trail.may_run and not listing.is_shared}
+        changes["reader"] = trail.reader or (owner if owner.uid else None)
+        trail = trail.draw(f"list {path}", detail=f"of uid {owner.uid}")
+        yield from self.expand_lines(
+            listing.text, path, trail.then("include", path, **changes)
+        )
+
+    def expand_lines(self, text: str, path: str, trail: Trail) -> object:
+        """Destinations of a file's lines; one that cannot be read is left out.
+
+        A generator, so that a list of any length is never there as a whole.
+        """
+        for number, line in logical_lines(text):
+            try:
+                parse_targets(line)
+            except ValueError as error:
+                self.warn(f"{path}, line {number}: {error}")
+                trail.draw(f"cannot be read: {error}", f"{path}:{number}")
+                continue
+            yield from self.expand_targets(line, trail)
 
     def expand_user(
         self, address: Address, trail: Trail, is_plain: bool = False
-    ) -> list[Destination]:
+    ) -> object:
         """Destinations of a user: what ~/.forward says, or the mailbox."""
         user = self.find_user(address.local)
         if user is None:
-            return self.expand_stranger(address, trail)
-        target = f"{user.name}@{self.settings.local_origin}"
-        forwarders = self.forwarders(trail)
-        mailbox = Destination("mailbox", target, user=user, forwarders=forwarders)
+            yield from self.expand_stranger(address, trail)
+            return
+        trail = trail.changed(recipient=address)
         on_the_way = trail.names("user")
         if is_plain or on_the_way[-1:] == [user.name]:
-            return [mailbox]  # its own name in its .forward means the mailbox
-        loop = self.failed(address, "5.4.6", f"mail forwarding loop for {target}")
+            # its own name in its .forward means the mailbox
+            yield self.mailbox(user, trail.draw(f"user {user.name}, as it is"))
+            return
+        loop = f"mail forwarding loop for {user.name}@{self.settings.local_origin}"
         if user.name in on_the_way:
-            return [loop]
-        if not trail.is_first_at(user.name):
-            return []  # under another spelling: user+detail
-        text = self.forward_text(user)
+            yield self.failed(trail, address, "5.4.6", loop)
+            return
+        if not trail.is_first("user", user.name):
+            return  # under another spelling: user+detail
+        try:
+            path, text, trail = self.read_forward(user, trail)
+        except MailError as error:
+            yield self.refused(trail, address, error)
+            return
         if not text:
-            return [mailbox]
-        if user.name in trail.passed:
-            return [loop]
-        return self.expand_forward(text, mailbox, trail.then("user", user.name))
+            yield self.mailbox(user, trail)
+        elif user.name in trail.passed:
+            yield self.failed(trail, address, "5.4.6", loop)
+        else:
+            changes = {"rights": user, "reader": user, "may_run": True}
+            trail = trail.then("user", user.name, **changes)
+            yield from self.expand_forward(user, path, text, trail)
 
     def find_user(self, local: str) -> User | None:
         """The user of a local part, with or without +detail."""
-        return next(filter(None, map(self.users.lookup, self.spellings(local))), None)
+        names = dict.fromkeys((local, self.settings.split_detail(local)[0]))
+        return next(filter(None, map(self.users.lookup, names)), None)
 
-    def expand_stranger(self, address: Address, trail: Trail) -> list[Destination]:
+    def expand_stranger(self, address: Address, trail: Trail) -> object:
         """Destinations of a local part that nobody has."""
+        catch_all = f"@{address.domain.lower()}"
+        try:
+            alias = self.aliases.lookup([catch_all]) if address.domain else None
+        except MailError as error:
+            yield self.refused(trail, address, error)
+            return
+        if alias and ("alias", catch_all) not in trail.steps:
+            yield from self.expand_alias(address, alias, trail)
+            return
         way_out = self.settings.luser_relay
         if way_out and "luser_relay" not in trail.names("alias"):
-            return self.expand(
-                Address.parse(way_out), trail.then("alias", "luser_relay")
-            )
-        return [self.failed(address, "5.1.1", f'unknown user: "{address.local}"')]
+            trail = trail.draw(f"luser_relay -> {way_out}")
+            trail = trail.then("alias", "luser_relay")
+            yield from self.expand(Address.parse(way_out), trail)
+            return
+        yield self.failed(trail, address, "5.1.1", f'unknown user: "{address.local}"')
 
-    def forward_text(self, user: User) -> str:
-        """What a user's .forward says, comments gone; "" for the mailbox."""
-        if self.forwards is None:
-            return ""
-        text, why = self.forwards.read(user)
-        if why:
+    def near(self, local: str) -> str:
+        """`did you mean X?` for a local part that nobody has, or ""."""
+        names = [*self.users.names(), *self.aliases.names()]
+        return nearest(local.lower(), dict.fromkeys(names))
+
+    def read_forward(self, user: User, trail: Trail) -> tuple[str, str, Trail]:
+        """(path, text without comments, trail) of a user's .forward.
+
+        "" for text means the mailbox. Raises MailError.
+        """
+        if self.files is None:
+            return "", "", trail.draw(f"user {user.name}")
+        detail = self.settings.split_detail(trail.recipient.local)[1]
+        path, text, ignored = self.files.forward(user, detail)
+        for why in ignored:
             self.warn(f"{why}: ignored, mail for {user.name} goes to the mailbox")
-        return "\n".join(line for _, line in logical_lines(text))
+        text = "\n".join(line for _, line in logical_lines(text))
+        what = "~/.forward" if text else "empty ~/.forward" if path else ""
+        what = what or ("~/.forward not used" if ignored else "no ~/.forward")
+        trail = trail.draw(f"user {user.name}, {what}", path)
+        for why in ignored:
+            trail.draw(f"ignored: {why}")
+        return path, text, trail
 
-    def expand_forward(
-        self, text: str, mailbox: Destination, trail: Trail
-    ) -> list[Destination]:
+    def expand_forward(self, user: User, path: str, text: str, trail: Trail) -> object:
         """Destinations of a .forward; a line that is none means the mailbox.
 
         For the user's typo the sender is not to blame.
         """
-        found, problems = [], []
+        problems = []
         for line in text.split("\n"):
             try:
                 parse_targets(line)
-                found += self.expand_targets(line, trail)
             except ValueError as error:
                 problems.append(str(error))
+                trail.draw(f"cannot be read: {error}")
+                continue
+            yield from self.expand_targets(line, trail)
         if problems:
-            path = f"{mailbox.user.home}/.forward"
             self.warn(f"{path}: {problems[0]}: a copy is kept in the mailbox")
-            found.append(mailbox)
-        return found
+            yield self.mailbox(user, trail)
 
-    def forwarders(self, trail: Trail) -> tuple[str, ...]:
-        """Whose .forward files a trail went through, last one first."""
-        names = reversed(trail.names("user"))
-        return tuple(f"{name}@{self.settings.local_origin}" for name in names)
+    def mailbox(self, user: User, trail: Trail) -> Destination:
+        """Where a user's mail is kept."""
+        settings = self.settings
+        kind, place = "mailbox", f"{settings.mail_spool_directory}/{user.name}"
+        if settings.home_mailbox:
+            place = f"{user.home}/{settings.home_mailbox}"
+            kind = "maildir" if place.endswith("/") else kind
+        if settings.mailbox_transport:
+            kind, name = "lmtp", "mailbox_transport"
+            try:
+                hop = NextHop.parse(settings.mailbox_transport, name, "lmtp")
+            except MailError as error:
+                return self.refused(trail, trail.recipient, error)
+            place = str(hop)
+        return self.drawn(self.destination(kind, place, user, trail), trail)
 
-    def failed(self, address: Address, status: str, text: str) -> Destination:
+    def remote(self, address: Address, trail: Trail) -> Destination:
+        """Where mail for another host is handed over."""
+        forwarders = self.forwarders(trail, "user", "alias")
+        more: dict = {"forwarders": forwarders, "sender": trail.sender}
+        place = ""
+        try:
+            place = str(self.next_hop(address, trail))
+        except MailError as error:
+            trail.draw(error.text)
+            more["error"] = error
+        return Destination("remote", str(address), place, **more)
+
+    def next_hop(self, address: Address, trail: Trail) -> NextHop:
+        """The host that remote mail goes to. Raises MailError."""
+        settings = self.settings
+        if not settings.relayhost:
+            why = "relayhost is not set, and MX is not looked up yet"
+            raise MailError("4.4.4", f"no route to {address.domain}: {why}", "none")
+        hop = NextHop.parse(settings.relayhost, "relayhost")
+        source = settings.sources.get("relayhost", "")
+        trail.draw(f"relayhost {hop}", source, "without TLS")
+        return hop
+
+    def forwarders(self, trail: Trail, *kinds: str) -> tuple[str, ...]:
+        """Through whom a trail went, last one first."""
+        names = [name for kind, name in reversed(trail.steps) if kind in kinds]
+        origin = self.settings.local_origin
+        return tuple(
+            name if "@" in name else f"{name}@{origin}"
+            for name in names
+            if name[0] != "@" and name != "luser_relay"
+        )
+
+    def failed(
+        self, trail: Trail, address: Address, status: str, text: str
+    ) -> Destination:
         """A destination that is none."""
-        error = MailError(status, text)
-        return Destination("error", str(address), error=error)
+        hint = ""
+        if trail.branch and status == "5.1.1":
+            hint = self.near(self.settings.split_detail(address.local)[0])
+        return self.refused(trail, address, MailError(status, text), hint)
+
+    def refused(
+        self, trail: Trail, address: Address, error: MailError, hint: str = ""
+    ) -> Destination:
+        """A destination that is none, with the failure that says why."""
+        if trail.branch:
+            outcome = DEFERRED if error.is_temporary else BOUNCED
+            trail.draw(f"{outcome}: {error.text}", "", f"{error.status} {hint}".strip())
+        return Destination("error", str(address), error=error, sender=trail.sender)
+
+    TARGETS = {
+        "address": expand_address,
+        "user": expand_plain,
+        "null": discard,
+        "error": refuse,
+        "file": to_place,
+        "pipe": to_place,
+        "include": expand_include,
+    }
 
 
-# == 17 Delivery: ActiveMessage, Task, Delivery, RelayJob =====================
+class TargetCheck:
+    """What newaliases warns of: targets that do not exist; problem()."""
+
+    def __init__(self, router: Router) -> None:
+        self.router = router
+
+    def problem(self, target: Target) -> str:
+        """Why mail to a target would not arrive, as far as that is plain."""
+        try:
+            return self.CHECKS.get(target.kind, TargetCheck.nothing)(self, target)
+        except MailError as error:
+            return error.text
+
+    def nothing(self, _: Target) -> str:
+        """There is nothing to check."""
+        return ""
+
+    def address(self, target: Target) -> str:
+        """A local name must be an alias or a user."""
+        address = Address.parse(target.text)
+        router = self.router
+        if not router.settings.is_local(address.domain):
+            return ""
+        if target.kind == "address" and router.find_alias(address, Trail(frozenset())):
+            return ""
+        if router.settings.luser_relay or router.find_user(address.local):
+            return ""
+        if address.domain and router.aliases.lookup([f"@{address.domain.lower()}"]):
+            return ""
+        hint = router.near(router.settings.split_detail(address.local)[0])
+        return f"no such user or alias{': ' if hint else ''}{hint}"
+
+    def file(self, target: Target) -> str:
+        """The directory must be there."""
+        if target.text.startswith("~"):
+            return "~ is nobody's home here"
+        folder = os.path.dirname(target.text.rstrip("/"))
+        return "" if os.path.isdir(folder or "/") else f"there is no {folder}"
+
+    def pipe(self, target: Target) -> str:
+        """A program that is named by its path must be there."""
+        program = target.text.split()[0].strip("\"'")
+        is_there = not program.startswith("/") or os.access(program, os.X_OK)
+        return "" if is_there else f"there is no program {program}"
+
+    def include(self, target: Target) -> str:
+        """The list must be readable."""
+        if self.router.files:
+            self.router.files.include(target.text, None)
+        return ""
+
+    CHECKS = {
+        "address": address,
+        "user": address,
+        "file": file,
+        "pipe": pipe,
+        "include": include,
+    }
+
+
+# == 19 Delivery: Task, ActiveMessage, Delivery, RelayJob, PipeJob, Lanes =====
 # Takes messages to their destinations, in batches: one lock and one fsync for
 # all that goes to one mailbox, one connection for all that goes to one host.
+# What may take long is done by child processes, each without root's rights.
 # Failures: recorded in the Task, never raised.
+
+TASKS = 1000  # destinations of one message that are at work at once
+MORE = "more"  # what the journal calls those that are to come
 
 
 class Task:
@@ -4111,8 +5595,24 @@ class Task:
         self.done: tuple[str, str] | None = None
         self.pause = 0  # seconds after which it may go where it may not go now
         self.relay = "local"
+        self.is_passed_on = False  # whether the next host reports success
+        self.is_noted = False
         if destination.kind == "null":
             self.done = ("2.0.0", "discarded")
+
+    @property
+    def is_over(self) -> bool:
+        """Whether something has become of it."""
+        return bool(self.done or self.error)
+
+    @property
+    def sender(self) -> str:
+        """The reverse-path: a list's owner, else whom the message names.
+
+        The null sender stays, or bounces could go round.
+        """
+        sender = self.message.file.envelope.sender
+        return self.destination.sender or sender if sender else ""
 
     def attempts(self, now: float) -> list[Attempt]:
         """What became of it, as a journal line for each recipient."""
@@ -4130,21 +5630,51 @@ class Task:
         forwarders = self.destination.forwarders
         return os_bytes("".join(f"Delivered-To: {name}\n" for name in forwarders))
 
+    def trace(self) -> bytes:
+        """The trace fields of a final delivery, RFC 5321 section 4.4."""
+        fields = (
+            f"Return-Path: <{self.sender}>\n"
+            f"X-Original-To: {self.recipients[0]}\n"
+            f"Delivered-To: {self.destination.target}\n"
+        )
+        own = os_bytes(f"Delivered-To: {self.destination.target}\n")
+        return os_bytes(fields) + self.head().replace(own, b"", 1)
+
+    def from_line(self) -> bytes:
+        """The first line of a message in an mbox."""
+        sender = self.sender.replace(" ", "_") or "MAILER-DAEMON"
+        return os_bytes(f"From {sender}  {asctime(self.message.now)}\n")
+
     def render(self) -> object:
         """The message as an mbox has it, From_ line first, in chunks."""
-        envelope = self.message.file.envelope
-        sender = envelope.sender.replace(" ", "_") or "MAILER-DAEMON"
-        yield os_bytes(f"From {sender}  {asctime(self.message.now)}\n")
-        original = self.recipients[0]
-        yield (
-            os_bytes(
-                f"Return-Path: <{envelope.sender}>\n"
-                f"X-Original-To: {original}\n"
-                f"Delivered-To: {self.destination.target}\n"
-            )
-            + self.head()
-        )
+        yield self.from_line()
+        yield self.trace()
         yield from mbox_quoted(self.message.file.chunks())
+
+    def bare(self) -> object:
+        """The message as a Maildir has it, in chunks."""
+        yield self.trace()
+        yield from self.message.file.chunks()
+
+    def environment(self) -> dict[str, str]:
+        """What a command is told of the mail, by Postfix's names: local(8)."""
+        envelope, destination = self.message.file.envelope, self.destination
+        local, _, domain = destination.target.rpartition("@")
+        client, protocol, helo = (envelope.origin.split(" ", 2) + ["", "", ""])[:3]
+        is_remote = client.startswith("[")
+        return {
+            "SENDER": self.sender,
+            "RECIPIENT": destination.target,
+            "ORIGINAL_RECIPIENT": self.recipients[0],
+            "LOCAL": local,
+            "DOMAIN": domain,
+            "EXTENSION": destination.detail,
+            "ENVID": envelope.envid,
+            "CLIENT_ADDRESS": client.strip("[]") if is_remote else "",
+            "CLIENT_HOSTNAME": "unknown" if is_remote else "",
+            "CLIENT_PROTOCOL": protocol if is_remote else "",
+            "CLIENT_HELO": helo if is_remote else "",
+        }
 
 
 class ActiveMessage:
@@ -4158,6 +5688,7 @@ class ActiveMessage:
         self.header = file.header()
         self.hops = len(self.header.values("received"))
         self.tasks: dict[str, Task] = {}
+        self.rest: list[str] = []  # recipients that are not planned to their end
         self.is_settled = False
 
     @property
@@ -4166,7 +5697,11 @@ class ActiveMessage:
         return max(0.0, self.now - self.file.envelope.arrived)
 
     def plan(self, router: Router, hopcount_limit: int) -> list[Task]:
-        """Its tasks: a destination each, without those that are done."""
+        """Its tasks: a destination each, without those that are done.
+
+        No more than TASKS at a time: a list is never in memory as a whole, and
+        what is done of it is noted before the rest is begun.
+        """
         latest = {(a.recipient, a.destination): a for a in self.journal}
         finished = {pair for pair, attempt in latest.items() if attempt.is_final}
         reached = {pair[1] for pair in finished if latest[pair].outcome == SENT}
@@ -4175,9 +5710,15 @@ class ActiveMessage:
         for recipient in self.file.envelope.recipients:
             if recipient in done:
                 continue  # wherever the aliases may lead by now
+            if len(self.tasks) >= TASKS:
+                self.rest.append(recipient)
+                continue
             for destination in self.resolve(router, recipient, seen, hopcount_limit):
                 if (recipient, destination.key) in finished:
                     continue
+                if len(self.tasks) >= TASKS:
+                    self.rest.append(recipient)
+                    break
                 task = self.tasks.setdefault(destination.key, Task(self, destination))
                 task.recipients.append(recipient)
                 if destination.key in reached:
@@ -4186,58 +5727,118 @@ class ActiveMessage:
 
     def resolve(
         self, router: Router, recipient: str, seen: frozenset, hopcount_limit: int
-    ) -> list[Destination]:
-        """The destinations of one recipient of the envelope."""
+    ) -> object:
+        """The destinations of one recipient of the envelope, one by one."""
         try:
             if self.hops > hopcount_limit:
                 raise MailError("5.4.6", "too many hops")
-            return router.resolve(Address.parse(recipient), seen)
+            yield from router.resolve(Address.parse(recipient), seen)
         except MailError as error:
-            return [Destination("error", recipient, error=error)]
+            yield Destination("error", recipient, error=error)
 
     def attempts(self, now: float) -> list[Attempt]:
         """What became of every task, as journal lines."""
         tasks = self.tasks.values()
         return [attempt for task in tasks for attempt in task.attempts(now)]
 
+    def take_new(self, now: float) -> list[Attempt]:
+        """What became of tasks while others are on their way, once.
+
+        With a line that keeps each of their recipients open.
+        """
+        new = [t for t in self.tasks.values() if t.is_over and not t.is_noted]
+        for task in new:
+            task.is_noted = True
+        # A bounce is noted only when its report is safe: see Reporter.
+        lines = [attempt for task in new for attempt in task.attempts(now)]
+        found = [attempt for attempt in lines if attempt.outcome == SENT]
+        return found + self.still_open(now, {a.recipient for a in found})
+
+    def still_open(self, now: float, among: set[str]) -> list[Attempt]:
+        """A line for each of these recipients that has more to come."""
+        open_tasks = [task for task in self.tasks.values() if not task.is_over]
+        waiting = {name for task in open_tasks for name in task.recipients}
+        names = among & (waiting | set(self.rest))
+        text = "more destinations are to come"
+        return [
+            Attempt(now, DEFERRED, "4.4.7", name, MORE, "none", text)
+            for name in sorted(names)
+        ]
+
     @property
     def is_waiting(self) -> bool:
         """Whether a task is still on its way."""
-        return any(not (task.done or task.error) for task in self.tasks.values())
+        return any(not task.is_over for task in self.tasks.values())
 
 
 class Delivery:
     """Local couriers; `suspects` are ids that may be delivered already."""
 
-    def __init__(self, settings: Settings, users: Users, suspects: set[str]) -> None:
+    def __init__(self, settings: Settings, suspects: set[str]) -> None:
         self.settings = settings
-        self.users = users
         self.suspects = suspects
 
-    def to_mailbox(self, user: User, tasks: list[Task]) -> None:
-        """Appends a batch to one user's mailbox, as that user."""
-        folder = self.settings.mail_spool_directory
-        path = f"{folder}/{user.name}"
+    def deliver(self, tasks: list[Task]) -> None:
+        """Takes a batch to its one mailbox, Maildir or file, as its owner."""
+        destination = tasks[0].destination
+        what = f"{destination.kind} {destination.place}"
         try:
-            gid = self.prepare_folder(folder, path, user)
-            with Rights(user, gid) as rights:
-                limit = self.settings.mailbox_size_limit
-                with Mailbox(path, rights.owner, limit) as mailbox:
-                    self.append(mailbox, tasks)
+            self.COURIERS[destination.kind](self, destination, tasks)
         except Busy:
-            self.fail(tasks, MailError("4.2.0", f"mailbox {path} is locked"))
+            self.fail(tasks, MailError("4.2.0", f"{what} is locked"))
             for task in tasks:
                 task.pause = 1
         except MailError as error:
             self.fail(tasks, error)
         except OSError as error:
-            owner = user.uid if os.geteuid() == 0 else os.geteuid()
-            self.fail(tasks, Mailbox(path, owner).failure(error))
+            owner = destination.user.uid if os.geteuid() == 0 else os.geteuid()
+            self.fail(tasks, Mailbox(destination.place, owner).failure(error))
         except Exception as error:  # noqa: BLE001 one mailbox must not stop the others
             why = f"{type(error).__name__}: {error}"
-            self.fail(tasks, MailError("4.2.0", f"mailbox {path}: {why}"))
+            self.fail(tasks, MailError("4.2.0", f"{what}: {why}"))
 
-    def append(self, mailbox: Mailbox, tasks: list[Task]) -> None:
+    def to_mailbox(self, destination: Destination, tasks: list[Task]) -> None:
+        """Appends to a user's mailbox, in the spool or below the home."""
+        user, path = destination.user, destination.place
+        spool = self.settings.mail_spool_directory
+        gid = None
+        if os.path.dirname(path) == spool:
+            gid = self.prepare_folder(spool, path, user)
+        with Rights(user, gid) as rights:
+            limit = self.settings.mailbox_size_limit
+            with Mailbox(path, rights.owner, limit) as mailbox:
+                self.append(mailbox, tasks, "delivered to mailbox")
+
+    def to_file(self, destination: Destination, tasks: list[Task]) -> None:
+        """Appends to a file that an alias or .forward names."""
+        path = destination.place
+        with Rights(destination.user) as rights, FileBox(path, rights.owner) as file:
+            self.append(file, tasks, f"delivered to file: {path}")
+
+    def to_maildir(self, destination: Destination, tasks: list[Task]) -> None:
+        """Adds to a Maildir; what a crash left there is found by its name."""
+        is_own = destination.place == f"{destination.user.home}/" + (
+            self.settings.home_mailbox
+        )
+        status = "4.2.0" if is_own else "5.2.0"  # as for a mailbox, as for a file
+        with Rights(destination.user) as rights:
+            box = MaildirBox(destination.place, rights.owner, status)
+            added = []
+            for task in tasks:
+                queue_id, envelope = task.message.queue_id, task.message.file.envelope
+                host = self.settings.myhostname.replace("/", "_").replace(":", "_")
+                name = f"{int(envelope.arrived)}.Q{queue_id}.{host}"
+                try:
+                    if not (queue_id in self.suspects and box.has(name)):
+                        box.add(name, task.bare())
+                    added.append(task)
+                except MailError as error:
+                    task.error = error
+            box.sync()
+        for task in added:
+            task.done = ("2.0.0", "delivered to maildir")
+
+    def append(self, mailbox: Mailbox, tasks: list[Task], text: str) -> None:
         """The batch itself, inside the lock."""
         wanted = {
             task.message.queue_id
@@ -4264,12 +5865,12 @@ class Delivery:
                 task.error = error
         mailbox.sync()
         for task in added:
-            task.done = ("2.0.0", "delivered to mailbox")
+            task.done = ("2.0.0", text)
 
     def fail(self, tasks: list[Task], error: MailError) -> None:
         """The same failure for all that are not settled."""
         for task in tasks:
-            if not task.done and not task.error:
+            if not task.is_over:
                 task.error = error
 
     def prepare_folder(self, folder: str, path: str, user: User) -> int | None:
@@ -4305,86 +5906,82 @@ class Delivery:
         finally:
             os.close(fd)
 
+    COURIERS = {"mailbox": to_mailbox, "maildir": to_maildir, "file": to_file}
 
-class RelayJob:
-    """A child process that hands a batch to the relay host, without rights.
 
-    The parent reads `fd` to its end and calls finish(). Each line there is a
-    result: task number, sent or failed, status, relay, text.
+def close_others(kept: set[int]) -> None:
+    """Closes every descriptor but these and the standard ones.
+
+    A child that lives on must not hold the queue's lock, nor other mail.
+    """
+    try:
+        fds = [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:
+        fds = list(range(3, 1024))
+    for fd in fds:
+        if fd > 2 and fd not in kept:
+            try:
+                os.close(fd)
+            except OSError:
+                continue  # the directory's own, or a gap
+
+
+class Job:
+    """A child process that does tasks without root's rights, in work().
+
+    The parent reads `fd` to its end and calls take(). Each line there is a
+    result: task number, sent, passed (sent, and the next host will report) or
+    failed, status, relay, text.
     """
 
-    def __init__(
-        self, settings: Settings, owner: User, tasks: list[Task], strangers: list[int]
-    ) -> None:
+    MODULES: tuple[str, ...] = ()  # imported while they can be read
+
+    def __init__(self, settings: Settings, owner: User, tasks: list[Task]) -> None:
+        self.settings = settings
+        self.owner = owner
         self.tasks = tasks
         self.text = b""
+        preload(*self.MODULES)
         self.fd, self.results = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                for fd in (self.fd, *strangers):
-                    os.close(fd)
-                self.run_child(settings, owner)
+                self.run_child()
             finally:
                 os._exit(0)
         os.close(self.results)
 
-    def run_child(self, settings: Settings, owner: User) -> None:
+    def run_child(self) -> None:
         """The child's whole life."""
         import signal
 
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
-        drop_rights(owner)
-        rest = self.groups()
+        files = {task.message.file.fd for task in self.tasks}
+        close_others({self.results, *files})
         try:
-            relay = Relay(settings)
-            relay.connect()
-            while rest:
-                if not self.send(relay, rest.pop(0)) and rest:
-                    relay.connect()
-            relay.quit()
-        except MailError as error:
-            for group in rest:
-                self.report_failure(group, error)
+            drop_rights(self.owner)
+            self.work()
         except Exception as error:  # noqa: BLE001 whatever it is, mail is kept
-            text = f"relay: {type(error).__name__}: {error}"
-            for group in rest:
-                self.report_failure(group, MailError("4.3.0", text, "none"))
+            text = f"{type(self).__name__}: {type(error).__name__}: {error}"
+            failure = MailError("4.3.0", text, "none")
+            # Where there was a result already, the first one counts.
+            self.report_failure(range(len(self.tasks)), failure)
 
-    def groups(self) -> list[dict[str, int]]:
-        """Recipient -> task number, for tasks that go in one transaction."""
-        found: dict[tuple, dict[str, int]] = {}
-        for number, task in enumerate(self.tasks):
-            key = (task.message.queue_id, task.head())
-            found.setdefault(key, {})[task.destination.target] = number
-        return list(found.values())
+    def work(self) -> None:
+        """Does the tasks and reports each."""
+        raise NotImplementedError
 
-    def send(self, relay: Relay, group: dict[str, int]) -> bool:
-        """One transaction; whether the connection is good for another."""
-        task = self.tasks[next(iter(group.values()))]
-        try:
-            results = relay.send(task.message.file, task.head(), list(group))
-        except MailError as error:
-            self.report_failure(group, error)
-            return error.status != "4.4.2" and relay.reset()
-        for recipient, result in results.items():
-            if isinstance(result, MailError):
-                self.report_failure({recipient: group[recipient]}, result)
-            else:
-                self.report(group[recipient], SENT, result[0], relay.name, result[1])
-        return True
-
-    def report_failure(self, group: dict[str, int], error: MailError) -> None:
-        """The same failure for every task of a group."""
-        for number in group.values():
+    def report_failure(self, numbers: object, error: MailError) -> None:
+        """The same failure for several tasks."""
+        for number in numbers:
             self.report(number, "failed", error.status, error.relay, error.text)
 
     def report(self, number: int, *words: str) -> None:
         """One result line for the parent."""
-        line = "\t".join((str(number), *map(printable, words)))
-        write_all(self.results, os_bytes(line + "\n"))
+        shown = (printable(word).replace("\t", " ") for word in words)
+        write_all(self.results, os_bytes("\t".join((str(number), *shown)) + "\n"))
 
     def take(self, data: bytes) -> None:
         """Settles tasks by what the child says; b"" is its end."""
@@ -4392,10 +5989,13 @@ class RelayJob:
         for line in lines:
             number, outcome, status, relay, text = os_text(line).split("\t")
             task = self.tasks[int(number)]
-            if outcome == SENT:
-                task.done, task.relay = (status, text), relay
-            else:
+            if task.is_over:
+                continue
+            if outcome == "failed":
                 task.error = MailError(status, text, relay)
+            else:
+                task.done, task.relay = (status, text), relay
+                task.is_passed_on = outcome == "passed"
         if not data:
             self.finish()
 
@@ -4404,8 +6004,8 @@ class RelayJob:
         os.close(self.fd)
         os.waitpid(self.pid, 0)
         for task in self.tasks:
-            if not task.done and not task.error:
-                text = "the relay process ended without a result"
+            if not task.is_over:
+                text = "the process that was to do it ended without a result"
                 task.error = MailError("4.3.0", text, "none")
 
     def messages(self) -> list[ActiveMessage]:
@@ -4413,7 +6013,163 @@ class RelayJob:
         return list({id(task.message): task.message for task in self.tasks}.values())
 
 
-# == 18 Queue runner: Pickup, QueueRunner, take_lock ==========================
+class RelayJob(Job):
+    """Hands a batch to one host, over one connection, as mail_owner."""
+
+    MODULES = ("smtplib", "encodings.idna", "stringprep")
+
+    def work(self) -> None:
+        """Sends one parcel after the other; results are the host's words."""
+        rest = self.groups()
+        try:
+            where = self.tasks[0].destination.place
+            relay = Relay(self.settings, NextHop.parse(where, "next hop"))
+            relay.connect()
+            while rest:
+                if not self.send(relay, rest.pop(0)) and rest:
+                    relay.connect()
+            relay.quit()
+        except MailError as error:
+            for group in rest:
+                self.report_failure(group.values(), error)
+
+    def groups(self) -> list[dict[str, int]]:
+        """Recipient -> task number, for tasks that go in one transaction."""
+        found: dict[tuple, dict[str, int]] = {}
+        for number, task in enumerate(self.tasks):
+            key = (task.message.queue_id, task.head(), task.sender)
+            found.setdefault(key, {})[task.destination.target] = number
+        return list(found.values())
+
+    def send(self, relay: Relay, group: dict[str, int]) -> bool:
+        """One transaction; whether the connection is good for another."""
+        task = self.tasks[next(iter(group.values()))]
+        parcel = Parcel(task.message.file, task.sender, task.head())
+        for recipient, number in group.items():
+            parcel.wishes[recipient] = self.wishes(self.tasks[number])
+        try:
+            results = relay.send(parcel)
+        except MailError as error:
+            self.report_failure(group.values(), error)
+            return error.status != "4.4.2" and relay.reset()
+        word = "passed" if relay.offers_dsn else SENT
+        for recipient, result in results.items():
+            if isinstance(result, MailError):
+                self.report_failure([group[recipient]], result)
+            else:
+                self.report(group[recipient], word, result[0], relay.name, result[1])
+        return relay.reset()
+
+    def wishes(self, task: Task) -> Wishes:
+        """What the next host is asked to report; of a list, what is usual."""
+        if task.destination.sender:
+            return NO_WISHES
+        return task.message.file.envelope.wishes_of(task.recipients[0])
+
+
+class PipeJob(Job):
+    """Runs one command for one message, as whoever's command it is."""
+
+    MODULES = ("subprocess", "select")
+
+    def work(self) -> None:
+        """Feeds the message to the command; its exit code is the result."""
+        (task,) = self.tasks
+        user, root = self.owner, self.settings.root
+        if os.geteuid() == 0:
+            raise PermissionError("no command is run as root")
+        fixed = {"HOME": user.home, "USER": user.name, "LOGNAME": user.name}
+        fixed.update({"MINIMTA_ROOT": root} if root else {})
+        zone = os.environ.get("TZ")
+        fixed.update({"TZ": zone} if zone else {})
+        environ = command_environment(fixed, task.environment())
+        text, folder = task.destination.place, task.destination.folder
+        command = Command(text, folder, environ, self.settings.command_time_limit)
+        failure = command.run(self.chunks(task), self.results)
+        os.set_blocking(self.results, True)
+        if failure:
+            self.report_failure([0], failure)
+        else:
+            self.report(0, SENT, "2.0.0", "local", f"delivered to command: {text}")
+
+    def chunks(self, task: Task) -> object:
+        """The message as commands get it: From_ line, trace, no quoting."""
+        yield task.from_line() + task.trace()
+        yield from task.message.file.chunks()
+
+
+class Lanes:
+    """Tasks in line for child processes: a lane for each host and command.
+
+    A slow one holds up its own lane only. Those who wait keep their message
+    open, so only so many may: add() says no to the others.
+    """
+
+    JOBS = {"remote": RelayJob, "lmtp": RelayJob, "pipe": PipeJob}
+    MAX_JOBS = 20  # processes at once; Postfix's local and relay limits
+    LANE_JOBS = {"remote": 4, "lmtp": 4, "pipe": 2}  # of them in one lane
+    BATCH = {"remote": 64, "lmtp": 64, "pipe": 1}  # tasks of one process
+    LANE_WAITING = 64  # messages that wait in one lane
+    MAX_WAITING = 256  # messages that wait at all
+
+    def __init__(self, settings: Settings, owner: User) -> None:
+        self.settings = settings
+        self.owner = owner
+        self.lanes: dict[str, list[Task]] = {}
+        self.jobs: dict[int, Job] = {}
+
+    def name(self, task: Task) -> str:
+        """The lane of a task."""
+        destination = task.destination
+        kind = "pipe" if destination.kind == "pipe" else "relay"
+        uid = destination.user.uid if kind == "pipe" else ""
+        return f"{kind} {uid} {destination.place}"
+
+    def add(self, task: Task) -> bool:
+        """Puts a task in line; False if the line is full."""
+        name = self.name(task)
+        line = self.lanes.get(name, [])
+        if not (line and line[-1].message is task.message):
+            mine = {id(other.message) for other in line}
+            waiting = {id(t.message) for line in self.lanes.values() for t in line}
+            if len(mine) >= self.LANE_WAITING or len(waiting) >= self.MAX_WAITING:
+                return False
+        self.lanes.setdefault(name, line).append(task)
+        return True
+
+    def start(self) -> None:
+        """Starts processes for those in line. Raises OSError."""
+        for name, line in list(self.lanes.items()):
+            kind = line[0].destination.kind
+            running = sum(self.name(j.tasks[0]) == name for j in self.jobs.values())
+            while line and running < self.LANE_JOBS[kind] and self.has_room:
+                batch = line[: self.BATCH[kind]]
+                owner = batch[0].destination.user if kind == "pipe" else self.owner
+                job = self.JOBS[kind](self.settings, owner, batch)
+                self.jobs[job.fd] = job
+                del line[: len(batch)]
+                running += 1
+            # Whoever is at the end of the dictionary is asked last: turns.
+            del self.lanes[name]
+            if line:
+                self.lanes[name] = line
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more process may be started."""
+        return len(self.jobs) < self.MAX_JOBS
+
+    def hear(self, fd: int) -> list[ActiveMessage]:
+        """Reads what a process says; the messages that it was about."""
+        job = self.jobs[fd]
+        data = os.read(fd, BLOCK)
+        job.take(data)
+        if not data:
+            del self.jobs[fd]
+        return job.messages()
+
+
+# == 20 Queue runner: Pickup, QueueRunner, take_lock ==========================
 # The schedule: which message is tried when, and what follows from it.
 # Failures: MailError for a queue that cannot be read; a message that cannot
 # is set aside.
@@ -4422,13 +6178,10 @@ RESCAN = 10  # seconds between looks at the directories, should a wake-up be los
 BATCH = 64  # messages that are open at once
 BUSY_TRIES = 30  # seconds that a locked mailbox is waited for before it counts
 GRACE = 5  # seconds that sessions and relays have when the daemon is stopped
-MAX_RELAYS = 4  # relay processes at once, each with a batch of open files
-MAX_WAITING = 2 * BATCH  # remote recipients in line for them
-JOURNAL_ROOM = 1 << 20  # bytes free, or nothing is handed to a relay
-RELAY_PAUSE = 5  # seconds until one that found no place in the line asks again
+JOURNAL_ROOM = 1 << 20  # bytes free, or nothing is handed to a child
+LANE_PAUSE = 5  # seconds until one that found no place in the line asks again
 # What is imported on the way of a message, some of it with a user's rights.
 RUNNER_MODULES = ("mailbox", "fcntl", "re", "heapq", "select", "tempfile")
-RELAY_MODULES = ("smtplib", "encodings.idna", "stringprep")
 
 
 def take_lock(spool: Spool, patience: float) -> int | None:
@@ -4456,6 +6209,156 @@ def take_lock(spool: Spool, patience: float) -> int | None:
 def is_bounced(task: Task) -> bool:
     """Whether a task failed for good."""
     return bool(task.error) and not task.error.is_temporary
+
+
+class Reporter:
+    """Queues what senders are to be told of a message: report() is its door.
+
+    A report's id derives from the message's: after a crash before the journal
+    was written it is found, and not written twice. The null sender gets none
+    (RFC 5321 section 4.5.5): its failures go to postmaster once.
+    """
+
+    def __init__(self, settings: Settings, spool: Spool, log: Log) -> None:
+        self.settings = settings
+        self.spool = spool
+        self.log = log
+
+    def report(self, message: ActiveMessage, now: float) -> list[str]:
+        """The ids of the reports of this attempt, queued. Raises MailError."""
+        about = self.about(message)
+        found = [
+            (number, Report(FAILED, to, events, about))
+            for number, to, events in self.failures(message)
+        ]
+        sender = message.file.envelope.sender
+        if sender:
+            late, well = self.delays(message, now), self.successes(message)
+            found.append((1, Report(DELAYED, sender, late, about)))
+            rounds = sum(attempt.outcome == SENT for attempt in message.journal)
+            found.append((rounds + 1, Report(DELIVERED, sender, well, about)))
+        return [self.post(message, *one, now) for one in found if one[1].events]
+
+    def failures(self, message: ActiveMessage) -> list[tuple]:
+        """(number, whom to tell, events) of what was bounced.
+
+        One for all that failed; the owner of a list has one of his own.
+        """
+        by_sender: dict[str, list[Task]] = {}
+        for task in filter(is_bounced, message.tasks.values()):
+            by_sender.setdefault(task.sender, []).append(task)
+        rounds = sum(attempt.outcome == BOUNCED for attempt in message.journal)
+        return [
+            (rounds + number, to, self.events(message, tasks, FAILED, "failed"))
+            for number, (to, tasks) in enumerate(by_sender.items(), 1)
+        ]
+
+    def delays(self, message: ActiveMessage, now: float) -> list[Event]:
+        """What is late, once: at the first attempt that finds it so old."""
+        patience = self.settings.delay_warning_time
+        due = message.file.envelope.arrived + patience
+        if not patience or now < due or any(a.when >= due for a in message.journal):
+            return []
+        late = [task for task in message.tasks.values() if task.error]
+        late = [task for task in late if task.error.is_temporary]
+        return self.events(message, late, DELAYED, "delayed")
+
+    def successes(self, message: ActiveMessage) -> list[Event]:
+        """For those who asked: recipients that are done with, and well."""
+        wishes = message.file.envelope.wishes
+        wanted = [name for name in wishes if wishes[name].want("SUCCESS")]
+        return [event for name in wanted for event in self.success(message, name)]
+
+    def success(self, message: ActiveMessage, name: str) -> list[Event]:
+        """The event of a recipient that was reached, if it was just now.
+
+        What the next host will report is not reported here.
+        """
+        tasks = [t for t in message.tasks.values() if name in t.recipients]
+        failed = (name, BOUNCED) in {(a.recipient, a.outcome) for a in message.journal}
+        if failed or name in message.rest or not all(t.done for t in tasks):
+            return []
+        told = [task for task in tasks if not task.is_passed_on]
+        is_remote = "remote" in {task.destination.kind for task in told}
+        action = "relayed" if is_remote else "delivered"
+        action = "expanded" if len(tasks) > 1 else action
+        return self.events(message, told[:1], DELIVERED, action, (name,))
+
+    def events(
+        self,
+        message: ActiveMessage,
+        tasks: list[Task],
+        kind: ReportKind,
+        action: str,
+        only: tuple[str, ...] = (),
+    ) -> list[Event]:
+        """What became of tasks, for each recipient who wants to be told."""
+        found = []
+        for task in tasks:
+            status, text = task.done or (task.error.status, task.error.text)
+            relay = task.error.relay if task.error else task.relay
+            target = task.destination.target
+            is_list = bool(task.destination.sender)
+            for name in task.recipients:
+                wishes = message.file.envelope.wishes_of(name)
+                wishes = NO_WISHES if is_list and kind is FAILED else wishes
+                if wishes.want(kind.wish) and name in (only or (name,)):
+                    words = (action, status, relay, text, wishes.original)
+                    to = target if "@" in target else name
+                    found.append(Event(name, to, *words))
+        return found
+
+    def post(
+        self, message: ActiveMessage, number: int, report: Report, now: float
+    ) -> str:
+        """Puts one report into the queue; its id."""
+        report_id = f"{message.queue_id}{report.kind.letter}{number}"
+        origin = f"report on {message.queue_id}"
+        if self.has_report(report_id, origin):
+            return report_id
+        role, note = "report", report.kind.note
+        if not report.to:
+            report.to = f"postmaster@{self.settings.local_origin}"
+            role, note = "notice", "postmaster non-delivery notification"
+        body = "8BITMIME" + ("" if report.to.isascii() else " SMTPUTF8")
+        more = {"arrived": now, "origin": origin, "kind": role, "body": body}
+        is_whole = self.is_whole(report.kind, message)
+        copy = message.file.chunks() if is_whole else [bytes(message.header)]
+        with self.spool.create(Envelope("", [report.to], **more), report_id) as draft:
+            host = self.settings.myhostname
+            draft.write(received_field({}, host, report_id, now))
+            for chunk in report.chunks(report_id, now, is_whole, copy):
+                draft.write(chunk)
+            draft.commit()  # the report is safe
+        self.log.reported(message.queue_id, note, report_id)
+        return report_id
+
+    def about(self, message: ActiveMessage) -> dict:
+        """What a report says of the message."""
+        envelope = message.file.envelope
+        ids = message.header.values("message-id")
+        lifetime = self.settings.maximal_queue_lifetime
+        return {
+            "queue_id": message.queue_id,
+            "host": self.settings.myhostname,
+            "envelope": envelope,
+            "message_id": ids[0] if ids else "",
+            "expires": envelope.arrived + lifetime,
+        }
+
+    def is_whole(self, kind: ReportKind, message: ActiveMessage) -> bool:
+        """Whether the message comes back whole: RET or its size may say no."""
+        ret = message.file.envelope.ret
+        is_small = message.file.size <= BOUNCE_SIZE
+        return kind is FAILED and ret != "HDRS" and is_small
+
+    def has_report(self, report_id: str, origin: str) -> bool:
+        """Whether a report was queued before a crash."""
+        try:
+            with self.spool.open(report_id) as file:
+                return file.envelope.origin == origin
+        except FileNotFoundError:
+            return False
 
 
 class Pickup:
@@ -4510,9 +6413,11 @@ class Pickup:
             now = time.time()
             sender = str(Address.parse(file.envelope.sender))
             recipients = [str(Address.parse(r)) for r in file.envelope.recipients]
-            more = {"arrived": now, "origin": f"uid {uid}"}
-            if "SMTPUTF8" in file.envelope.body:
+            given = file.envelope
+            more: dict = {"arrived": now, "origin": f"uid {uid}"}
+            if "SMTPUTF8" in given.body:
                 more["body"] = "8BITMIME SMTPUTF8"
+            more.update(ret=given.ret, envid=given.envid, wishes=given.wishes)
             envelope = Envelope(sender, recipients, **more)
             # The same id again after a crash: the same message, not a second.
             if not self.spool.has(name):
@@ -4545,21 +6450,18 @@ class QueueRunner:
         self.log = log
         self.users = users
         preload(*RUNNER_MODULES, *ALIAS_MODULES)
-        if settings.relayhost:
-            preload(*RELAY_MODULES)
-        self.owner = queue_owner(settings, users)
         self.pickup = Pickup(settings, spool, log)
         self.schedule: list[tuple[float, str]] = []
         self.known: set[str] = set()
         self.busy: dict[str, int] = {}
         self.early: set[str] = set()  # reports that wait for their messages
         self.unsettled = set(spool.ids())
-        self.jobs: dict[int, RelayJob] = {}
-        self.waiting: list[Task] = []
-        self.strangers: list[int] = []
-        self.delivery = Delivery(settings, users, set(self.unsettled))
-        aliases = AliasDatabase(settings.alias_file, self.warn)
-        self.router = Router(settings, aliases, users, ForwardFiles(), self.warn)
+        self.lanes = Lanes(settings, queue_owner(settings, users))
+        self.delivery = Delivery(settings, set(self.unsettled))
+        self.reporter = Reporter(settings, spool, log)
+        aliases = alias_maps(settings, self.warn)
+        files = TargetFiles(users)
+        self.router = Router(settings, aliases, users, files, self.warn)
 
     def warn(self, text: str) -> None:
         """A warning of the local delivery."""
@@ -4640,11 +6542,10 @@ class QueueRunner:
 
         Its message is settled first, and then finds it still here.
         """
-        parent = report_id.rpartition("B")[0]
+        parent = parent_id(report_id)
         if not {parent, report_id} <= self.unsettled or not self.spool.has(parent):
             return False
-        journal = self.spool.journal(parent)
-        return not any(a.outcome == BOUNCED and a.when == arrived for a in journal)
+        return all(a.when != arrived for a in self.spool.journal(parent))
 
     def set_aside(self, queue_id: str, why: str) -> None:
         """Keeps a message that cannot go anywhere, in corrupt/."""
@@ -4657,16 +6558,16 @@ class QueueRunner:
 
     def deliver(self, batch: list[ActiveMessage]) -> None:
         """Makes the tasks of a batch and does them, by mailbox and by host."""
-        mailboxes: dict[str, list[Task]] = {}
+        boxes: dict[str, list[Task]] = {}
         for message in batch:
             for task in self.plan(message):
-                if task.destination.kind == "mailbox":
-                    mailboxes.setdefault(task.destination.user.name, []).append(task)
+                if task.destination.kind in Delivery.COURIERS:
+                    boxes.setdefault(task.destination.key, []).append(task)
                 else:
-                    self.plan_relay(task)
-        for tasks in mailboxes.values():
-            self.delivery.to_mailbox(tasks[0].destination.user, tasks)
-        self.start_relays()
+                    self.put_in_line(task)
+        for tasks in boxes.values():
+            self.delivery.deliver(tasks)
+        self.start_jobs()
 
     def plan(self, message: ActiveMessage) -> list[Task]:
         """What is left to do of a message; one that makes no sense waits."""
@@ -4682,49 +6583,44 @@ class QueueRunner:
             return []
         return [task for task in tasks if not (task.done or task.error)]
 
-    def plan_relay(self, task: Task) -> None:
-        """Puts a remote task in line, if there is a way out."""
-        if self.settings.relayhost and self.spool.free() < JOURNAL_ROOM:
+    def put_in_line(self, task: Task) -> None:
+        """Has a child process do a task, when it is its turn."""
+        if self.spool.free() < JOURNAL_ROOM:
             # What cannot be noted would be sent again at each attempt.
             task.error = MailError("4.3.1", "the queue's disk is full")
-            return
-        if self.settings.relayhost and len(self.waiting) < MAX_WAITING:
-            self.waiting.append(task)
-            return
-        if self.settings.relayhost:  # each that waits keeps a file open
-            task.error = MailError("4.4.5", "more mail goes out than can at once")
-            task.pause = RELAY_PAUSE
-            return
-        domain = task.destination.target.rpartition("@")[2]
-        text = (
-            f"no route to {domain}: relayhost is not set, and MX is not looked up yet"
-        )
-        task.error = MailError("4.4.4", text, "none")
+        elif not self.lanes.add(task):  # each that waits keeps a file open
+            task.error = MailError("4.4.5", "more mail goes there than can at once")
+            task.pause = LANE_PAUSE
 
-    def start_relays(self) -> None:
-        """Starts relay processes for the tasks in line."""
-        while self.waiting and len(self.jobs) < MAX_RELAYS:
-            strangers = [*self.strangers, *self.jobs]
-            tasks = self.waiting[:BATCH]
-            try:
-                job = RelayJob(self.settings, self.owner, tasks, strangers)
-            except OSError as error:
-                self.log.warning("qmgr", f"no relay process: {error.strerror}")
-                return  # the next pass tries again
-            self.waiting = self.waiting[BATCH:]
-            self.jobs[job.fd] = job
+    def start_jobs(self) -> None:
+        """Starts processes for the tasks in line."""
+        try:
+            self.lanes.start()
+        except OSError as error:  # the next pass tries again
+            self.log.warning("qmgr", f"no process for mail in line: {error.strerror}")
 
     def hear(self, fd: int) -> None:
-        """Reads what a relay process says; at its end settles its messages."""
-        job = self.jobs[fd]
-        data = os.read(fd, BLOCK)
-        job.take(data)
-        if not data:
-            del self.jobs[fd]
-        for message in job.messages():
-            if not (message.is_waiting or message.is_settled):
+        """Reads what a process says; settles the messages that it ends."""
+        for message in self.lanes.hear(fd):
+            if message.is_settled:
+                continue
+            if message.is_waiting:
+                self.checkpoint(message)
+            else:
                 self.settle(message)
-        self.start_relays()
+        self.start_jobs()
+
+    def checkpoint(self, message: ActiveMessage) -> None:
+        """Notes what is done of a message whose other part is on its way.
+
+        A crash then repeats what was in flight, not all that went before.
+        """
+        new = message.take_new(time.time())
+        try:
+            if new:
+                self.spool.note(message.queue_id, new)
+        except OSError as error:
+            self.log.warning("qmgr", f"{message.queue_id}: {error.strerror}")
 
     def settle(self, message: ActiveMessage) -> None:
         """Draws the consequences of an attempt: report, journal, next time."""
@@ -4752,14 +6648,16 @@ class QueueRunner:
         self.report(message, now)
         for attempt in attempts:
             self.log.attempt(queue_id, attempt, message.file.envelope.arrived)
-        if not later and all(attempt.is_final for attempt in attempts):
+        has_more = bool(later or message.rest)
+        if not has_more and all(attempt.is_final for attempt in attempts):
             self.finish(message)
             return
         if attempts:
             held = [found for task in later for found in task.attempts(now)]
-            self.spool.note(queue_id, attempts + held)
-        if later:
-            self.retry(queue_id, now + max(task.pause for task in later))
+            rest = message.still_open(now, set(message.rest))
+            self.spool.note(queue_id, attempts + held + rest)
+        if has_more:
+            self.retry(queue_id, now + max((task.pause for task in later), default=0))
         else:
             self.back_off(message, now)
 
@@ -4821,61 +6719,28 @@ class QueueRunner:
         self.log.line("qmgr", text)
 
     def report(self, message: ActiveMessage, now: float) -> None:
-        """Queues a report of what failed, before it is noted as bounced.
+        """Has the sender told, before anything is noted in the journal.
 
-        Its id derives from the message's: after a crash in between it is
-        found, and not written twice. The null sender gets none (RFC 5321
-        section 4.5.5): its failures go to postmaster once, and end there.
+        The failure of a notice is nobody's any more: it is kept.
         """
-        envelope = message.file.envelope
-        failed = [task for task in message.tasks.values() if is_bounced(task)]
-        if not failed:
+        if message.file.envelope.kind == "notice":
+            if any(map(is_bounced, message.tasks.values())):
+                self.set_aside(message.queue_id, "nobody is left to tell of a failure")
             return
-        if envelope.kind == "notice":
-            self.set_aside(message.queue_id, "nobody is left to tell of a failure")
-            return
-        to = envelope.sender or f"postmaster@{self.settings.local_origin}"
-        kind = "report" if envelope.sender else "notice"
-        rounds = sum(attempt.outcome == BOUNCED for attempt in message.journal)
-        report_id = f"{message.queue_id}B{rounds + 1}"
-        origin = f"bounce of {message.queue_id}"
-        if self.has_report(report_id, origin):
-            return
-        failures = [(name, task.error) for task in failed for name in task.recipients]
-        header = bytes(message.header)
-        if kind == "notice":  # of a report, the text tells what was lost
-            header += b"\n" + message.header.rest
-        envelope = Envelope("", [to], arrived=now, origin=origin, kind=kind)
-        self.post(Report(self.settings, to, failures, header), envelope, report_id)
-        self.log.reported(message.queue_id, report_id)
-        self.add(report_id, now)
-
-    def post(self, report: Report, envelope: Envelope, report_id: str) -> None:
-        """Puts a report into the queue. Raises MailError."""
-        host, now = self.settings.myhostname, envelope.arrived
-        with self.spool.create(envelope, report_id) as draft:
-            draft.write(received_field({}, host, report_id, now))
-            draft.write(report.fields(report_id, now) + bytes(report))
-            draft.commit()  # the bounce is safe
-
-    def has_report(self, report_id: str, origin: str) -> bool:
-        """Whether a report was queued before a crash."""
-        try:
-            with self.spool.open(report_id) as file:
-                return file.envelope.origin == origin
-        except FileNotFoundError:
-            return False
+        for report_id in self.reporter.report(message, now):
+            self.add(report_id, now)
 
     def run_once(self) -> None:
-        """Tries everything once, reports too, and waits for the relays."""
+        """Tries everything once, reports too, and waits for the children."""
         import select
 
         self.flush()
-        while self.run_due(time.time()) or self.jobs or self.busy or self.early:
-            self.start_relays()
-            for fd in select.select(list(self.jobs), [], [], 0.2)[0]:
+        jobs = self.lanes.jobs
+        while self.run_due(time.time()) or jobs or self.busy or self.early:
+            self.start_jobs()
+            for fd in select.select(list(jobs), [], [], 0.2)[0]:
                 self.hear(fd)
-            if self.jobs:
+            if jobs:
                 self.scan()  # what came meanwhile has nobody else
 
     def run_forever(self, wake: int, ends: tuple[int, ...]) -> None:
@@ -4893,23 +6758,24 @@ class QueueRunner:
                 self.scan()
                 next_scan = now + RESCAN
             has_more = self.run_due(now)
-            self.start_relays()
+            self.start_jobs()
             pause = 0 if has_more else min(self.pause(now), next_scan - now)
-            fds = [wake, *ends, *self.jobs]
+            fds = [wake, *ends, *self.lanes.jobs]
             ready = select.select(fds, [], [], max(0, pause))[0]
             if any(fd in ready for fd in ends):
-                return self.wait_for_relays(GRACE)
+                return self.wait_for_jobs(GRACE)
             for fd in ready:
                 self.listen(wake) if fd == wake else self.hear(fd)
 
-    def wait_for_relays(self, seconds: float) -> None:
-        """Hears out the relays: what they send unheard is sent twice."""
+    def wait_for_jobs(self, seconds: float) -> None:
+        """Hears out the children: what they do unheard is done twice."""
         import select
 
         end = time.monotonic() + seconds
-        self.waiting.clear()
-        while self.jobs and time.monotonic() < end:
-            for fd in select.select(list(self.jobs), [], [], 0.5)[0]:
+        self.lanes.lanes.clear()
+        jobs = self.lanes.jobs
+        while jobs and time.monotonic() < end:
+            for fd in select.select(list(jobs), [], [], 0.5)[0]:
                 self.hear(fd)
 
     def sweep_and_scan(self) -> None:
@@ -4930,7 +6796,7 @@ class QueueRunner:
                 self.add(word, time.time())
 
 
-# == 19 SMTP server: Stream, Conversation, WorkerPool, SmtpServer =============
+# == 21 SMTP server: Stream, Conversation, WorkerPool, SmtpServer =============
 # Sessions over sockets: TCP, the submit socket, and -bs on standard input.
 # Failures: a reply to the client; whatever else goes wrong ends one session.
 
@@ -5371,7 +7237,7 @@ class SmtpServer:
             connection.close()
 
 
-# == 20 Submission: House, SubmitSocket, Letter, Submission ===================
+# == 22 Submission: House, SubmitSocket, Letter, Submission ===================
 # The client's side: how mail gets from a command into the queue.
 # Failures: MailError when nothing is in the queue.
 
@@ -5398,13 +7264,10 @@ class House:
         owner = queue_owner(self.settings, self.users)
         return Spool(self.settings.queue_directory, owner)
 
-    def aliases(self) -> AliasDatabase:
-        """The alias database."""
-        return AliasDatabase(self.settings.alias_file, self.warn)
-
-    def router(self) -> Router:
-        """A router that reads no .forward: who asks has no right to."""
-        return Router(self.settings, self.aliases(), self.users, None, self.warn)
+    def router(self, files: TargetFiles | None = None) -> Router:
+        """A router; without `files` it reads no .forward and no list."""
+        aliases = alias_maps(self.settings, self.warn)
+        return Router(self.settings, aliases, self.users, files, self.warn)
 
     def warn(self, text: str) -> None:
         """A warning of the routing."""
@@ -5486,12 +7349,11 @@ class SubmitSocket:
             raise MailError(status if "." in status else "4.3.0", text)
         return text
 
-    def offer(self, sender: str, recipients: list[str], options: str) -> dict:
-        """MAIL and RCPT; recipient -> MailError for each that is refused."""
+    def offer(self, sender: str, options: str) -> None:
+        """MAIL. Raises MailError."""
         self.send("EHLO localhost", f"MAIL FROM:<{sender}>{options}")
         self.expect(250)
         self.expect(250)
-        return self.offer_recipients(recipients, "")
 
     def offer_recipients(self, recipients: list[str], options: str) -> dict:
         """RCPT for each; recipient -> MailError for each that is refused."""
@@ -5539,7 +7401,12 @@ class SubmitSocket:
 
 
 class Letter:
-    """A message to submit: envelope, header, and the rest as chunks."""
+    """A message to submit: envelope, header, and the rest as chunks.
+
+    `notify`, `ret` and `envid` are what -N, -R and -V of sendmail ask for.
+    """
+
+    notify = ret = envid = ""
 
     def __init__(
         self, sender: Address, recipients: list[Address], header: Header, body: object
@@ -5561,10 +7428,17 @@ class Letter:
         if last != b"\n":
             yield b"\n"
 
+    @property
+    def is_ascii(self) -> bool:
+        """Whether its addresses can be sent without SMTPUTF8."""
+        return all(a.is_ascii for a in (self.sender, *self.recipients))
+
     def options(self) -> str:
         """MAIL parameters."""
-        ascii_only = all(a.is_ascii for a in (self.sender, *self.recipients))
-        return " BODY=8BITMIME" + ("" if ascii_only else " SMTPUTF8")
+        words = [" BODY=8BITMIME", "" if self.is_ascii else " SMTPUTF8"]
+        words.append(f" RET={self.ret}" if self.ret else "")
+        words.append(f" ENVID={self.envid}" if self.envid else "")
+        return "".join(words)
 
 
 def run_queue(house: House, spool: Spool, patience: float) -> bool:
@@ -5573,9 +7447,7 @@ def run_queue(house: House, spool: Spool, patience: float) -> bool:
     if lock is None:
         return False
     try:
-        runner = QueueRunner(house.settings, spool, house.log, house.users)
-        runner.strangers = [lock]
-        runner.run_once()
+        QueueRunner(house.settings, spool, house.log, house.users).run_once()
     finally:
         os.close(lock)
     return True
@@ -5629,10 +7501,12 @@ class Submission:
     def by_daemon(self, daemon: SubmitSocket, letter: Letter) -> str:
         """Over the submit socket: 250 means that it is on disk."""
         recipients = [str(address) for address in letter.recipients]
+        options = Wishes(letter.notify).parameters()
         try:
-            refused = daemon.offer(str(letter.sender), recipients, letter.options())
+            daemon.offer(str(letter.sender), letter.options())
+            refused = daemon.offer_recipients(recipients, options)
             self.judge(recipients, refused)
-            daemon.offer_recipients(list(refused), " XBOUNCE")
+            daemon.offer_recipients(list(refused), f"{options} XBOUNCE")
             return daemon.transmit(letter.chunks())
         finally:
             daemon.close()
@@ -5664,9 +7538,11 @@ class Submission:
     def envelope(self, letter: Letter) -> Envelope:
         """The envelope for the queue."""
         recipients = [str(address) for address in letter.recipients]
-        origin = f"uid {os.getuid()}"
-        body = letter.options().replace("BODY=", "").strip()
-        more = {"arrived": time.time(), "origin": origin, "body": body}
+        more: dict = {"arrived": time.time(), "origin": f"uid {os.getuid()}"}
+        more["body"] = "8BITMIME" + ("" if letter.is_ascii else " SMTPUTF8")
+        more.update(ret=letter.ret, envid=letter.envid)
+        if letter.notify:
+            more["wishes"] = dict.fromkeys(recipients, Wishes(letter.notify))
         return Envelope(str(letter.sender), recipients, **more)
 
     def by_hand(self, letter: Letter) -> str:
@@ -5731,7 +7607,7 @@ class Submission:
                 os._exit(EX_OK)
 
 
-# == 21 Daemon: Daemon, SignalPipe ============================================
+# == 23 Daemon: Daemon, SignalPipe ============================================
 # The master: binds, starts the others and starts them again. Parses no mail.
 # Failures: ProgramError before it is up; afterwards a line in the log.
 
@@ -5792,6 +7668,24 @@ class Child:
         self.due = now + self.rest
 
 
+def check_settings(house: House) -> None:
+    """Raises ProgramError for settings that the children could not use."""
+    settings = house.settings
+    Networks(settings.mynetworks)
+    queue_owner(settings, house.users)
+    hops = (("relayhost", "smtp"), ("mailbox_transport", "lmtp"))
+    try:
+        for name, kind in hops:
+            text = getattr(settings, name)
+            if text:
+                NextHop.parse(text, name, kind)
+    except MailError as error:
+        raise ProgramError(EX_CONFIG, error.text) from None
+    for path in settings.alias_files:
+        if os.path.isdir(path):
+            house.log.warning("master", f"alias_maps: {path} is a directory")
+
+
 class Daemon:
     """The master process; run() is its life.
 
@@ -5816,7 +7710,7 @@ class Daemon:
         """Makes the queue, locks it, binds sockets. Raises ProgramError."""
         import signal
 
-        Networks(self.house.settings.mynetworks)  # before anything is opened
+        check_settings(self.house)  # before anything is opened
         self.spool.make()
         self.lock = take_lock(self.spool, LOCK_PATIENCE)
         if self.lock is None:
@@ -6013,7 +7907,6 @@ class Daemon:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # relays end all the time
         house = self.house
         runner = QueueRunner(house.settings, self.spool, house.log, house.users)
-        runner.strangers = [self.lock, self.wake, self.announce_end, self.lifeline]
         runner.run_forever(self.wake, (self.lifeline, signals.fd))
 
     def bury(self) -> None:
@@ -6034,14 +7927,6 @@ class Daemon:
                         text = f"process {child.name}[{pid}] ended with {status}"
                         self.house.log.warning("master", text)
 
-    def check_settings(self, before: Settings) -> None:
-        """Raises ProgramError for settings that the children could not use."""
-        settings = self.house.settings
-        Networks(settings.mynetworks)
-        queue_owner(settings, self.house.users)
-        if settings.queue_directory != before.queue_directory:
-            raise ProgramError(EX_CONFIG, "queue_directory: needs a restart")
-
     def reload(self) -> None:
         """Reads the settings again; bad ones change nothing."""
         import signal
@@ -6049,7 +7934,9 @@ class Daemon:
         before = self.house
         try:
             self.house = House(self.environ, self.path, before.log.echo)
-            self.check_settings(before.settings)
+            check_settings(self.house)
+            if self.house.settings.queue_directory != self.spool.directory:
+                raise ProgramError(EX_CONFIG, "queue_directory: needs a restart")
             self.bind_all()
         except ProgramError as error:
             self.house = before
@@ -6093,7 +7980,7 @@ class Daemon:
         return EX_OK
 
 
-# == 22 Mail reader: Terminal, Composer, MailReader ===========================
+# == 24 Mail reader: Terminal, Composer, MailReader ===========================
 # mail(1): what is typed, what is shown, what is left in the mailbox.
 # Source: POSIX mailx; where it is silent, Heirloom mailx.
 # Failures: a line on the terminal and the next prompt; ProgramError to end.
@@ -6660,12 +8547,12 @@ class MailReader:
 # DOORS: the programs.
 # =============================================================================
 
-# == 23 Programs: SendmailOptions, cmd_sendmail, cmd_mail, cmd_serve ... ======
+# == 25 Programs: SendmailOptions, cmd_sendmail, cmd_mail, cmd_serve ... ======
 # A program is a function from arguments to an exit code; its docstring is what
 # --help prints.
 # Failures: ProgramError and MailError, which main() turns into a line.
 
-KNOWN_MODES = "m s p i v d D l q V".split()  # of -bX
+KNOWN_MODES = "m s p i v t d D l q V".split()  # of -bX
 
 # sendmail's letters: "" takes nothing, ":" an argument (glued or separate),
 # "?" one that is glued or none. What is done with it: see SendmailOptions.
@@ -6693,6 +8580,9 @@ class SendmailOptions:
         self.delivery = "b"
         self.config = ""
         self.alias_file = ""
+        self.notify = ""
+        self.ret = ""
+        self.envid = ""
         self.hops = 0
         self.recipients: list[str] = []
         self.read(list(args))
@@ -6743,27 +8633,27 @@ class SendmailOptions:
             "r": self.take_sender,
             "q": self.take_queue,
         }
-        texts = {"F": "full_name", "C": "config"}
+        texts = {"F": "full_name", "C": "config", "N": "notify", "R": "ret"}
+        texts["V"] = "envid"
         flags = {"t": ("reads_header", True), "i": ("dot_ends", False)}
         flags.update({"v": ("is_verbose", True), "I": ("mode", "i")})
+        self.check(letter, value)
         if letter in rows:
             rows[letter](value)
         elif letter in texts:
             setattr(self, texts[letter], value)
         elif letter in flags:
             setattr(self, *flags[letter])
-        else:
-            self.check(letter, value)
 
     def check(self, letter: str, value: str) -> None:
-        """Options that are not used, but whose value must make sense."""
-        allowed = {
-            "B": ("7bit", "8bitmime"),
-            "N": ("never", "success", "failure", "delay"),
-            "R": ("full", "hdrs", "headers"),
+        """Options whose value must make sense. Raises ProgramError."""
+        checks = {
+            "B": lambda text: text.lower() in ("7bit", "8bitmime"),
+            "N": is_notify,
+            "R": lambda text: text.lower() in ("full", "hdrs", "headers"),
+            "V": lambda text: is_xtext(text, 100),
         }
-        words = value.lower().split(",") if letter == "N" else [value.lower()]
-        if letter in allowed and not set(words) <= set(allowed[letter]):
+        if letter in checks and not checks[letter](value):
             raise ProgramError(
                 EX_USAGE, f"bad value for -{letter}: {printable(value)}: see --help"
             )
@@ -6926,6 +8816,8 @@ def send_stdin(options: SendmailOptions, environ: dict) -> int:
     }
     submission = Submission(house, options.delivery)
     letter = Letter(sender, unique, complete_header(header, origin), chunks)
+    letter.notify, letter.envid = options.notify.upper(), options.envid
+    letter.ret = {"": "", "full": "FULL"}.get(options.ret.lower(), "HDRS")
     queue_id = submission.submit(letter)
     for name, error in submission.refused.items():
         complain("sendmail", f"{name}: {reason(error)}: it will be bounced")
@@ -6976,25 +8868,105 @@ def serve_stdin(options: SendmailOptions, environ: dict) -> int:
     return EX_OK
 
 
+# What sendmail calls the ways that mail is handed over.
+MAILERS = {
+    "mailbox": "local",
+    "maildir": "local",
+    "lmtp": "lmtp",
+    "remote": "esmtp",
+    "pipe": "prog",
+    "file": "*file*",
+    "null": "*file*",
+    "include": "*include*",
+}
+
+
+def routing_code(found: list[Destination]) -> int:
+    """0 where mail arrives, 75 where it waits, 67 where it never does."""
+    errors = [one.error for one in found if one.kind == "error"]
+    if any(not error.is_temporary for error in errors):
+        return EX_NOUSER
+    return EX_TEMPFAIL if errors else EX_OK
+
+
 def verify_recipients(options: SendmailOptions, environ: dict) -> int:
     """-bv: says of each recipient where it leads, in sendmail's words."""
     house = House(environ, options.config)
     if not options.recipients:
         raise ProgramError(EX_USAGE, "no recipients to check: name one")
-    code = EX_OK
+    router = house.router(TargetFiles(house.users))
+    every = []
     for address in read_recipients(house, options.recipients):
-        for found in house.router().resolve(address, frozenset()):
-            if found.error:
-                text = f"{found.target}... {found.error.text}"
-                code = found.error.exit_code
-            elif found.kind == "mailbox":
-                name = found.user.name
-                text = f"{found.target}... deliverable: mailer local, user {name}"
-            else:
-                mailer = {"remote": "esmtp", "null": "*file*"}[found.kind]
-                text = f"{found.target}... deliverable: mailer {mailer}"
-            write_all(1, os_bytes(printable(text) + "\n"))
-    return code
+        for found in router.resolve(address, frozenset()):
+            every.append(found)
+            text = f"deliverable: mailer {MAILERS.get(found.kind)}"
+            if found.kind == "error":
+                text = reason(found.error)
+            elif found.kind in ("mailbox", "maildir", "lmtp"):
+                text += f", user {found.user.name}"
+            elif found.kind != "remote":
+                text += f", {found.place}"
+            shown = found.target if found.target != found.place else address
+            write_all(1, os_bytes(printable(f"{shown}... {text}") + "\n"))
+    return routing_code(every)
+
+
+def count_messages(path: str, user: User) -> str:
+    """`12 messages`, where the mailbox may be read; else ""."""
+    count, last = 0, b"\n"
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with Rights(user), open(os.open(path, flags), "rb") as file:
+            for block in iter(lambda: file.read(BLOCK), b""):
+                text = last + block
+                count += text.count(b"\nFrom ")
+                last = text[-5:]
+    except FileNotFoundError:
+        return "empty"
+    except (OSError, MailError):
+        return ""
+    return f"{count} message{'' if count == 1 else 's'}"
+
+
+def explain(house: House, address: Address, sender: str) -> tuple[Branch, list]:
+    """(the tree of what would be done with mail for an address, its ends).
+
+    Drawn by the code that delivers; changes nothing.
+    """
+    tree = Branch(str(address))
+    router = house.router(TargetFiles(house.users))
+    found = list(router.resolve(address, frozenset(), tree))
+    for branch in tree.leaves():
+        kind, _, path = branch.text.partition(" ")
+        if kind == "mailbox":
+            one = next(d for d in found if d.kind == kind and d.place == path)
+            count = count_messages(path, one.user)
+            form, _, rest = branch.detail.partition(", ")
+            branch.detail = ", ".join(filter(None, (form, count, rest)))
+    return tree, found
+
+
+def print_explanations(house: House, words: list[str], as_json: bool) -> int:
+    """Explains each address. 0, 67 or 75."""
+    if not words:
+        raise ProgramError(EX_USAGE, "no address to explain: name one")
+    every = []
+    for address in read_recipients(house, words):
+        tree, found = explain(house, address, "")
+        every += found
+        text = str(tree)
+        if as_json:
+            import json  # 5 ms; only --json needs it
+
+            text = json.dumps({**tree.tree(), "exit": routing_code(found)}) + "\n"
+        write_all(1, os_bytes(text))
+    return routing_code(every)
+
+
+def explain_recipients(options: SendmailOptions, environ: dict) -> int:
+    """-bt: minimta's explain."""
+    house = House(environ, options.config)
+    return print_explanations(house, options.recipients, False)
 
 
 def flush_queue(options: SendmailOptions, environ: dict) -> int:
@@ -7062,19 +9034,27 @@ def show_queue(options: SendmailOptions, environ: dict) -> int:
     return EX_OK
 
 
-def build_aliases(options: SendmailOptions, environ: dict) -> int:
-    """-bi: newaliases."""
-    if options.recipients or options.mode not in "mi":
-        raise ProgramError(EX_USAGE, "no such argument here: see newaliases --help")
-    house = House(environ, options.config)
-    path = options.alias_file or house.settings.alias_file
+MAX_WARNINGS = 100  # that newaliases prints of one file
+
+
+def build_one(house: House, path: str) -> int:
+    """Builds the database of one aliases file. The exit code."""
     table = AliasDatabase(path).rebuild()
     for line, reason in table.problems:
         complain("newaliases", f"{path}, line {line}: {reason}")
-    for line, reason in sorted(table.warnings + table.loops()):
-        complain("newaliases", f"{path}, line {line}: warning: {reason}")
     if table.problems:
         return EX_DATAERR
+    # Other files may have what this one names: all are looked up.
+    check = TargetCheck(house.router(TargetFiles(house.users)))
+    warnings = table.warnings + table.loops() + table.dangling(check.problem)
+    if os.stat(path).st_mode & 0o022:
+        warnings.append((0, "others may write the file: chmod go-w"))
+    for line, reason in sorted(warnings)[:MAX_WARNINGS]:
+        where = f", line {line}" if line else ""
+        complain("newaliases", f"{path}{where}: warning: {reason}")
+    if len(warnings) > MAX_WARNINGS:
+        count = len(warnings) - MAX_WARNINGS
+        complain("newaliases", f"{path}: warning: {count} more of this kind")
     items = [
         (len(os_bytes(name)), len(os_bytes(value))) for name, value in table.items()
     ]
@@ -7083,6 +9063,16 @@ def build_aliases(options: SendmailOptions, environ: dict) -> int:
     text = f"{path}: {len(items)} aliases, longest {longest} bytes, {total} bytes total"
     write_all(1, os_bytes(text + "\n"))
     return EX_OK
+
+
+def build_aliases(options: SendmailOptions, environ: dict) -> int:
+    """-bi: newaliases."""
+    if options.recipients or options.mode not in "mi":
+        raise ProgramError(EX_USAGE, "no such argument here: see newaliases --help")
+    house = House(environ, options.config)
+    paths = [options.alias_file] if options.alias_file else house.settings.alias_files
+    codes = [build_one(house, path) for path in paths]
+    return max(codes, default=EX_OK)
 
 
 def cmd_sendmail(args: list[str], environ: dict) -> int:
@@ -7097,6 +9087,7 @@ def cmd_sendmail(args: list[str], environ: dict) -> int:
     -bs          SMTP on standard input and output
     -bp          the queue (mailq)          -q   try everything in it now
     -bi          the aliases (newaliases)   -bv  check recipients
+    -bt          explain where they lead    -N WORDS -R full|hdrs -V ID  DSN
     -bd, -bD     the daemon, in the background or the foreground
     -C FILE      settings                   -oA FILE  the aliases file (-bi)
     """
@@ -7105,7 +9096,19 @@ def cmd_sendmail(args: list[str], environ: dict) -> int:
         return print_version()
     modes = {"d": start_daemon, "D": start_daemon, "p": show_queue, "i": build_aliases}
     modes.update({"s": serve_stdin, "v": verify_recipients, "q": flush_queue})
+    modes["t"] = explain_recipients
     return modes.get(options.mode, send_stdin)(options, environ)
+
+
+def read_flags(args: list[str], flags: str, words: list[str]) -> tuple[dict, list[str]]:
+    """(option -> value, arguments) of a command line. Raises ProgramError."""
+    import getopt  # small; argparse costs 10 ms
+
+    try:
+        pairs, rest = getopt.gnu_getopt(args, flags, words)
+    except getopt.GetoptError as error:
+        raise ProgramError(EX_USAGE, f"{error.msg}: see --help") from None
+    return dict(pairs), rest
 
 
 def config_option(name: str, args: list[str]) -> str:
@@ -7252,6 +9255,19 @@ def cmd_mail(args: list[str], environ: dict) -> int:
     return read_mail(house, options, environ, words)
 
 
+def cmd_explain(args: list[str], environ: dict) -> int:
+    """usage: minimta.py explain [-C FILE] [--json] ADDRESS ...
+
+    Says where mail to an address goes, by which rule and as which user, and
+    what was looked at in vain. Changes nothing. Exit 0 if it arrives, 67 if
+    it never does, 75 if it has to wait.
+    """
+    options, words = read_flags(args, "C:", ["json"])
+    return print_explanations(
+        House(environ, options.get("-C", "")), words, "--json" in options
+    )
+
+
 def cmd_config(args: list[str], environ: dict) -> int:
     """usage: minimta.py config [-C FILE]
 
@@ -7297,6 +9313,7 @@ def cmd_help(args: list[str], environ: dict) -> int:
     mailq       shows the queue
     mail        sends and reads mail
     serve       the daemon, in the foreground
+    explain     says where mail to an address goes
     config      prints the settings
     health      says whether the daemon answers
 
@@ -7309,7 +9326,7 @@ def cmd_help(args: list[str], environ: dict) -> int:
     return EX_OK
 
 
-# == 24 Dispatch: PROGRAMS, main ==============================================
+# == 26 Dispatch: PROGRAMS, main ==============================================
 # By what name it was called; and the one place that ends in words.
 
 PROGRAMS = {
@@ -7321,6 +9338,7 @@ PROGRAMS = {
     "Mail": cmd_mail,
     "send-mail": cmd_sendmail,
     "serve": cmd_serve,
+    "explain": cmd_explain,
     "config": cmd_config,
     "health": cmd_health,
 }

@@ -1791,11 +1791,46 @@ TARGET_ROWS = [
     ("|/dev/null", ("pipe", "/dev/null")),
     # a list in a file
     (":include:/x", ("include", "/x")),
+    (":include: /x", ("include", "/x")),
     ('":include:/x y"', ("include", "/x y")),
+    # a Maildir, a file below the home
+    ("/home/bob/Maildir/", ("file", "/home/bob/Maildir/")),
+    ("~/outbox", ("file", "~/outbox")),
+    # Postfix's other way to quote a command; a quoted # is no comment
+    ('|"cmd a, b"', ("pipe", "cmd a, b")),
+    ('"|exec procmail #bob"', ("pipe", "exec procmail #bob")),
+    # refusals of OpenSMTPD and Exim
+    ("error:550 5.7.1 no", ("error", "550 5.7.1 no")),
+    ("error:550 no", ("error", "550 5.0.0 no")),
+    ("error:450 4.7.1 later", ("error", "450 4.7.1 later")),
+    ("error:4.7.1 later", ("error", "450 4.7.1 later")),
+    ("error:5.7.1 no", ("error", "550 5.7.1 no")),
+    ("error:no", ("error", "550 5.0.0 no")),
+    ('"error:550 no, sir"', ("error", "550 5.0.0 no, sir")),
+    # a code and a status that contradict each other: the code says it
+    ("error:550 4.7.1 no", ("error", "550 5.7.1 no")),
+    (":fail: gone, for good", ("error", "550 5.0.0 gone, for good")),
+    (":FAIL: gone", ("error", "550 5.0.0 gone")),
+    (":defer: later", ("error", "450 4.0.0 later")),
+    (":fail:", ("error", "550 5.0.0 mail is not accepted here")),
+    (":blackhole:", ("null", "/dev/null")),
 ]
 
 BAD_TARGETS = [
-    *("|", '"|"', ":include:", "a b", "a@b@c", "@x", "\\", '"', "<>", "bob@"),
+    *(
+        "|",
+        '"|"',
+        ":include:",
+        ":include:x",
+        ":unknown:",
+        "a b",
+        "a@b@c",
+        "@x",
+        "\\",
+        '"',
+        "<>",
+        "bob@",
+    ),
     *("\\a b", "a, b", "(c)", ""),
 ]
 
@@ -1840,6 +1875,21 @@ ITEM_ROWS = [
     ("a), b", ["a)", "b"]),
     # a backslash takes the meaning off
     ("a\\,b, c", ["a\\,b", "c"]),
+    # a sentence goes to the end
+    ("a, :fail: no, never", ["a", ":fail: no, never"]),
+    ("error:550 no, sir", ["error:550 no, sir"]),
+]
+
+LOOSE_ROWS = [
+    ("a; b", ["a", "b"]),
+    ("a b\tc", ["a", "b", "c"]),
+    ("a b; c, d", ["a", "b", "c", "d"]),
+    # what has blanks of its own keeps them
+    ("B. <b@x>; c", ["B. <b@x>", "c"]),
+    ('"|x y"', ['"|x y"']),
+    ("|cd x; y z", ["|cd x; y z"]),
+    ("/a b", ["/a b"]),
+    ("error:550 a b; c", ["error:550 a b; c"]),
 ]
 
 ALIAS_TEXTS = [
@@ -1854,7 +1904,8 @@ ALIAS_TEXTS = [
     ("# x\n\na: b # c", {"a": "b"}),
     ('a: "|b # c" # d', {"a": '"|b # c"'}),
     # lines that go on
-    ("a: b,\n  c\n\td\ne: f", {"e": "f"}),
+    ("a: b,\n  c\n\td\ne: f", {"a": "b, c, d", "e": "f"}),
+    ("a: b, \\\nc\ne: f", {"a": "b, c", "e": "f"}),
     ("a: b,\n  c,\n\td\ne: f", {"a": "b, c, d", "e": "f"}),
     ("a:\n b", {"a": "b"}),
     # DOS line ends
@@ -1870,7 +1921,7 @@ BAD_ALIAS_LINES = [
     ("a: ,", "a: missing value for alias"),
     (' a: "b', "the first line begins with white space"),
     ('a: "b', "unbalanced quotation mark"),
-    ("a: b c", "<b c>: bad address syntax"),
+    ("a: b@c@d", "<b@c@d>: bad domain name"),
     ("a: |", "nothing behind |"),
 ]
 
@@ -1913,6 +1964,31 @@ class TestAliasTable:
         table = minimta.AliasTable.parse("a: b\nbad\nc: d")
         assert table.items() == [("a", "b"), ("c", "d")]
 
+    @pytest.mark.parametrize(("text", "wanted"), LOOSE_ROWS)
+    def test_postfixs_looser_separators_are_read_too(self, text, wanted):
+        assert minimta.loose_items(text) == wanted
+
+    def test_looser_separators_are_warned_of(self):
+        table = minimta.AliasTable.parse("a: b\nc: d e\nf: g; h")
+        assert table.warnings == [
+            (2, "c: write commas between targets"),
+            (3, "f: write commas between targets"),
+        ]
+
+    def test_a_target_that_does_not_exist_is_named_with_its_line(self):
+        table = minimta.AliasTable.parse("a: b, x\nb: y@far, x\nc: c")
+        asked = []
+
+        def problem(target):
+            asked.append(target.text)
+            return "no such user" if target.text == "x" else ""
+
+        assert table.dangling(problem) == [
+            (1, "a: x: no such user"),
+            (2, "b: x: no such user"),
+        ]
+        assert sorted(asked) == ["x", "y@far"]  # once each, own names never
+
     def test_a_duplicate_is_warned_of(self):
         table = minimta.AliasTable.parse("a: b\n\nA: c")
         assert table.warnings == [(3, "duplicate alias a; line 1 counts")]
@@ -1936,7 +2012,7 @@ class TestAliasTable:
         assert kept == [targets for _, targets in table.entries.values()]
 
 
-# == 6 Queue words: Envelope, Attempt, new_id, retry_delay ====================
+# == 6 Queue words: Wishes, Envelope, Attempt, new_id, retry_delay ============
 
 
 class TestQueueId:
@@ -1974,6 +2050,76 @@ class TestQueueId:
     )
     def test_what_can_be_an_id(self, name, wanted):
         assert minimta.is_id(name) == wanted
+
+
+class TestWishes:
+    """NOTIFY and ORCPT, RET and ENVID: RFC 3461."""
+
+    @pytest.mark.parametrize(
+        ("notify", "wanted"),
+        [
+            ("", {"FAILURE", "DELAY"}),
+            ("never", set()),
+            ("SUCCESS", {"SUCCESS"}),
+            ("success,delay", {"SUCCESS", "DELAY"}),
+        ],
+    )
+    def test_says_what_is_wanted(self, notify, wanted):
+        wishes = minimta.Wishes(notify)
+        words = {"SUCCESS", "FAILURE", "DELAY"}
+        assert {word for word in words if wishes.want(word)} == wanted
+
+    @pytest.mark.parametrize(
+        ("text", "is_right"),
+        [
+            *[("NEVER", True), ("success,failure,delay", True), ("", False)],
+            *[("NEVER,DELAY", False), ("DELAY,DELAY", False), ("x", False)],
+        ],
+    )
+    def test_notify_has_its_words(self, text, is_right):
+        assert minimta.is_notify(text) == is_right
+
+    @pytest.mark.parametrize(
+        ("text", "is_right"),
+        [
+            *[("abc", True), ("a+2Bb", True), ("a+2b", False), ("a+", False)],
+            *[
+                ("a b", False),
+                ("a=b", False),
+                ("", False),
+                ("ü", False),
+                ("a\n", False),
+            ],
+            *[("x" * 100, True), ("x" * 101, False)],
+        ],
+    )
+    def test_xtext_is_printable(self, text, is_right):
+        assert minimta.is_xtext(text, 100) == is_right
+
+    @pytest.mark.parametrize(
+        ("text", "is_right"),
+        [("rfc822;a@b", True), ("x-my;a", True), ("a@b", False), (";a", False)],
+    )
+    def test_an_original_recipient_has_a_type(self, text, is_right):
+        assert minimta.is_original(text) == is_right
+
+    def test_they_are_kept_in_the_envelope(self):
+        wishes = {"b@x": minimta.Wishes("NEVER", "rfc822;c@x")}
+        more = {"ret": "HDRS", "envid": "e1", "wishes": wishes}
+        envelope = minimta.Envelope("a@x", ["b@x", "d@x"], **more)
+        again = minimta.Envelope.parse(bytes(envelope))
+        assert (again.ret, again.envid, again.wishes) == ("HDRS", "e1", wishes)
+        assert again.wishes_of("d@x") == minimta.NO_WISHES
+
+    @pytest.mark.parametrize(
+        "line", ["ret: X", "envid: a b", "notify: X", "original: x", "kind: lie"]
+    )
+    def test_what_makes_no_sense_is_left_out(self, line):
+        text = f"arrived: 1\nsender: a@x\nrecipient: b@x\n{line}\n\n".encode()
+        found = minimta.Envelope.parse(text)
+        assert (found.ret, found.envid, found.wishes, found.kind) == (
+            *("", "", {}, "message"),
+        )
 
 
 class TestRetryDelay:
@@ -2300,8 +2446,16 @@ PARAMETERS = {
     "BODY": f"{HELLO}C: MAIL FROM:<a@b> body=8bitmime\nS: 250",
     "BODY of another kind": f"{HELLO}C: MAIL FROM:<a@b> BODY=x\nS: 501",
     "AUTH": f"{HELLO}C: MAIL FROM:<a@b> AUTH=<>\nS: 250",
-    "an unknown one": f"{HELLO}C: MAIL FROM:<a@b> RET=FULL\nS: 555 5.5.4",
-    "one at RCPT": f"{MAIL}C: RCPT TO:<bob@host.example> NOTIFY=NEVER\nS: 555",
+    "an unknown one": f"{HELLO}C: MAIL FROM:<a@b> XYZZY=1\nS: 555 5.5.4",
+    "one at RCPT": f"{MAIL}C: RCPT TO:<bob@host.example> RET=FULL\nS: 555",
+    "RET and ENVID": f"{HELLO}C: MAIL FROM:<a@b> RET=hdrs ENVID=a+2Bb\nS: 250",
+    "RET of another kind": f"{HELLO}C: MAIL FROM:<a@b> RET=X\nS: 501",
+    "ENVID that is no xtext": f"{HELLO}C: MAIL FROM:<a@b> ENVID=a+\nS: 501",
+    "NOTIFY": f"{MAIL}C: RCPT TO:<bob@host.example> NOTIFY=SUCCESS,DELAY\nS: 250",
+    "NOTIFY=NEVER alone": f"{MAIL}C: RCPT TO:<bob@host.example> NOTIFY=NEVER,DELAY\nS: 501",
+    "NOTIFY twice": f"{MAIL}C: RCPT TO:<bob@host.example> NOTIFY=DELAY NOTIFY=DELAY\nS: 501",
+    "ORCPT": f"{MAIL}C: RCPT TO:<bob@host.example> ORCPT=rfc822;a@b\nS: 250",
+    "ORCPT without a type": f"{MAIL}C: RCPT TO:<bob@host.example> ORCPT=a@b\nS: 501",
     "UTF-8 that was not announced": f"{HELLO}C: MAIL FROM:<ü@b>\nS: 553 5.6.7",
     "UTF-8 that was": f"{HELLO}C: MAIL FROM:<ü@b> SMTPUTF8\nS: 250",
     "SMTPUTF8 with a value": f"{HELLO}C: MAIL FROM:<a@b> SMTPUTF8=1\nS: 501",
@@ -2361,7 +2515,7 @@ class TestSession:
         reply = make_session(text="message_size_limit = 1000").feed(b"EHLO c.example")
         assert bytes(reply).decode().splitlines() == [
             *("250-host.example", "250-PIPELINING", "250-SIZE 1000", "250-8BITMIME"),
-            *("250-ENHANCEDSTATUSCODES", "250-SMTPUTF8", "250 HELP"),
+            *("250-ENHANCEDSTATUSCODES", "250-SMTPUTF8", "250-DSN", "250 HELP"),
         ]
 
     @pytest.mark.parametrize(("client", "recipient", "wanted"), HERE_AND_THERE)
@@ -2461,7 +2615,8 @@ class TestSession:
         assert "bob@host.example" not in session.notes[-1]
 
     @pytest.mark.parametrize(
-        ("client", "origin"), [(FAR, "[192.0.2.1]"), (LOCAL, "uid 1000")]
+        ("client", "origin"),
+        [(FAR, "[192.0.2.1] ESMTP c.example"), (LOCAL, "uid 1000")],
     )
     def test_the_envelope_says_where_mail_came_from(self, client, origin):
         session = make_session(client)
@@ -2472,6 +2627,22 @@ class TestSession:
         assert (envelope.origin, envelope.arrived) == (origin, 1.5)
         assert envelope.sender == "a@host.example"
         assert envelope.recipients == ["b@host.example"]
+
+    def test_the_envelope_has_what_was_wished_for(self):
+        session = make_session()
+        dialogue = (
+            f"{HELLO}C: MAIL FROM:<a@b> RET=HDRS ENVID=e1\nS: 250\n"
+            "C: RCPT TO:<bob> NOTIFY=NEVER ORCPT=rfc822;c@d\nS: 250"
+        )
+        play(SessionPeer(session), dialogue)
+        envelope = session.envelope(1.5)
+        assert (envelope.ret, envelope.envid) == ("HDRS", "e1")
+        wanted = minimta.Wishes("NEVER", "rfc822;c@d")
+        assert envelope.wishes_of("bob@host.example") == wanted
+
+    def test_a_refusal_may_bring_its_own_code(self):
+        error = minimta.MailError("5.7.1", "no entry", code=550)
+        assert bytes(minimta.Reply.refusal(error)) == b"550 5.7.1 no entry\r\n"
 
     def test_one_recipient_is_named_in_received(self):
         session = make_session()
@@ -2498,50 +2669,170 @@ class TestSession:
         assert f" with {proto} id ID".encode() in session.received("ID", 1.5)
 
 
-# == 8 Reports: Report ========================================================
+# == 8 Reports: ReportKind, Event, Report =====================================
 
 
-def make_report(*failures, header=b"Subject: hello\n"):
-    """A bounce to alice."""
-    return minimta.Report(make_settings(), "alice@far.example", list(failures), header)
+def make_report(*events, kind=None, **about):
+    """A report to alice, as a message that was read."""
+    envelope = minimta.Envelope(
+        "alice@far.example", ["bob@x"], arrived=1.5, envid="e1", kind="message"
+    )
+    about = {
+        "queue_id": "ID",
+        "host": "host.example",
+        "envelope": envelope,
+        "message_id": "<m@x>",
+        "expires": 86400.0,
+        **about,
+    }
+    kind = kind or minimta.FAILED
+    report = minimta.Report(kind, "alice@far.example", list(events), about)
+    copy = [b"Subject: hello\n", b"\nbody\n"]
+    text = b"".join(report.chunks("IDB1", 1.5, kind is minimta.FAILED, copy))
+    parsed = message_from_bytes(text)
+    assert parsed.defects == []
+    return parsed
 
 
-FAILURE = ("bob@x", minimta.MailError("5.1.1", 'unknown user: "bob"'))
+def event(recipient="bob@x", target="", **how):
+    """What became of one recipient."""
+    words = {
+        "action": "failed",
+        "status": "5.1.1",
+        "relay": "local",
+        "text": 'unknown user: "bob"',
+        "original": "",
+        **how,
+    }
+    return minimta.Event(recipient, target or recipient, *words.values())
+
+
+def statuses(report):
+    """The blocks of fields for programs."""
+    return report.get_payload()[1].get_payload()
 
 
 class TestReport:
     """What the sender is told."""
 
-    def test_names_recipient_reason_and_status(self):
-        assert b'\n<bob@x>: unknown user: "bob" (5.1.1)\n' in bytes(
-            make_report(FAILURE)
-        )
-
-    def test_names_every_recipient(self):
-        text = bytes(make_report(FAILURE, ("eve@x", FAILURE[1])))
-        assert b"<bob@x>: " in text
-        assert b"<eve@x>: " in text
-
-    def test_ends_in_the_header_of_the_message(self):
-        assert bytes(make_report(FAILURE)).endswith(b":\n\nSubject: hello\n")
-
-    def test_a_reason_is_one_line(self):
-        error = minimta.MailError("5.0.0", "a\nb\x1b[2J")
-        assert b"<x>: a?b?[2J (5.0.0)\n" in bytes(make_report(("x", error)))
+    def test_is_a_multipart_report_of_three_parts(self):
+        report = make_report(event())
+        assert report.get_content_type() == "multipart/report"
+        assert report.get_param("report-type") == "delivery-status"
+        assert [part.get_content_type() for part in report.get_payload()] == [
+            *("text/plain", "message/delivery-status", "message/rfc822"),
+        ]
 
     def test_its_header_says_from_whom_to_whom_and_that_none_should_answer(self):
-        header = minimta.Header.parse(make_report(FAILURE).fields("ID", 1.5))
-        assert header.values("from") == [
-            "Mail Delivery System <MAILER-DAEMON@host.example>"
+        report = make_report(event(), event("eve@x"))
+        assert report["From"] == "Mail Delivery System <MAILER-DAEMON@host.example>"
+        assert report["To"] == "alice@far.example"
+        assert report["Auto-Submitted"] == "auto-replied"
+        assert report["References"] == "<m@x>"
+        assert report["Message-ID"] == "<IDB1.report@host.example>"
+        assert report["X-Failed-Recipients"].split() == ["bob@x,", "eve@x"]
+
+    def test_people_read_who_was_not_reached_and_why(self):
+        text = make_report(event(), event("team@x", "eve@x")).get_payload()[0]
+        body = text.get_payload(decode=True).decode()
+        assert "This is the mail system at host host.example.\n" in body
+        assert '\n<bob@x>: unknown user: "bob"\n' in body
+        assert "\n<eve@x> (expanded from <team@x>): unknown user" in body
+
+    def test_programs_read_it_in_fields(self):
+        message, recipient = statuses(make_report(event()))
+        assert message["Reporting-MTA"] == "dns; host.example"
+        assert message["Original-Envelope-Id"] == "e1"
+        assert message["Arrival-Date"] == minimta.rfc_date(1.5)
+        assert dict(recipient) == {
+            "Final-Recipient": "rfc822; bob@x",
+            "Original-Recipient": "rfc822;bob@x",
+            "Action": "failed",
+            "Status": "5.1.1",
+            "Diagnostic-Code": 'X-Minimta; unknown user: "bob"',
+        }
+
+    def test_what_a_host_said_is_quoted(self):
+        text = (
+            "host mx.x[192.0.2.1]:25 said: 550 5.1.1 no (in reply to RCPT TO command)"
+        )
+        one = event(relay="mx.x[192.0.2.1]:25", text=text, original="rfc822;b@x")
+        fields = statuses(make_report(one))[1]
+        assert fields["Remote-MTA"] == "dns; mx.x"
+        assert fields["Diagnostic-Code"] == "smtp; 550 5.1.1 no"
+        assert fields["Original-Recipient"] == "rfc822;b@x"
+
+    def test_an_address_that_is_not_ascii_says_so(self):
+        fields = dict(event("ü@x").rows())
+        assert fields["Final-Recipient"] == "utf-8; ü@x"
+        assert fields["Original-Recipient"] == "utf-8;ü@x"
+
+    def test_a_warning_says_until_when(self):
+        one = event(action="delayed", status="4.4.1")
+        report = make_report(one, kind=minimta.DELAYED)
+        assert report["Subject"] == "Delayed Mail (still being retried)"
+        assert report["X-Failed-Recipients"] is None
+        body = report.get_payload()[0].get_payload(decode=True).decode()
+        assert "THIS IS A WARNING ONLY.  YOU DO NOT NEED TO RESEND" in body
+        assert statuses(report)[1]["Will-Retry-Until"] == minimta.rfc_date(86400)
+        assert report.get_payload()[2].get_content_type() == "text/rfc822-headers"
+
+    def test_the_message_comes_back_in_it(self):
+        original = make_report(event()).get_payload()[2].get_payload()[0]
+        assert original["Return-Path"] == "<alice@far.example>"
+        assert (original["Subject"], original.get_payload()) == ("hello", "body\n")
+
+    def test_a_reason_can_add_no_line(self):
+        one = event(text="a\nX: y\x1b[2J", recipient="b@x")
+        fields = statuses(make_report(one))[1]
+        assert fields["Diagnostic-Code"] == "X-Minimta; a?X: y?[2J"
+
+
+# == 9 Trees: Branch ==========================================================
+
+
+class TestBranch:
+    """What explain draws."""
+
+    def test_is_drawn_as_a_tree(self):
+        tree = minimta.Branch("lpic1@localhost")
+        domain = tree.grow("local domain (mydestination: localhost)")
+        alias = domain.grow("alias lpic1 -> root", "/etc/aliases:31")
+        again = alias.grow("alias root -> payam, bob", "/etc/aliases:38")
+        again.grow("user payam, no ~/.forward").grow(
+            "mailbox /var/mail/payam", "", "mbox"
+        )
+        again.grow("user bob, no ~/.forward").grow("mailbox /var/mail/bob")
+        assert str(tree).splitlines() == [
+            "lpic1@localhost",
+            "└─ local domain (mydestination: localhost)",
+            "   └─ alias lpic1 -> root                  /etc/aliases:31",
+            "      └─ alias root -> payam, bob          /etc/aliases:38",
+            "         ├─ user payam, no ~/.forward",
+            "         │  └─ mailbox /var/mail/payam  (mbox)",
+            "         └─ user bob, no ~/.forward",
+            "            └─ mailbox /var/mail/bob",
         ]
-        assert header.values("to") == ["alice@far.example"]
-        assert header.values("auto-submitted") == ["auto-replied"]
 
-    def test_its_header_ends_in_an_empty_line(self):
-        assert make_report(FAILURE).fields("ID", 1.5).endswith(b": 8bit\n\n")
+    def test_is_a_dictionary_for_programs(self):
+        tree = minimta.Branch("a")
+        tree.grow("b", "c:1", "d")
+        wanted = {"text": "a", "then": [{"text": "b", "where": "c:1", "detail": "d"}]}
+        assert tree.tree() == wanted
+
+    def test_of_very_many_branches_the_first_are_drawn(self):
+        tree = minimta.Branch("a")
+        for number in range(10_000):
+            tree.grow(f"b{number}")
+        lines = str(tree).splitlines()
+        assert len(lines) == 102
+        assert lines[-1] == "└─ ... and 9900 more"
+
+    def test_no_line_can_be_made_two(self):
+        assert minimta.Branch("a\nb\x1b").text == "a?b?"
 
 
-# == 9 Log: Log ===============================================================
+# == 10 Log: Log ==============================================================
 
 
 @pytest.fixture
@@ -2606,7 +2897,17 @@ LOG_ROWS = [
         "dsn=2.0.0, status=sent (delivered to mailbox)",
     ),
     (
-        lambda log: log.reported("ID", "IDB1"),
+        lambda log: log.attempt("ID", delivered("pipe 65534 cat x", "a@b"), 0.0),
+        "minimta/local ID: to=<a@b>, relay=local, delay=1.5, "
+        "dsn=2.0.0, status=sent (delivered to mailbox)",
+    ),
+    (
+        lambda log: log.attempt("ID", delivered("lmtp a@b", "a@b"), 0.0),
+        "minimta/lmtp ID: to=<a@b>, relay=local, delay=1.5, "
+        "dsn=2.0.0, status=sent (delivered to mailbox)",
+    ),
+    (
+        lambda log: log.reported("ID", "sender non-delivery notification", "IDB1"),
         "minimta/bounce ID: sender non-delivery notification: IDB1",
     ),
     (lambda log: log.removed("ID"), "minimta/qmgr ID: removed"),
@@ -2672,7 +2973,7 @@ class TestLog:
         assert (tmp_path / "log").stat().st_mode & 0o137 == 0
 
 
-# == 10 Users: User, Users, Rights, find_root, read_settings ==================
+# == 11 Users: User, Users, Rights, find_root, read_settings ==================
 
 
 PASSWD = """root:x:0:0:root:/root:/bin/sh
@@ -2846,7 +3147,7 @@ class TestReadSettings:
         assert caught.value.code == 78
 
 
-# == 11 Spool: Spool, Draft, QueueFile, Maildrop ==============================
+# == 12 Spool: Spool, Draft, QueueFile, Maildrop ==============================
 
 
 ME = minimta.User("me", os.getuid(), os.getgid(), "", "/")
@@ -3169,7 +3470,7 @@ class TestMaildrop:
         assert open_files() == before
 
 
-# == 12 Alias database: AliasDatabase, ForwardFiles ===========================
+# == 13 Alias database: AliasDatabase, AliasMaps, TargetFiles =================
 
 
 def backends():
@@ -3200,25 +3501,31 @@ def aliases(tmp_path):
     return made
 
 
+def value_of(database, name):
+    """The value of one alias, or None."""
+    found = database.lookup([name.lower()])
+    return found and found[1]
+
+
 class TestAliasDatabase:
     """The aliases file and what newaliases makes of it."""
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_the_database_rules_whatever_wrote_it(self, aliases, backend):
         build(backend, aliases.name, [(b"a", b"new")])
-        assert (aliases.lookup("a"), aliases.lookup("b")) == ("new", None)
+        assert (value_of(aliases, "a"), value_of(aliases, "b")) == ("new", None)
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_a_nul_behind_name_and_value_does_not_count(self, aliases, backend):
         build(backend, aliases.name, [(b"a\0", b"new\0")])
-        assert aliases.lookup("a") == "new"
+        assert value_of(aliases, "a") == "new"
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_a_rebuilt_database_replaces_any_other(self, aliases, backend):
         build(backend, aliases.name, [(b"a", b"new"), (b"b", b"gone")])
-        assert aliases.lookup("b") == "gone"
+        assert value_of(aliases, "b") == "gone"
         aliases.rebuild()
-        assert (aliases.lookup("a"), aliases.lookup("b")) == ("old", None)
+        assert (value_of(aliases, "a"), value_of(aliases, "b")) == ("old", None)
 
     @pytest.mark.parametrize("after", BACKENDS)
     @pytest.mark.parametrize("before", BACKENDS)
@@ -3226,32 +3533,32 @@ class TestAliasDatabase:
         self, aliases, tmp_path, before, after
     ):
         build(before, aliases.name, [(b"a", b"first")])
-        assert aliases.lookup("a") == "first"
+        assert value_of(aliases, "a") == "first"
         aside = tmp_path / "aside"
         aside.mkdir()
         build(after, aside / "aliases.db", [(b"a", b"second")])
         built = sorted(os.listdir(aside))
         aliases.move(str(aside), str(tmp_path), "aliases.db", built)
-        assert aliases.lookup("a") == "second"
+        assert value_of(aliases, "a") == "second"
         left = [n for n in os.listdir(tmp_path) if not n.endswith(("-wal", "-shm"))]
         assert sorted(left) == sorted(["aliases", "aside", *built])
 
     @pytest.mark.parametrize("value", ["bob", "jörg", "\udcff", "b, " * 2000 + "c"])
     def test_what_is_built_is_read_back(self, aliases, value):
         aliases.replace([("a", value)])
-        assert aliases.lookup("a") == value
+        assert value_of(aliases, "a") == value
 
     def test_a_text_is_built_and_read_back(self, aliases):
         Path(aliases.path).write_text('A: b, "|c, d" # e\n"f g": h\n')
         assert aliases.rebuild().problems == []
-        assert aliases.lookup("a") == 'b, "|c, d"'
-        assert aliases.lookup("F G") == "h"
+        assert value_of(aliases, "a") == 'b, "|c, d"'
+        assert value_of(aliases, "F G") == "h"
 
     def test_an_empty_text_makes_an_empty_database(self, aliases):
         Path(aliases.path).write_text("")
         aliases.rebuild()
         Path(aliases.path).write_text("a: b\n")
-        assert aliases.lookup("a") is None
+        assert value_of(aliases, "a") is None
 
     def test_building_leaves_nothing_but_the_database(self, aliases, tmp_path):
         aliases.rebuild()
@@ -3285,43 +3592,44 @@ class TestAliasDatabase:
         aliases.replace([("a", "new")])
         later = time.time() + 100
         os.utime(aliases.path, (later, later))
-        assert aliases.lookup("a") == "new"
+        assert value_of(aliases, "a") == "new"
         assert ["older than source file" in text for text in aliases.warned] == [True]
 
     def test_a_newer_database_is_not_warned_of(self, aliases):
         os.utime(aliases.path, (1000, 1000))
         aliases.rebuild()
-        aliases.lookup("a")
+        value_of(aliases, "a")
         assert aliases.warned == []
 
     def test_a_database_that_cannot_be_read_is_warned_of_and_the_text_used(
         self, aliases
     ):
         Path(aliases.name).write_bytes(b"no database at all\n" * 99)
-        assert aliases.lookup("a") == "old"
+        assert value_of(aliases, "a") == "old"
         assert "cannot be read" in aliases.warned[-1]
 
     def test_without_a_database_the_text_is_used(self, aliases):
-        assert (aliases.lookup("A"), aliases.lookup("b")) == ("old", None)
+        assert (value_of(aliases, "A"), value_of(aliases, "b")) == ("old", None)
 
     def test_a_changed_text_counts_at_the_next_look(self, aliases):
-        assert aliases.lookup("a") == "old"
+        assert value_of(aliases, "a") == "old"
         Path(aliases.path).write_text("a: newer\n")
-        assert aliases.lookup("a") == "newer"
+        assert value_of(aliases, "a") == "newer"
 
     def test_without_either_nobody_has_an_alias(self, tmp_path):
-        assert minimta.AliasDatabase(str(tmp_path / "none")).lookup("a") is None
+        nobody = minimta.AliasDatabase(str(tmp_path / "none"))
+        assert value_of(nobody, "a") is None
 
     def test_a_text_that_cannot_be_read_is_a_failure_for_now(self, aliases):
         os.unlink(aliases.path)
         os.mkdir(aliases.path)
         with pytest.raises(minimta.MailError) as caught:
-            aliases.lookup("a")
+            value_of(aliases, "a")
         assert caught.value.status == "4.3.0"
 
     def test_a_bad_line_of_the_text_is_warned_of(self, aliases):
         Path(aliases.path).write_text("bad\na: b\n")
-        assert aliases.lookup("a") == "b"
+        assert value_of(aliases, "a") == "b"
         assert aliases.warned == [f"{aliases.path}, line 1: need name: value"]
 
 
@@ -3351,6 +3659,8 @@ FORWARD_PROBLEMS = [
     ("writable", "is writable by others"),
     ("open home", "is in a home that is writable by others"),
     ("large", "is too large"),
+    ("hard link", "has more than one name"),
+    ("filter", "is a filter"),
 ]
 
 
@@ -3365,31 +3675,111 @@ def spoil_forward(kind, user):
         "writable": lambda: write_as(user, path, b"carol\n", 0o646),
         "open home": lambda: write_as(user, path, b"carol\n"),
         "large": lambda: write_as(user, path, b"carol\n" * 20_000),
+        "hard link": lambda: os.link(
+            write_as(user, f"{user.home}/x", b"carol\n"), path
+        ),
+        "filter": lambda: write_as(user, path, b"# Exim filter\ndeliver carol\n"),
     }
     makers[kind]()
     os.chown(path, user.uid, user.gid, follow_symlinks=False)
     os.chmod(user.home, 0o777 if kind == "open home" else 0o755)
 
 
-class TestForwardFiles:
-    """~/.forward, read as its owner."""
+def read_forward(user):
+    """(what ~/.forward says, why it is ignored)."""
+    _, text, ignored = minimta.TargetFiles(minimta.Users()).forward(user, "")
+    return text, "".join(ignored)
+
+
+class TestTargetFiles:
+    """~/.forward and lists, each read as its owner."""
 
     def test_a_users_file_is_read(self, owner):
         write_as(owner, f"{owner.home}/.forward", b"carol\n", 0o600)
-        assert minimta.ForwardFiles().read(owner) == ("carol\n", "")
+        assert read_forward(owner) == ("carol\n", "")
 
     def test_without_a_file_nothing_is_said(self, owner):
-        assert minimta.ForwardFiles().read(owner) == ("", "")
+        assert read_forward(owner) == ("", "")
 
     def test_without_a_home_nothing_is_said(self):
-        nobody = minimta.User("x", os.getuid(), os.getgid(), "", "/no/such/home")
-        assert minimta.ForwardFiles().read(nobody) == ("", "")
+        nobody = minimta.User("x", os.getuid(), os.getgid(), "", "/nonexistent")
+        assert read_forward(nobody) == ("", "")
+
+    def test_a_home_that_is_not_there_yet_is_waited_for(self, owner):
+        absent = minimta.User("bob", owner.uid, owner.gid, "", f"{owner.home}/not/yet")
+        with pytest.raises(minimta.MailError, match="is not there") as caught:
+            read_forward(absent)
+        assert caught.value.status == "4.3.0"
+
+    def test_a_system_user_without_a_home_is_not_waited_for(self):
+        daemon = minimta.User("www", 33, 33, "", "/no/such/home")
+        assert read_forward(daemon) == ("", "")
+
+    @needs_root
+    def test_a_sticky_home_is_being_worked_on(self, owner):
+        os.chmod(owner.home, 0o1755)
+        with pytest.raises(minimta.MailError, match="is sticky"):
+            read_forward(owner)
+
+    def test_detail_has_a_file_of_its_own_before_the_other(self, owner):
+        write_as(owner, f"{owner.home}/.forward", b"carol\n")
+        write_as(owner, f"{owner.home}/.forward+lists", b"eve\n")
+        files = minimta.TargetFiles(minimta.Users())
+        assert files.forward(owner, "+lists")[1] == "eve\n"
+        assert files.forward(owner, "+other")[1] == "carol\n"
+
+    @pytest.mark.parametrize("detail", ["+", "+../x", "+a/b", "+\n"])
+    def test_detail_is_never_a_way_out_of_the_home(self, owner, detail):
+        write_as(owner, f"{owner.home}/.forward", b"carol\n")
+        files = minimta.TargetFiles(minimta.Users())
+        assert files.forward(owner, detail)[0] == f"{owner.home}/.forward"
+
+    def test_a_list_is_read_as_its_owner(self, owner):
+        path = write_as(owner, f"{owner.home}/list", b"bob\n", 0o600)
+        found = minimta.TargetFiles(minimta.Users()).include(str(path), None)
+        assert (found.text, found.owner.uid) == ("bob\n", owner.uid)
+        assert not found.is_shared
+
+    def test_a_list_that_its_group_may_write_is_shared(self, owner):
+        path = write_as(owner, f"{owner.home}/list", b"bob\n", 0o664)
+        assert minimta.TargetFiles(minimta.Users()).include(str(path), None).is_shared
+
+    @pytest.mark.parametrize(
+        ("kind", "why"),
+        [row for row in FORWARD_PROBLEMS if row[0] not in ("open home", "filter")],
+    )
+    def test_a_list_that_others_could_have_put_there_waits(self, owner, kind, why):
+        if kind == "group-writable":
+            pytest.skip("addresses may stand there")
+        spoil_forward(kind, owner)
+        path = f"{owner.home}/.forward"
+        if kind == "large":
+            os.truncate(path, minimta.TargetFiles.MAX_INCLUDE + 1)
+        before = open_files()
+        with pytest.raises(minimta.MailError, match=why) as caught:
+            minimta.TargetFiles(minimta.Users()).include(path, None)
+        assert caught.value.status == "4.3.5"
+        assert open_files() == before
+
+    @needs_root
+    def test_a_list_is_not_read_with_more_rights_than_its_readers(self, owner):
+        path = write_as(owner, f"{owner.home}/secret", b"root\n", 0o600)
+        os.chown(path, 0, 0)
+        with pytest.raises(minimta.MailError, match="Permission denied"):
+            minimta.TargetFiles(minimta.Users()).include(str(path), owner)
+
+    @needs_root
+    def test_a_file_of_roots_that_a_user_could_have_linked_to_is_not_read(self, owner):
+        secret = write_as(owner, f"{owner.home}/secret", b"root\n", 0o600)
+        os.chown(secret, 0, 0)
+        with pytest.raises(minimta.MailError, match="Permission denied"):
+            minimta.TargetFiles(minimta.Users()).include(str(secret), None)
 
     @pytest.mark.parametrize(("kind", "why"), FORWARD_PROBLEMS)
     def test_what_others_could_have_written_is_ignored(self, owner, kind, why):
         spoil_forward(kind, owner)
         before = open_files()
-        text, said = minimta.ForwardFiles().read(owner)
+        text, said = read_forward(owner)
         assert text == ""
         assert re.search(why, said)
         assert open_files() == before
@@ -3398,18 +3788,18 @@ class TestForwardFiles:
     def test_somebody_elses_file_is_ignored(self, owner):
         path = write_as(owner, f"{owner.home}/.forward", b"carol\n")
         os.chown(path, 54399, 54399)
-        text, why = minimta.ForwardFiles().read(owner)
+        text, why = read_forward(owner)
         assert (text, why) == ("", f"{path} does not belong to its user")
 
     @needs_root
     def test_a_file_that_only_root_may_read_is_not_read(self, owner):
         path = write_as(owner, f"{owner.home}/.forward", b"carol\n", 0o600)
         os.chown(path, 0, 0)
-        text, why = minimta.ForwardFiles().read(owner)
+        text, why = read_forward(owner)
         assert (text, why) == ("", f"{path}: Permission denied")
 
 
-# == 13 Mailboxes: MailboxLock, AppendOnly, Mailbox ===========================
+# == 14 Mailboxes: MailboxLock, Mailbox, FileBox, MaildirBox ==================
 
 
 HOLD_LOCK = """
@@ -3745,7 +4135,7 @@ class TestRedelivery:
             assert mailbox.find({QUEUE_ID}) == {}
 
 
-# == 14 Folders: Folder, FolderMessage ========================================
+# == 15 Folders: Folder, FolderMessage ========================================
 
 
 def mail(subject, *lines, status=""):
@@ -3894,7 +4284,7 @@ class TestFolder:
             assert (box.is_read_only, len(box.messages)) == (True, 1)
 
 
-# == 15 Relay: Relay, split_host ==============================================
+# == 17 Relay: NextHop, Parcel, Relay =========================================
 
 
 HOST_ROWS = [
@@ -3906,6 +4296,14 @@ HOST_ROWS = [
     # colons in brackets belong to the address
     ("[2001:db8::1]", ("2001:db8::1", 25)),
     ("[::1]:26", ("::1", 26)),
+]
+
+STORE_ROWS = [
+    ("lmtp:store.example:2003", ("lmtp", "store.example", 2003)),
+    ("lmtp:[127.0.0.1]:2003", ("lmtp", "127.0.0.1", 2003)),
+    ("lmtp:inet:store.example", ("lmtp", "store.example", 24)),
+    ("lmtp:/run/dovecot/lmtp", ("lmtp", "/run/dovecot/lmtp", 0)),
+    ("lmtp:unix:/run/dovecot/lmtp", ("lmtp", "/run/dovecot/lmtp", 0)),
 ]
 
 REPLY_ROWS = [
@@ -3933,21 +4331,30 @@ class TestRelayReplies:
 
     @pytest.mark.parametrize(("text", "wanted"), HOST_ROWS)
     def test_a_host_is_read(self, text, wanted):
-        assert minimta.split_host(text) == wanted
+        hop = minimta.NextHop.parse(text, "relayhost")
+        assert (hop.host, hop.port) == wanted
+
+    @pytest.mark.parametrize(("text", "wanted"), STORE_ROWS)
+    def test_a_mail_store_is_read(self, text, wanted):
+        hop = minimta.NextHop.parse(text, "mailbox_transport", "lmtp")
+        assert hop.fields() == wanted
+        assert minimta.NextHop.parse(str(hop), "x") == hop
 
     @pytest.mark.parametrize("port", ["0", "65536", "x", "-1", "\u0662"])
     def test_a_bad_port_is_refused(self, port):
         with pytest.raises(minimta.MailError) as caught:
-            minimta.split_host(f"[mx.example]:{port}")
+            minimta.NextHop.parse(f"[mx.example]:{port}", "relayhost")
         assert caught.value.status == "4.3.5"
 
     @pytest.mark.parametrize(("code", "text", "status"), REPLY_ROWS)
     def test_a_reply_has_its_status(self, code, text, status):
-        relay = minimta.Relay(make_settings("relayhost = [mx.example]:587"))
+        hop = minimta.NextHop.parse("[mx.example]:587", "relayhost")
+        relay = minimta.Relay(make_settings(), hop)
         assert relay.refusal("DATA command", code, text).status == status
 
     def test_a_refusal_is_told_in_the_hosts_words(self):
-        relay = minimta.Relay(make_settings("relayhost = [mx.example]:587"))
+        hop = minimta.NextHop.parse("[mx.example]:587", "relayhost")
+        relay = minimta.Relay(make_settings(), hop)
         error = relay.refusal("RCPT TO command", 550, b"5.1.1 no\nsuch \x1buser")
         assert error.text == (
             "host mx.example[mx.example]:587 said: 550 5.1.1 no such ?user "
@@ -3955,7 +4362,7 @@ class TestRelayReplies:
         )
 
 
-# == 16 Routing: Destination, Router ==========================================
+# == 18 Routing: Destination, Trail, Router, TargetCheck ======================
 
 
 class FakeAliases:
@@ -3964,21 +4371,39 @@ class FakeAliases:
     def __init__(self, rows):
         self.rows = rows
 
-    def lookup(self, name):
-        if name == "broken":
+    problem = ""
+
+    def lookup(self, names):
+        if "broken" in names:
             raise minimta.MailError("4.3.0", "alias database unavailable")
-        return self.rows.get(name)
+        found = [name for name in names if self.rows.get(name) is not None]
+        return (found[0], self.rows[found[0]], self) if found else None
+
+    def names(self):
+        return self.rows
+
+    def where(self, name):
+        return f"/etc/aliases:{list(self.rows).index(name) + 1}"
 
 
 class FakeUsers:
     """Users with these names."""
 
     def __init__(self, names):
-        self.names = names
+        self.known = names
 
     def lookup(self, name):
-        found = [word for word in (name, name.lower()) if word in self.names]
+        found = [word for word in (name, name.lower()) if word in self.known]
         return minimta.User(found[0], 1, 1, "", f"/home/{found[0]}") if found else None
+
+    def exact(self, name):
+        return minimta.User(name, 2, 2, "", "/") if name == "nobody" else None
+
+    def by_uid(self, uid):
+        return minimta.User("nobody", 2, 2, "", "/")
+
+    def names(self):
+        return self.known
 
 
 class FakeForwards:
@@ -3988,17 +4413,27 @@ class FakeForwards:
         self.rows = rows
         self.why = why
 
-    def read(self, user):
-        return self.rows.get(user.name, ""), self.why
+    def forward(self, user, detail):
+        for name in (user.name + detail, user.name):
+            if name in self.rows:
+                path = f"{user.home}/.forward{name.removeprefix(user.name)}"
+                return path, self.rows[name], []
+        return "", "", [self.why] if self.why else []
+
+    def include(self, path, reader):
+        if path not in self.rows:
+            raise minimta.MailError("4.3.5", f":include: {path}: No such file")
+        owner = minimta.User("lister", 7, 7, "", "/home/lister")
+        return minimta.ListFile(self.rows[path], owner, "shared" in path)
 
 
 def make_router(aliases=(), forwards=(), text="", warn=None, why=""):
     """A router of users root, bob, carol, Eve."""
     return minimta.Router(
-        make_settings(text),
+        make_settings(f"relayhost = [mx.example]\n{text}"),
         FakeAliases(dict(aliases)),
         FakeUsers(["root", "bob", "carol", "Eve"]),
-        FakeForwards(dict(forwards), why),
+        FakeForwards({**LISTS, **dict(forwards)}, why),
         warn,
     )
 
@@ -4023,7 +4458,7 @@ ALIAS_ROUTES = [
     # elsewhere
     ("bob@far.example", {"bob": "carol"}, ["remote bob@far.example"]),
     # nobody
-    ("nobody@host.example", {}, ["5.1.1 nobody@host.example"]),
+    ("noone@host.example", {}, ["5.1.1 noone@host.example"]),
     ("eve@host.example", {}, ["5.1.1 eve@host.example"]),
     # one behind the other, several, each once
     ("lpic1", {"lpic1": "root", "root": "bob"}, ["mailbox bob"]),
@@ -4049,16 +4484,40 @@ ALIAS_ROUTES = [
     ("abuse", {"abuse": "carol"}, ["mailbox carol"]),
     # nowhere
     ("void", {"void": "/dev/null"}, ["null /dev/null"]),
-    # not built yet
-    ("cmd", {"cmd": '"|cat x"'}, ["4.3.5 pipe cat x"]),
-    ("file", {"file": "/var/x"}, ["4.3.5 file /var/x"]),
-    ("list", {"list": ":include:/x"}, ["4.3.5 include /x"]),
+    # commands, files, Maildirs: as default_privs
+    ("cmd", {"cmd": '"|cat x"'}, ["pipe 2 cat x"]),
+    ("file", {"file": "/var/x"}, ["file 2 /var/x"]),
+    ("file", {"file": "/var/x/"}, ["maildir 2 /var/x/"]),
+    ("home", {"home": "~/x"}, ["5.3.5 home"]),
+    # refusals
+    ("no", {"no": "error:550 5.7.1 no"}, ["5.7.1 no"]),
+    ("no", {"no": ":defer: later"}, ["4.0.0 no"]),
+    ("no", {"no": ":blackhole:"}, ["null /dev/null"]),
+    # lists: each line a value; what nobody can read is left out
+    ("list", {"list": ":include:/list"}, ["mailbox bob", "remote x@y.z"]),
+    ("list", {"list": ":include:/none"}, ["4.3.5 list"]),
+    ("list", {"list": ":include:/self"}, ["mailbox bob"]),
+    ("list", {"list": ":include:/bad"}, ["mailbox bob"]),
+    # a list's commands run as its owner, unless others may write it
+    ("list", {"list": ":include:/prog"}, ["pipe 7 cat", "file 7 /var/x"]),
+    ("list", {"list": ":include:/shared"}, ["mailbox bob", "5.7.1 list"]),
+    # keys of a domain, the whole address first; a catch-all last
+    ("bob@localhost", {"bob@localhost": "carol"}, ["mailbox carol"]),
+    ("bob@host.example", {"bob@localhost": "carol"}, ["mailbox bob"]),
+    ("BOB+x@localhost", {"bob@localhost": "carol"}, ["mailbox carol"]),
+    ("bob@localhost", {"bob@localhost": "bob@localhost"}, ["mailbox bob"]),
+    ("any@localhost", {"@localhost": "carol"}, ["mailbox carol"]),
+    ("bob@localhost", {"@localhost": "carol"}, ["mailbox bob"]),
+    ("any@localhost", {"@localhost": "any@localhost"}, ["5.1.1 any@localhost"]),
+    # detail of any kind
+    ("team+z", {"team": "bob", "team+*": "carol"}, ["mailbox carol"]),
+    ("team", {"team": "bob", "team+*": "carol"}, ["mailbox bob"]),
     # loops, dead ends
     ("a", {"a": "b", "b": "a"}, ["5.4.6 a"]),
     ("a", {"a": "b, bob", "b": "a"}, ["5.4.6 a", "mailbox bob"]),
-    ("a", {"a": "nobody"}, ["5.1.1 nobody"]),
+    ("a", {"a": "noone"}, ["5.1.1 noone"]),
     # what another program wrote into the database
-    ("a", {"a": "b c, bob"}, ["4.3.5 a"]),
+    ("a", {"a": "b@c@d, bob"}, ["4.3.5 a"]),
     ("a", {"a": '"bob'}, ["4.3.5 a"]),
     ("a", {"a": ""}, []),
     # a database that cannot be read
@@ -4086,10 +4545,28 @@ FORWARD_ROUTES = [
     # an alias
     ("postmaster", ["mailbox root"]),
     # a typo is not the sender's fault
-    ("x y z", ["mailbox bob"]),
+    ("x@y@z", ["mailbox bob"]),
     ('"carol', ["mailbox bob"]),
-    ("x y z\ncarol", ["mailbox carol", "mailbox bob"]),
+    ("x@y@z\ncarol", ["mailbox carol", "mailbox bob"]),
+    # commands and files: as the user
+    ("|cat", ["pipe 1 cat"]),
+    ('\\bob, "|cat x"', ["mailbox bob", "pipe 1 cat x"]),
+    ("/home/bob/x", ["file 1 /home/bob/x"]),
+    ("~/x", ["file 1 /home/bob/x"]),
+    ("~/Mail/", ["maildir 1 /home/bob/Mail/"]),
+    (":include:/list", ["mailbox bob", "remote x@y.z"]),
+    ("error:550 5.7.1 no", ["5.7.1 bob"]),
 ]
+
+
+# What stands in :include: files.
+LISTS = {
+    "/list": "# a comment\nbob\nx@y.z, bob\n",
+    "/self": ":include:/self\nbob\n",
+    "/bad": "a@b@c\nbob\n",
+    "/prog": "|cat\n/var/x\n",
+    "/shared": "bob\n|cat\n",
+}
 
 
 class TestRouter:
@@ -4121,7 +4598,72 @@ class TestRouter:
     def test_an_alias_says_through_whom_it_was_forwarded(self):
         router = make_router({"team": "bob"}, {"bob": "carol", "carol": "x@y.z"})
         (found,) = router.resolve(minimta.Address("team"), ())
-        assert found.forwarders == ("carol@host.example", "bob@host.example")
+        assert found.forwarders == (
+            *("carol@host.example", "bob@host.example", "team@host.example"),
+        )
+
+    def test_mail_that_an_alias_sent_away_and_that_came_back_is_a_loop(self):
+        router = make_router({"team": "x@y.z"})
+        assert [text[:5] for text in routed(router, "team", "team@host.example")] == [
+            "5.4.6"
+        ]
+
+    def test_the_owner_of_a_list_becomes_the_sender(self):
+        rows = {"list": "bob, x@y.z", "owner-list": "carol", "plain": "bob"}
+        router = make_router(rows)
+        for name, sender in (("list", "owner-list@host.example"), ("plain", "")):
+            found = router.resolve(minimta.Address(name), ())
+            assert {one.sender for one in found} == {sender}
+
+    def test_detail_is_told_to_commands(self):
+        router = make_router({"prog": "|cat"})
+        (found,) = router.resolve(minimta.Address("prog", "localhost"), ())
+        assert (found.target, found.detail) == ("prog@localhost", "")
+        (found,) = router.resolve(minimta.Address("prog+x", "localhost"), ())
+        assert (found.target, found.detail) == ("prog+x@localhost", "x")
+
+    def test_a_command_of_a_user_runs_in_the_home_and_others_in_the_root(self):
+        router = make_router({"prog": "|cat"}, {"bob": "|cat"})
+        folders = [
+            next(router.resolve(minimta.Address(name), ())).folder
+            for name in ("prog", "bob")
+        ]
+        assert folders == ["/", "/home/bob"]
+
+    def test_detail_has_a_forward_file_of_its_own(self):
+        router = make_router(forwards={"bob": "carol", "bob+x": "root"})
+        assert routed(router, "bob+x") == ["mailbox root"]
+        assert routed(router, "bob+y") == ["mailbox carol"]
+
+    def test_each_character_is_a_delimiter(self):
+        router = make_router(text="recipient_delimiter = +-")
+        assert routed(router, "bob-x") == routed(router, "bob+x") == ["mailbox bob"]
+        assert routed(router, "owner-bob") == ["5.1.1 owner-bob"]
+
+    @pytest.mark.parametrize(
+        ("text", "wanted"),
+        [
+            ("home_mailbox = Maildir/", "maildir 1 /home/bob/Maildir/"),
+            ("home_mailbox = mbox", "mailbox bob"),
+            ("mailbox_transport = lmtp:[127.0.0.1]:2003", "lmtp bob"),
+            ("mailbox_transport = lmtp:x:y", "4.3.5 bob"),
+        ],
+    )
+    def test_the_settings_say_where_mail_is_kept(self, text, wanted):
+        assert routed(make_router(text=text), "bob") == [wanted]
+
+    def test_where_lists_may_not_be_read_they_are_taken_for_good(self):
+        router = make_router({"list": ":include:/none"})
+        router.files = None
+        assert routed(router, "list") == ["include /none"]
+        assert router.verify(minimta.Address("list")) is None
+
+    def test_a_list_of_100_000_is_never_there_as_a_whole(self):
+        text = "".join(f"u{n}@y.z\n" for n in range(100_000))
+        router = make_router({"list": ":include:/big"}, {"/big": text})
+        found = router.resolve(minimta.Address("list"), ())
+        assert next(found).key == "remote u0@y.z"
+        assert sum(1 for _ in found) == 99_999
 
     @pytest.mark.parametrize(("depth", "wanted"), [(20, "mailbo"), (22, "5.4.6 ")])
     def test_aliases_are_nested_so_deep_and_no_deeper(self, depth, wanted):
@@ -4131,11 +4673,11 @@ class TestRouter:
 
     def test_luser_relay_gets_what_nobody_gets(self):
         router = make_router(text="luser_relay = carol")
-        assert routed(router, "nobody") == ["mailbox carol"]
+        assert routed(router, "noone") == ["mailbox carol"]
 
     def test_a_luser_relay_that_is_nobody_is_no_loop(self):
-        router = make_router(text="luser_relay = nobody2")
-        assert routed(router, "nobody") == ["5.1.1 nobody2"]
+        router = make_router(text="luser_relay = noone2")
+        assert routed(router, "noone") == ["5.1.1 noone2"]
 
     def test_without_a_delimiter_there_is_no_detail(self):
         router = make_router(text="recipient_delimiter =")
@@ -4153,7 +4695,7 @@ class TestRouter:
         ("name", "status"),
         [
             ("bob", None),
-            ("nobody", "5.1.1"),
+            ("noone", "5.1.1"),
             # one good target is enough
             ("half", None),
             ("none", "5.1.1"),
@@ -4163,10 +4705,14 @@ class TestRouter:
             ("cmd", None),
             ("loop", "5.4.6"),
             ("empty", None),
+            ("no", "5.7.1"),
+            ("later", "4.0.0"),
+            ("mixed", None),
         ],
     )
     def test_a_recipient_is_verified(self, name, status):
-        rows = {"half": "nobody, bob", "none": "nobody, x1", "cmd": "|cat", "empty": ""}
+        rows = {"half": "noone, bob", "none": "noone, x1", "cmd": "|cat", "empty": ""}
+        rows.update({"no": "error:5.7.1 no", "later": ":defer: x", "mixed": "no, bob"})
         router = make_router({**rows, "loop": "pool", "pool": "loop"})
         found = None
         try:
@@ -4176,7 +4722,7 @@ class TestRouter:
         assert found == status
 
 
-# == 17 Delivery: ActiveMessage, Task, Delivery, RelayJob =====================
+# == 19 Delivery: Task, ActiveMessage, Delivery, RelayJob, PipeJob, Lanes =====
 
 
 def planned(spool, *recipients, journal=(), text=MESSAGE, aliases=()):
@@ -4263,7 +4809,7 @@ class TestActiveMessage:
         ]
 
 
-# == 18 Queue runner: QueueRunner, take_lock ==================================
+# == 20 Queue runner: QueueRunner, take_lock ==================================
 
 
 class QuietHouse:
@@ -4276,6 +4822,8 @@ class QuietHouse:
             uid = {"bob": 5001, "carol": 5002}.get(name, 0) if AS_ROOT else os.getuid()
             gid = uid if AS_ROOT else os.getgid()
             rows.append(f"{name}:x:{uid}:{gid}::{place}/home/{name}:/bin/sh\n")
+            (place / "home" / name).mkdir(parents=True)
+            os.chown(place / "home" / name, uid, gid)
         (place / "etc").mkdir()
         (place / "etc/passwd").write_text("".join(rows))
         text = f"myhostname = host.example\nrelayhost =\n{settings}\n"
@@ -4374,7 +4922,7 @@ class TestQueueRunner:
         to = ["bob@host.example"]
         text = b"Subject: the first report\n\ntext\n"
         how = {"sender": "", "recipients": to, "arrived": time.time(), "kind": "report"}
-        how["origin"] = f"bounce of {queue_id}"
+        how["origin"] = f"report on {queue_id}"
         commit(quiet.spool, text, f"{queue_id}B1", **how)
         quiet.run()
         quiet.run()
@@ -4495,7 +5043,7 @@ class TestQueueRunner:
         assert lock > 2
 
 
-# == 19 SMTP server: Stream, Conversation, WorkerPool, SmtpServer =============
+# == 21 SMTP server: Stream, Conversation, WorkerPool, SmtpServer =============
 
 
 class FakeStream:
@@ -4715,7 +5263,7 @@ class TestNetworks:
         assert caught.value.code == 78
 
 
-# == 20 Submission: House, SubmitSocket, Letter, Submission ===================
+# == 22 Submission: House, SubmitSocket, Letter, Submission ===================
 
 
 def make_letter(*recipients, body=b"text\n"):
@@ -4858,7 +5406,7 @@ class TestSubmission:
         assert not minimta.SubmitSocket(quiet.spool.directory).connect()
 
 
-# == 21 Daemon: Daemon, SignalPipe ============================================
+# == 23 Daemon: Daemon, SignalPipe ============================================
 
 
 class TestChild:
@@ -4884,7 +5432,7 @@ class TestChild:
         assert child.due == 1.0
 
 
-# == 22 Mail reader: Terminal, Composer, MailReader ===========================
+# == 24 Mail reader: Terminal, Composer, MailReader ===========================
 
 
 class FakeTerminal:
@@ -5176,7 +5724,7 @@ class TestShown:
         assert minimta.sender_name(header, line) == wanted
 
 
-# == 23 Programs: SendmailOptions, cmd_sendmail, cmd_mail, cmd_serve ... ======
+# == 25 Programs: SendmailOptions, cmd_sendmail, cmd_mail, cmd_serve ... ======
 
 
 def letters_of(kind):
@@ -5230,6 +5778,11 @@ OPTION_ROWS = [
     (["-q30m"], "mode", "q"),
     (["-bd", "-q30m"], "mode", "d"),
     (["-q30m", "-bd"], "mode", "d"),
+    # what is to be told
+    (["-N", "success,delay"], "notify", "success,delay"),
+    (["-Rhdrs"], "ret", "hdrs"),
+    (["-V", "a+2Bb"], "envid", "a+2Bb"),
+    (["-bt"], "mode", "t"),
     # files
     (["-C", "/x"], "config", "/x"),
     (["-oA/x"], "alias_file", "/x"),
@@ -5241,6 +5794,7 @@ BAD_OPTIONS = [
     # an argument is missing
     *(["-f"], ["-F"], ["-b"], ["-tf"]),
     # a value that makes no sense
+    *(["-V", "a b"], ["-V", "a+"], ["-Nnever,delay"]),
     *(["-bX"], ["-bss"], ["-Bx"], ["-Nx"], ["-Nnever,x"], ["-Rx"], ["-hx"], ["-h-1"]),
 ]
 
@@ -5334,7 +5888,7 @@ class TestPeople:
         assert caught.value.code == code
 
 
-# == 24 Dispatch: PROGRAMS, main ==============================================
+# == 26 Dispatch: PROGRAMS, main ==============================================
 
 
 VERSION = f"minimta {minimta.__version__}\n"

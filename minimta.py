@@ -3996,6 +3996,7 @@ class Mailbox:
     """
 
     WHAT = "mailbox"
+    HAS_OWNER = True  # whether it must belong to who appends
 
     def __init__(self, path: str, owner: int, limit: int = 0) -> None:
         self.path = path
@@ -4035,7 +4036,7 @@ class Mailbox:
             seen = os.lstat(self.path)
             if stat.S_ISLNK(seen.st_mode):
                 why = " is a symbolic link"
-            elif seen.st_uid != self.owner and isinstance(error, PermissionError):
+            elif self.HAS_OWNER and seen.st_uid != self.owner:
                 why = " does not belong to its user"
         except OSError:
             pass  # it is not there, or not to be seen
@@ -4234,6 +4235,7 @@ class FileBox(Mailbox):
     """
 
     WHAT = "file"
+    HAS_OWNER = False
 
     def status(self, error: OSError) -> str:
         """A full disk passes; a file that may not be written does not."""

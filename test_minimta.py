@@ -550,12 +550,13 @@ class SinkHandler(socketserver.StreamRequestHandler):
 
     def handle(self):
         self.say("CONNECT")
-        self.sender, self.recipients = None, []
+        self.sender, self.recipients, self.is_lmtp = None, [], False
         while True:
             line = self.rfile.readline().decode().strip()
             verb = line[:4].upper()
             if not verb:
                 return
+            self.is_lmtp |= verb == "LHLO"
             self.say(line, verb)
             if verb == "QUIT":
                 return
@@ -571,6 +572,7 @@ class SinkHandler(socketserver.StreamRequestHandler):
             self.sender, self.recipients = line, []
         elif verb == "RCPT" and answer.startswith("2"):
             self.recipients.append(re.search("<(.*)>", line).group(1))
+            self.server.commands.append(line)
 
     def take_message(self):
         text = b""
@@ -579,23 +581,26 @@ class SinkHandler(socketserver.StreamRequestHandler):
             if not line:
                 return
             text += line
-        answer = self.server.answer("END", "END")
-        if answer.startswith("2"):
+        each = [f"END {name}" for name in self.recipients]  # RFC 2033
+        ends = each if self.is_lmtp else ["END"]
+        answers = [self.server.answer(end, "END") for end in ends]
+        if any(answer.startswith("2") for answer in answers):
             self.server.received.append((self.sender, self.recipients, text))
-        self.wfile.write(answer.encode() + b"\r\n")
+        self.wfile.write("".join(f"{answer}\r\n" for answer in answers).encode())
 
 
 SINK_ANSWERS = {
     "CONNECT": "220 sink.example ESMTP",
     "EHLO": "250-sink.example\n250-PIPELINING\n250-8BITMIME\n250 SIZE 99999999",
     "HELO": "250 sink.example",
+    "LHLO": "250-store.example\n250-PIPELINING\n250 8BITMIME",
     "DATA": "354 Go on",
     "END": "250 2.0.0 Kept",
     "QUIT": "221 2.0.0 Bye",
 }
 
 
-class SmtpSink(socketserver.ThreadingTCPServer):
+class Sink:
     """A real SMTP server that answers from a table and keeps what it accepts.
 
     A row is a whole command or a verb; CONNECT is the greeting, END the answer
@@ -605,10 +610,11 @@ class SmtpSink(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
 
-    def __init__(self, port=0, **answers):
+    def __init__(self, place=("127.0.0.1", 0), **answers):
         self.answers = {**SINK_ANSWERS, **answers}
         self.received = []
-        super().__init__(("127.0.0.1", port), SinkHandler)
+        self.commands = []
+        super().__init__(place, SinkHandler)
         self.port = self.server_address[1]
         self.thread = threading.Thread(target=self.serve_forever, args=(0.02,))
         self.thread.start()
@@ -625,13 +631,21 @@ class SmtpSink(socketserver.ThreadingTCPServer):
         self.server_close()
 
 
+class SmtpSink(Sink, socketserver.ThreadingTCPServer):
+    """A sink on a TCP port."""
+
+
+class UnixSink(Sink, socketserver.ThreadingUnixStreamServer):
+    """A sink on a Unix socket."""
+
+
 @pytest.fixture
 def make_sink():
-    """Makes SmtpSinks, and closes them."""
+    """Makes sinks, and closes them."""
     made = []
 
-    def make(**how):
-        made.append(SmtpSink(**how))
+    def make(kind=SmtpSink, **how):
+        made.append(kind(**how))
         return made[-1]
 
     yield make
@@ -2451,9 +2465,9 @@ PARAMETERS = {
     "RET and ENVID": f"{HELLO}C: MAIL FROM:<a@b> RET=hdrs ENVID=a+2Bb\nS: 250",
     "RET of another kind": f"{HELLO}C: MAIL FROM:<a@b> RET=X\nS: 501",
     "ENVID that is no xtext": f"{HELLO}C: MAIL FROM:<a@b> ENVID=a+\nS: 501",
-    "NOTIFY": f"{MAIL}C: RCPT TO:<bob@host.example> NOTIFY=SUCCESS,DELAY\nS: 250",
-    "NOTIFY=NEVER alone": f"{MAIL}C: RCPT TO:<bob@host.example> NOTIFY=NEVER,DELAY\nS: 501",
-    "NOTIFY twice": f"{MAIL}C: RCPT TO:<bob@host.example> NOTIFY=DELAY NOTIFY=DELAY\nS: 501",
+    "NOTIFY": f"{MAIL}C: RCPT TO:<bob> NOTIFY=SUCCESS,DELAY\nS: 250",
+    "NOTIFY=NEVER alone": f"{MAIL}C: RCPT TO:<bob> NOTIFY=NEVER,DELAY\nS: 501",
+    "NOTIFY twice": f"{MAIL}C: RCPT TO:<bob> NOTIFY=DELAY NOTIFY=DELAY\nS: 501",
     "ORCPT": f"{MAIL}C: RCPT TO:<bob@host.example> ORCPT=rfc822;a@b\nS: 250",
     "ORCPT without a type": f"{MAIL}C: RCPT TO:<bob@host.example> ORCPT=a@b\nS: 501",
     "UTF-8 that was not announced": f"{HELLO}C: MAIL FROM:<ü@b>\nS: 553 5.6.7",
@@ -6837,14 +6851,6 @@ class TestAliases:
         server.sendmail("news", stdin=letter("text"))
         server.wait_message("user2", "text")
 
-    @pytest.mark.parametrize("target", ["|cat", "/tmp/never", ":include:/tmp/never"])
-    def test_a_target_that_comes_later_is_deferred(self, server, target):
-        server.aliases(f'news: "{target}"\n')
-        server.run("newaliases")
-        server.sendmail("news", stdin=letter("later"))
-        assert ")\n" in server.wait_reason(")\n")
-        assert not Path("/tmp/never").exists()
-
 
 # A .forward of user1 -> who gets mail to user1.
 FORWARDS = {
@@ -6904,14 +6910,6 @@ class TestForward:
         assert fields(report, "Return-Path") == ["<>"]
         assert "loop" in report
         server.wait_empty()
-
-    @pytest.mark.parametrize("target", ["|cat", "/tmp/never", ":include:/tmp/never"])
-    def test_what_comes_later_is_deferred_with_a_reason(self, server, target):
-        server.forward("user1", f'"{target}"\n')
-        server.send("user1@localhost", letter("later"))
-        server.wait_reason(")\n")
-        assert not Path("/tmp/never").exists()
-        assert server.messages("user1") == []
 
     @pytest.mark.parametrize("mode", [0o666, 0o664])
     def test_one_that_others_can_write_is_not_followed(self, server, mode):
@@ -7197,6 +7195,7 @@ class TestSmtp:
             "8BITMIME",
             "ENHANCEDSTATUSCODES",
             "SMTPUTF8",
+            "DSN",
             "HELP",
         }
 
@@ -7707,6 +7706,1027 @@ class TestBounce:
         instance.sendmail("friend@example.com", stdin=letter("tired"), user="payam")
         report = instance.wait_message("payam", "tired")
         assert "friend@example.com" in report
+
+
+def nobody_uid():
+    """Whose rights commands of /etc/aliases have."""
+    return pwd.getpwnam("nobody").pw_uid if AS_ROOT else os.getuid()
+
+
+def open_folder(instance, name="drop"):
+    """A directory of an instance that everybody may write to."""
+    path = instance.root / name
+    path.mkdir()
+    path.chmod(0o777)
+    return path
+
+
+def uid_of(user):
+    return UIDS[user] if AS_ROOT else os.getuid()
+
+
+def wait_text(path):
+    """What a command wrote, once it is there as a whole."""
+    wait_for(lambda: path.exists() and path.read_text().endswith("end\n"))
+    return path.read_text()
+
+
+# A command's whole surroundings; the last line says that they are written.
+TELL = (
+    "(env; echo cwd=$PWD uid=$(id -u) groups=$(id -G) mask=$(umask); cat) >{}; "
+    "echo end >>{}"
+)
+
+
+def alive(group):
+    """The processes of a process group that have not ended."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            words = Path("/proc", name, "stat").read_text().rpartition(")")[2].split()
+            if int(words[2]) == group and words[0] != "Z":
+                found.append(name)
+    return found
+
+
+class TestCommands:
+    """Pipes in aliases and .forward."""
+
+    def tell(self, instance, name="told"):
+        """(the command that writes down its surroundings, where to)."""
+        path = open_folder(instance) / name
+        return "|" + TELL.format(path, path), path
+
+    def test_a_command_of_an_alias_runs_as_default_privs(self, server):
+        command, path = self.tell(server)
+        server.aliases(f'prog: "{command}"\n')
+        server.send("prog+x@localhost", letter("through", "From me", ".dot"))
+        told = wait_text(path)
+        where, _, message = told.partition("mask=0077\n")
+        words = dict(line.split("=", 1) for line in where.splitlines() if "=" in line)
+        assert f"cwd=/ uid={nobody_uid()}" in where
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert (words["SENDER"], words["RECIPIENT"]) == (
+            *("friend@example.com", "prog+x@localhost"),
+        )
+        assert (words["LOCAL"], words["DOMAIN"], words["EXTENSION"]) == (
+            *("prog+x", "localhost", "x"),
+        )
+        assert (words["CLIENT_ADDRESS"], words["CLIENT_PROTOCOL"]) == (
+            *("127.0.0.1", "ESMTP"),
+        )
+        assert words["ORIGINAL_RECIPIENT"] == "prog+x@localhost"
+        assert message.startswith("From friend@example.com  ")
+        assert "\nReturn-Path: <friend@example.com>\nX-Original-To: prog+x@" in message
+        assert "\nDelivered-To: prog+x@localhost\n" in message
+        assert "\nFrom me\n.dot\nend\n" in message  # not quoted, nothing behind it
+        server.wait_empty()
+        assert "status=sent (delivered to command: (env; echo" in server.log()
+
+    def test_its_environment_is_made_for_it(self, instance):
+        command, path = self.tell(instance)
+        instance.aliases(f'prog: "{command}"\n')
+        instance.start(env={"LD_LIBRARY_PATH": "/x", "BASH_ENV": "/x", "SECRET": "1"})
+        instance.send("prog@localhost", letter("through"))
+        where = wait_text(path).partition("mask=")[0]
+        names = {line.partition("=")[0] for line in where.splitlines()}
+        assert names <= set(
+            "PATH SHELL LANG AGENT HOME USER LOGNAME MINIMTA_ROOT TZ SENDER RECIPIENT "
+            "ORIGINAL_RECIPIENT LOCAL DOMAIN EXTENSION CLIENT_ADDRESS CLIENT_HOSTNAME "
+            "CLIENT_PROTOCOL CLIENT_HELO ENVID PWD OLDPWD SHLVL _ cwd".split()
+        )
+
+    def test_a_command_of_a_user_runs_as_the_user_in_the_home(self, server):
+        command, path = self.tell(server)
+        server.forward("user1", f'\\user1, "{command}"\n')
+        server.send("user1@localhost", letter("both"))
+        where = wait_text(path)
+        uid, home = uid_of("user1"), server.home("user1")
+        assert f"cwd={home} uid={uid} groups={uid if AS_ROOT else ''}" in where
+        assert f"HOME={home}\n" in where
+        assert "USER=user1\n" in where
+        server.wait_message("user1", "both")
+
+    @needs_root
+    def test_a_command_of_a_list_runs_as_its_owner(self, server):
+        command, path = self.tell(server)
+        listed = server.write("list", f"{command}\nuser2\n")
+        server.give(listed, "user1")
+        server.aliases(f"all: :include:{listed}\n")
+        server.send("all@localhost", letter("listed"))
+        assert f"uid={UIDS['user1']}" in wait_text(path)
+        server.wait_message("user2", "listed")
+
+    @needs_root
+    def test_no_command_is_run_as_root(self, server):
+        command, path = self.tell(server)
+        (server.home("root") / ".forward").write_text(f'"{command}"\n')
+        server.send("root@localhost", letter("root"))
+        assert f"uid={nobody_uid()}" in wait_text(path)
+
+    @pytest.mark.parametrize(
+        ("code", "status"),
+        [
+            *[(64, "5.3.0"), (65, "5.6.0"), (66, "5.3.0"), (67, "5.1.1")],
+            *[(68, "5.1.2"), (69, "5.3.0"), (70, "5.3.0"), (71, "4.3.0")],
+            *[(73, "5.2.0"), (74, "4.3.0"), (75, "4.3.0"), (76, "5.5.0")],
+            *[(77, "5.7.0"), (78, "5.3.5"), (99, None), (100, "5.3.0")],
+            *[(111, "4.3.0"), (0, None), (1, "5.3.0"), (126, "4.3.0"), (127, "4.3.0")],
+            *[(-9, "4.3.0"), (-15, "4.3.0")],
+        ],
+    )
+    def test_an_exit_code_has_its_verdict(self, code, status):
+        failure = minimta.verdict("cmd", code, "")
+        assert (failure and failure.status) == status
+
+    def test_what_a_command_says_comes_back_in_the_bounce(self, server):
+        server.aliases('prog: "|echo so sorry; exit 67"\n')
+        server.sendmail("prog", stdin=letter("unwanted"), user="payam")
+        report = server.wait_message("payam", "unwanted")
+        text = re.sub(r"\s+", " ", report)
+        assert (
+            "<prog@centos7-1.localdomain>: user unknown. Command output: so sorry"
+            in text
+        )
+        assert "Status: 5.1.1" in report
+
+    def test_a_status_that_a_command_prints_counts_more_than_its_code(self, server):
+        server.aliases('prog: "|echo 5.7.99 not for you; exit 1"\n')
+        server.sendmail("prog", stdin=letter("unwanted"), user="payam")
+        report = server.wait_message("payam", "unwanted")
+        assert "Status: 5.7.99" in report
+        assert "not for you" in report
+
+    @pytest.mark.parametrize(
+        ("command", "why"),
+        [
+            ("exit 75", "temporary failure"),
+            ("kill -9 $$", "Command died with signal 9"),
+            ("/no/such/program", "command not found"),
+            ("echo full up; exit 111", "Command output: full up"),
+        ],
+    )
+    def test_what_may_do_later_is_deferred(self, server, command, why):
+        server.aliases(f'prog: "|{command}"\n')
+        server.send("prog@localhost", letter("later"))
+        assert why in server.wait_reason(")\n")
+
+    def test_a_command_has_only_so_much_time(self, instance):
+        instance.configure(command_time_limit="1s")
+        path = open_folder(instance) / "pid"
+        instance.aliases(f'prog: "|echo $$ >{path}; sleep 600 & sleep 600"\n')
+        instance.start()
+        instance.send("prog@localhost", letter("slow"))
+        assert "Command time limit exceeded" in instance.wait_reason(")\n")
+        wait_for(lambda: not alive(int(path.read_text())))
+
+    def test_a_slow_command_holds_up_nobody(self, instance):
+        gate = open_folder(instance) / "gate"
+        os.mkfifo(gate)
+        gate.chmod(0o666)
+        instance.aliases(f'slow: "|read line <{gate}"\n')
+        instance.start()
+        for _ in range(10):
+            instance.send("slow@localhost", letter("slow"))
+        instance.send("payam@localhost", letter("fast"))
+        instance.aliases(f'slow: "|read line <{gate}"\nquick: "|true"\n')
+        instance.send("quick@localhost", letter("quick"))
+        wait_for(lambda: instance.with_token("payam", "fast"))
+        wait_for(lambda: "delivered to command: true" in instance.log())
+        assert len(instance.queued()) == 10
+
+    def test_a_command_need_not_read(self, server):
+        server.aliases('prog: "|true"\n')
+        server.send("prog@localhost", letter("unread", LOREM * 20_000))
+        server.wait_empty()
+        assert "delivered to command: true" in server.log()
+
+    def test_a_command_that_prints_without_end_is_cut(self, instance):
+        instance.configure(command_time_limit="1s")
+        instance.aliases('prog: "|yes"\n')
+        instance.start()
+        instance.send("prog@localhost", letter("loud"))
+        instance.wait_reason("time limit exceeded")
+
+    @pytest.mark.parametrize(
+        "sender", ["$(touch${IFS}T)@x.example", "`id`@x.example", "() { :;}; x"]
+    )
+    def test_an_address_is_no_shell_text(self, server, sender):
+        command, path = self.tell(server)
+        server.aliases(f'prog: "{command}; eval echo $SENDER >/dev/null"\n')
+        server.send("prog@localhost", letter("tricky"), f'"{sender}"@example.com')
+        where = wait_text(path)
+        (said,) = re.findall("(?m)^SENDER=(.*)$", where)
+        assert not set("$`(){}; ") & set(said)
+        assert not list(server.root.rglob("T"))
+
+    def test_a_command_ends_with_the_daemon(self, instance):
+        path = open_folder(instance) / "pid"
+        instance.aliases(f'prog: "|echo $$ >{path}; exec sleep 600"\n')
+        instance.start()
+        instance.send("prog@localhost", letter("orphan"))
+        wait_for(lambda: path.exists() and path.read_text().strip())
+        os.kill(instance.process.pid, signal.SIGKILL)
+        instance.process.wait()
+        instance.process = None
+        wait_for(lambda: not alive(int(path.read_text())))
+        assert len(instance.queued()) == 1
+
+
+class TestFiles:
+    """Files and Maildirs in aliases, in .forward, and as mailboxes."""
+
+    def test_a_file_of_an_alias_is_an_mbox_of_default_privs(self, server):
+        path = open_folder(server) / "archive"
+        server.aliases(f"arch: {path}\n")
+        for word in ("first", "second"):
+            server.send("arch@localhost", letter(word, "From here"))
+            server.wait_empty()
+        texts = read_mbox(path.read_bytes())
+        assert [fields(text, "Subject") for text in texts] == [["first"], ["second"]]
+        assert fields(texts[0], "Delivered-To") == ["arch@localhost"]
+        assert "\n>From here\n" in texts[0]
+        seen = path.stat()
+        assert (seen.st_mode & 0o777, seen.st_uid) == (0o600, nobody_uid())
+        assert f"status=sent (delivered to file: {path})" in server.log()
+
+    def test_a_file_of_a_user_is_the_users(self, server):
+        server.forward("user1", "~/outbox\n")
+        server.send("user1@localhost", letter("kept"))
+        server.wait_empty()
+        path = server.home("user1") / "outbox"
+        assert len(read_mbox(path.read_bytes())) == 1
+        assert path.stat().st_uid == uid_of("user1")
+
+    def test_dev_null_takes_everything(self, server):
+        server.aliases("void: /dev/null\n")
+        server.send("void@localhost", letter("gone"))
+        server.wait_empty()
+        assert "status=sent (discarded)" in server.log()
+
+    @pytest.mark.parametrize(
+        ("kind", "why", "status"),
+        [
+            ("symlink", "is a symbolic link", "5.2.0"),
+            ("hard link", "has more than one name", "5.2.0"),
+            ("fifo", "is not a regular file", "5.2.0"),
+            ("directory", "Is a directory", "5.2.0"),
+            ("executable", "is executable", "5.7.1"),
+            ("no directory", "No such file or directory", "5.2.0"),
+        ],
+    )
+    def test_what_is_no_plain_file_is_bounced(self, server, kind, why, status):
+        folder = open_folder(server)
+        precious, path = folder / "precious", folder / "archive"
+        precious.write_text("precious\n")
+        precious.chmod(0o666)
+        makers = {
+            "symlink": lambda: path.symlink_to(precious),
+            "hard link": lambda: os.link(precious, path),
+            "fifo": lambda: os.mkfifo(path) or path.chmod(0o666),
+            "directory": lambda: path.mkdir(),
+            "executable": lambda: path.touch() or path.chmod(0o777),
+            "no directory": lambda: None,
+        }
+        makers[kind]()
+        if kind == "no directory":
+            path = folder / "none/archive"
+        server.aliases(f"arch: {path}\n")
+        server.sendmail("arch", stdin=letter("trap"), user="payam")
+        report = server.wait_message("payam", "trap")
+        assert why in re.sub(r"\s+", " ", report)
+        assert f"Status: {status}" in report
+        assert precious.read_text() == "precious\n"
+
+    @needs_root
+    def test_a_file_that_default_privs_may_not_write_is_bounced(self, server):
+        secret = server.write("secret", "secret\n")
+        secret.chmod(0o644)
+        server.aliases(f"arch: {secret}\n")
+        server.sendmail("arch", stdin=letter("trap"), user="payam")
+        report = server.wait_message("payam", "trap")
+        assert "Permission denied" in re.sub(r"\s+", " ", report)
+        assert secret.read_text() == "secret\n"
+
+    @needs_root
+    def test_a_file_of_a_users_forward_has_no_more_rights_than_the_user(self, server):
+        box = server.make_mailbox("user2", "")
+        server.forward("user1", f"{box}\n")
+        server.sendmail("user1", stdin=letter("trap"), user="payam")
+        report = server.wait_message("payam", "trap")
+        assert "Permission denied" in re.sub(r"\s+", " ", report)
+        assert box.read_text() == ""
+
+    def test_a_maildir_gets_a_file_for_each_message(self, instance):
+        instance.configure(home_mailbox="Maildir/")
+        instance.start()
+        for word in ("first", "second"):
+            instance.send("user1@localhost", letter(word, "From here"))
+            instance.wait_empty()
+        box = instance.home("user1") / "Maildir"
+        assert sorted(path.name for path in box.iterdir()) == ["cur", "new", "tmp"]
+        files = sorted((box / "new").iterdir())
+        texts = [path.read_text() for path in files]
+        assert [fields(text, "Subject") for text in texts] == [["first"], ["second"]]
+        assert texts[0].startswith("Return-Path: <friend@example.com>\nX-Original-To: ")
+        assert texts[0].endswith("\nFrom here\n")
+        assert {path.stat().st_uid for path in (box, *files)} == {uid_of("user1")}
+        assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+        assert not list((box / "tmp").iterdir())
+        assert "status=sent (delivered to maildir)" in instance.log()
+
+    def test_a_maildir_is_read_by_pythons_own(self, instance):
+        import mailbox
+
+        instance.configure(home_mailbox="Maildir/")
+        instance.sendmail("-odi", "user1", stdin=letter("read"))
+        (message,) = mailbox.Maildir(instance.home("user1") / "Maildir", create=False)
+        assert message["Subject"] == "read"
+
+    def test_a_mailbox_below_the_home_is_an_mbox(self, instance):
+        instance.configure(home_mailbox="mbox")
+        instance.sendmail("-odi", "user1", stdin=letter("home"))
+        path = instance.home("user1") / "mbox"
+        assert len(read_mbox(path.read_bytes())) == 1
+        assert path.stat().st_uid == uid_of("user1")
+        assert not instance.mailbox("user1").exists()
+
+    @pytest.mark.parametrize("kind", ["symlink", "symlink inside", "file", "fifo"])
+    def test_what_is_no_maildir_is_not_followed(self, instance, kind):
+        instance.configure(home_mailbox="Maildir/")
+        other = instance.root / "other"
+        for name in ("", "cur", "new", "tmp"):
+            (other / name).mkdir()
+            instance.give(other / name, "user1")
+        box = instance.home("user1") / "Maildir"
+        if kind == "symlink":
+            box.symlink_to(other)
+        elif kind == "symlink inside":
+            box.mkdir()
+            instance.give(box, "user1")
+            (box / "new").symlink_to(other / "new")
+        elif kind == "file":
+            box.write_text("")
+        else:
+            os.mkfifo(box)
+        instance.start()
+        instance.send("user1@localhost", letter("trap"))
+        assert "Maildir" in instance.wait_reason(")\n")
+        assert not any((other / "new").iterdir())
+
+    def test_a_message_that_is_in_the_maildir_is_not_added_again(self, quiet):
+        text = quiet.place / "etc/minimta.conf"
+        text.write_text(text.read_text() + "home_mailbox = Maildir/\n")
+        quiet.house = minimta.House({"MINIMTA_ROOT": str(quiet.place)})
+        queue_id = quiet.commit("bob@host.example")
+        path = Path(quiet.spool.path("queue", queue_id))
+        there = path.read_bytes()
+        box = quiet.place / "home/bob/Maildir"
+        quiet.run()
+        (first,) = (box / "new").iterdir()
+        first.rename(box / "cur" / f"{first.name}:2,S")  # its reader has read it
+        path.write_bytes(there)
+        quiet.run()
+        assert list((box / "new").iterdir()) == []
+        assert left_in(quiet.spool) == []
+
+
+class TestStore:
+    """mailbox_transport: another program keeps the mail, over LMTP."""
+
+    def test_mail_goes_there_by_tcp(self, instance, make_sink):
+        store = make_sink()
+        instance.configure(mailbox_transport=f"lmtp:127.0.0.1:{store.port}")
+        instance.start()
+        instance.sendmail("user1", "user2", stdin=letter("stored", "."), user="payam")
+        instance.wait_empty()
+        ((_, recipients, text),) = store.received
+        assert sorted(recipients) == [f"user1@{HOST}", f"user2@{HOST}"]
+        assert b"\r\n..\r\n" not in text  # sendmail without -i: the dot ended it
+        assert instance.messages("user1") == []
+        assert re.search(
+            r"minimta/lmtp\[\d+\]: \S+: to=<user1@.*status=sent", instance.log()
+        )
+
+    def test_mail_goes_there_by_a_unix_socket(self, instance, make_sink):
+        path = open_folder(instance, "s") / "lmtp"
+        store = make_sink(UnixSink, place=str(path))
+        path.chmod(0o666)
+        instance.configure(mailbox_transport=f"lmtp:{path}")
+        instance.start()
+        instance.send("user1+x@localhost", letter("stored"))
+        instance.wait_empty()
+        assert [recipients for _, recipients, _ in store.received] == [
+            [f"user1@{HOST}"]
+        ]
+
+    def test_each_recipient_has_its_own_reply(self, instance, make_sink):
+        bad, late = f"END user2@{HOST}", f"END payam@{HOST}"
+        answers = {bad: "552 5.2.2 Mailbox full", late: "451 4.3.0 Not now"}
+        store = make_sink(**answers)
+        instance.configure(mailbox_transport=f"lmtp:127.0.0.1:{store.port}")
+        instance.start()
+        words = ("-f", "friend@example.com", "user1", "user2", "payam")
+        instance.sendmail(*words, stdin=letter("each"))
+        shown = instance.wait_reason("Not now")
+        assert f"payam@{HOST}" in shown
+        wait_for(lambda: "status=bounced" in instance.log())
+        log = instance.log()
+        assert re.search(r"to=<user1@.*status=sent", log)
+        assert re.search(r"to=<user2@.*dsn=5.2.2, status=bounced", log)
+
+    def test_aliases_and_forward_files_come_first(self, instance, make_sink):
+        store = make_sink()
+        instance.configure(mailbox_transport=f"lmtp:127.0.0.1:{store.port}")
+        instance.aliases("team: user1\n")
+        instance.forward("user1", "user2\n")
+        instance.start()
+        instance.send("team@localhost", letter("stored"))
+        instance.wait_empty()
+        ((_, recipients, text),) = store.received
+        assert recipients == [f"user2@{HOST}"]
+        assert f"Delivered-To: user1@{HOST}".encode() in text
+
+
+class TestLists:
+    """Lists: owners, members in files, many of them."""
+
+    def test_the_owner_is_the_sender_and_gets_the_bounces(self, instance, make_sink):
+        sink = make_sink(**{"RCPT TO:<bad@example.com>": "550 5.1.1 No such person"})
+        members = instance.write("members", "user1\nfar@example.com\nbad@example.com\n")
+        instance.aliases(f"list: :include:{members}\nowner-list: user2\n")
+        relayed(instance, sink)
+        instance.sendmail("list", stdin=letter("news"), user="payam")
+        wait_for(lambda: instance.with_token("user2", "news"))
+        instance.wait_empty()
+        ((sender, recipients, _),) = sink.received
+        assert f"<owner-list@{HOST}>" in sender
+        assert recipients == ["far@example.com"]
+        (copy,) = instance.with_token("user1", "news")
+        assert fields(copy, "Return-Path") == [f"<owner-list@{HOST}>"]
+        (report,) = instance.with_token("user2", "news")
+        assert "550 5.1.1 No such person" in re.sub(r"\s+", " ", report)
+        assert instance.with_token("payam", "news") == []
+
+    def test_the_null_sender_stays(self, instance):
+        instance.aliases("list: user1\nowner-list: user2\n")
+        instance.sendmail("-odi", "-f", "<>", "list", stdin=letter("report"))
+        (copy,) = instance.with_token("user1", "report")
+        assert fields(copy, "Return-Path") == ["<>"]
+
+    def test_a_missing_list_waits(self, server):
+        server.aliases(f"list: :include:{server.root}/none, user1\n")
+        server.send("list@localhost", letter("news"))
+        assert "No such file" in server.wait_reason(")\n")
+        assert len(server.with_token("user1", "news")) == 1
+        server.write("none", "user2\n")
+        server.run("sendmail", "-q", user="root")
+        server.wait_message("user2", "news")
+        assert len(server.with_token("user1", "news")) == 1
+
+    @pytest.mark.parametrize("kind", ["symlink", "hard link", "fifo", "directory"])
+    def test_what_is_no_list_is_not_followed(self, server, kind):
+        secret = server.write("secret", "user2\n")
+        path = server.root / "list"
+        makers = {
+            "symlink": lambda: path.symlink_to(secret),
+            "hard link": lambda: os.link(secret, path),
+            "fifo": lambda: os.mkfifo(path),
+            "directory": path.mkdir,
+        }
+        makers[kind]()
+        server.aliases(f"list: :include:{path}\n")
+        server.send("list@localhost", letter("trap"))
+        assert ":include:" in server.wait_reason(")\n")
+        assert server.messages("user2") == []
+
+    def test_10_000_members_survive_a_kill_without_a_second_copy(
+        self, instance, make_sink
+    ):
+        names = [f"m{number}@example.com" for number in range(10_000)]
+        members = instance.write("members", "\n".join(names) + "\n")
+        instance.aliases(f"list: :include:{members}\n")
+        sink = make_sink()
+        relayed(instance, sink)
+
+        def got():
+            return [name for _, some, _ in sink.received for name in some]
+
+        instance.sendmail("list", stdin=letter("news"))
+        wait_for(lambda: len(got()) > 3000)
+        most = max(memory_of(pid) for pid in instance.pids())
+        instance.kill()
+        before = len(got())
+        assert before < 9000
+        instance.start()
+        wait_for(lambda: not instance.queued(), 120)
+        count = dict.fromkeys(names, 0)
+        for name in got():
+            count[name] += 1
+        doubled = sum(number - 1 for number in count.values())
+        assert min(count.values()) == 1
+        # at most what was in flight: four connections, a transaction each
+        assert doubled <= 4 * 64
+        assert most < 100 << 20
+
+
+def memory_of(pid):
+    """The most memory that a process has had, in bytes."""
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+)", text)[1]) << 10
+    return 0
+
+
+class TestReports:
+    """What senders ask to be told: RFC 3461, and warnings."""
+
+    def submit(
+        self, instance, recipient, options="", mail="", sender="payam@localhost"
+    ):
+        """A message by SMTP, with parameters."""
+        with instance.smtp() as client:
+            client.ehlo()
+            assert client.docmd("MAIL", f"FROM:<{sender}> {mail}".strip())[0] == 250
+            assert client.docmd("RCPT", f"TO:<{recipient}> {options}".strip())[0] == 250
+            client.data(letter("asked", LOREM))
+
+    def bouncing(self, instance):
+        instance.aliases('prog: "|exit 1"\n')
+        return instance.start()
+
+    def parsed(self, instance, user="payam"):
+        """The one report in a mailbox: (text, status blocks, the copy)."""
+        wait_for(lambda: instance.messages(user))
+        instance.wait_empty()
+        (text,) = instance.messages(user)
+        report = message_from_bytes(text.partition("\n")[2].encode())
+        assert report.get_content_type() == "multipart/report"
+        return report.get_payload()
+
+    def test_a_bounce_names_envid_and_orcpt(self, instance):
+        self.bouncing(instance)
+        words = "ORCPT=rfc822;old@x.example", "ENVID=e+2B1"
+        self.submit(instance, "prog@localhost", *words)
+        _, status, copy = self.parsed(instance)
+        message, recipient = status.get_payload()
+        assert message["Original-Envelope-Id"] == "e+2B1"
+        assert recipient["Original-Recipient"] == "rfc822;old@x.example"
+        assert (recipient["Action"], recipient["Status"]) == ("failed", "5.3.0")
+        assert LOREM in copy.as_string()
+
+    def test_ret_hdrs_brings_back_the_header_only(self, instance):
+        self.bouncing(instance)
+        self.submit(instance, "prog@localhost", mail="RET=HDRS")
+        copy = self.parsed(instance)[2]
+        assert copy.get_content_type() == "text/rfc822-headers"
+        assert "Subject: asked" in copy.get_payload()
+        assert LOREM not in copy.as_string()
+
+    @pytest.mark.parametrize("notify", ["NEVER", "SUCCESS", "DELAY"])
+    def test_who_does_not_want_a_bounce_gets_none(self, instance, notify):
+        self.bouncing(instance)
+        self.submit(instance, "prog@localhost", f"NOTIFY={notify}")
+        wait_for(lambda: "status=bounced" in instance.log())
+        instance.wait_empty()
+        assert instance.messages("payam") == []
+
+    def test_one_bounce_tells_of_all_who_failed(self, instance):
+        instance.aliases('p1: "|exit 1"\np2: "|exit 67"\np3: "|exit 0"\n')
+        instance.start()
+        instance.sendmail("p1", "p2", "p3", stdin=letter("all"), user="payam")
+        _, status, _ = self.parsed(instance)
+        found = {block["Final-Recipient"] for block in status.get_payload()[1:]}
+        assert found == {f"rfc822; p1@{HOST}", f"rfc822; p2@{HOST}"}
+
+    def test_success_is_told_to_who_asked(self, server):
+        self.submit(server, "user1@localhost", "NOTIFY=SUCCESS")
+        text, status, copy = self.parsed(server)
+        assert status.get_payload()[1]["Action"] == "delivered"
+        assert status.get_payload()[1]["Status"] == "2.0.0"
+        assert copy.get_content_type() == "text/rfc822-headers"
+        assert "successfully delivered" in text.get_payload()
+        assert "sender delivery status notification" in server.log()
+
+    def test_a_host_that_knows_dsn_is_asked_to_report(self, instance, make_sink):
+        sink = make_sink(EHLO="250-sink.example\n250 DSN")
+        relayed(instance, sink)
+        options = "NOTIFY=SUCCESS ORCPT=rfc822;old@x.example"
+        self.submit(instance, "far@example.com", options, "RET=HDRS ENVID=e1")
+        instance.wait_empty()
+        (command,) = sink.commands
+        assert command.endswith("> NOTIFY=SUCCESS ORCPT=rfc822;old@x.example")
+        assert sink.received[0][0].endswith(" RET=HDRS ENVID=e1")
+        assert instance.messages("payam") == []
+
+    def test_of_a_host_that_does_not_it_is_told_that_mail_was_relayed(
+        self, instance, make_sink
+    ):
+        relayed(instance, make_sink())
+        self.submit(instance, "far@example.com", "NOTIFY=SUCCESS")
+        _, status, _ = self.parsed(instance)
+        assert status.get_payload()[1]["Action"] == "relayed"
+
+    def test_sendmail_asks_with_options(self, server):
+        words = ("-N", "success", "-R", "hdrs", "-V", "e1", "user1")
+        server.sendmail(*words, stdin=letter("asked"), user="payam")
+        _, status, _ = self.parsed(server)
+        message, recipient = status.get_payload()
+        assert message["Original-Envelope-Id"] == "e1"
+        assert recipient["Action"] == "delivered"
+
+    def test_the_sender_of_late_mail_is_warned_once(self, instance):
+        times = {"minimal_backoff_time": "1s", "maximal_backoff_time": "1s"}
+        instance.configure(delay_warning_time="1s", **times)
+        instance.aliases('prog: "|exit 75"\n')
+        instance.start()
+        instance.sendmail("prog", stdin=letter("late"), user="payam")
+        wait_for(lambda: instance.messages("payam"))
+        count = instance.log().count("status=deferred")
+        wait_for(lambda: instance.log().count("status=deferred") > count + 2)
+        (text,) = instance.messages("payam")
+        assert fields(text, "Subject")[0] == "Delayed Mail (still being retried)"
+        assert "Action: delayed" in text
+        assert "Will-Retry-Until: " in text
+        assert "sender delay notification" in instance.log()
+
+    def test_no_warning_goes_to_the_null_sender_or_to_who_wants_none(self, instance):
+        times = {"minimal_backoff_time": "1s", "maximal_backoff_time": "1s"}
+        instance.configure(delay_warning_time="1s", **times)
+        instance.aliases('prog: "|exit 75"\n')
+        instance.start()
+        instance.sendmail("-f", "<>", "prog", stdin=letter("late"))
+        self.submit(instance, "prog@localhost", "NOTIFY=FAILURE")
+        wait_for(lambda: instance.log().count("status=deferred") > 8)
+        assert "delay notification" not in instance.log()
+
+    def test_a_large_message_comes_back_as_its_header(self, instance):
+        self.bouncing(instance)
+        instance.sendmail("prog", stdin=letter("big", LOREM * 1000), user="payam")
+        copy = self.parsed(instance)[2]
+        assert copy.get_content_type() == "text/rfc822-headers"
+
+
+class TestRefusals:
+    """error: and its like, and what nobody can deliver to."""
+
+    @pytest.mark.parametrize(
+        ("target", "reply", "code"),
+        [
+            ("error:550 5.7.1 go away", (550, b"5.7.1 "), 77),
+            (":fail: moved to the moon", (550, b"5.0.0 "), 69),
+            ("nosuchuser", (550, b"5.1.1 "), 67),
+        ],
+    )
+    def test_mail_is_refused_at_once(self, server, target, reply, code):
+        server.aliases(f"no: {target}\n")
+        with server.smtp() as client:
+            client.ehlo()
+            client.mail("a@example.com")
+            answer = client.rcpt("no@localhost")
+        assert (answer[0], answer[1][: len(reply[1])]) == reply
+        result = server.run("sendmail", "no", stdin=letter("no"))
+        assert_one_clear_line(result, code)
+        assert server.queued() == []
+
+    def test_defer_is_a_reply_for_now_and_waits_for_local_programs(self, server):
+        server.aliases("later: :defer: come back at noon\n")
+        with server.smtp() as client:
+            client.ehlo()
+            client.mail("a@example.com")
+            code, text = client.rcpt("later@localhost")
+        assert (code, b"come back at noon" in text) == (450, True)
+        server.sendmail("later", stdin=letter("noon"))
+        server.wait_reason("come back at noon")
+
+    # What looks like something else than an address, from wherever it comes.
+    TRICKS = (
+        *("|id", "|touch /tmp/minimta-trap", "/etc/passwd", ":include:/etc/shadow"),
+        *("../x", "../../etc/passwd", "-froot", "/dev/null", "~root", "a/b", "."),
+        *("error:550 x", ":fail: x", "\\root\\", "$(id)", "`id`", "${HOME}", "%s"),
+    )
+
+    @pytest.mark.parametrize("trick", TRICKS)
+    def test_nothing_else_comes_of_an_address_from_the_network(self, shared, trick):
+        before = len(shared.queued())
+        with shared.smtp() as client:
+            client.ehlo()
+            client.mail("a@example.com")
+            name = trick.replace("\\", "\\\\")
+            for form in (f'"{name}"@localhost', f'"{name}"', f"{trick}@localhost"):
+                code, text = client.docmd("RCPT", f"TO:<{form}>")
+                assert code in (501, 550), (form, code, text)
+        assert len(shared.queued()) == before
+        assert not Path("/tmp/minimta-trap").exists()
+
+    @pytest.mark.parametrize("trick", [*TRICKS, "a\0b", "a\nb"])
+    def test_nor_of_one_from_a_program(self, shared, trick):
+        before = len(shared.queued())
+        if "\0" in trick:
+            text = f"To: {trick}\n\ntext\n"
+            result = shared.run("sendmail", "-t", stdin=text)
+        else:
+            result = shared.run("sendmail", "--", trick, stdin=letter("trap"))
+        assert result.code in (64, 65, 67), result
+        assert "Traceback" not in result.err
+        assert len(shared.queued()) == before
+        assert not Path("/tmp/minimta-trap").exists()
+
+
+# The kinds of lines that the aliases files of systems are made of.
+SYSTEM_ALIASES = {
+    "Debian": "# /etc/aliases\nmailer-daemon: postmaster\npostmaster: root\n"
+    "nobody: root\nhostmaster: root\nwww: root\nftp: root\nabuse: root\n"
+    "security: root\nroot: user1\n",
+    "RHEL": "#\n#  >>>>>>>>>>      The program newaliases must be run\n#\n\n"
+    "# Basic system aliases -- these MUST be present.\n"
+    "mailer-daemon:\tpostmaster\npostmaster:\troot\n\n# General redirections.\n"
+    "bin:\t\troot\ndaemon:\t\troot\ningres:\t\troot\nsystem:\t\troot\n"
+    "toor:\t\troot\nusenet:\t\tnews\nnews:\t\troot\nwebmaster:\troot\n"
+    "decode:\t\troot\n\n# Person who should get root's mail\n#root:\t\tmarc\n",
+    "FreeBSD": "# $FreeBSD$\n#\nroot:\tuser1@localhost\n\n"
+    "MAILER-DAEMON: postmaster\npostmaster: root\n\n_dhcp:  root\nauditdistd: root\n"
+    "bin:\troot\nabuse:\troot\n# ftp: root\nbit-bucket: /dev/null\n"
+    "dev-null: bit-bucket\n",
+    "OpenBSD": "#\n#\t$OpenBSD$\n#\nMAILER-DAEMON: postmaster\npostmaster: root\n"
+    "daemon: root\nnobody: /dev/null\nwww: root\n_bgpd: /dev/null\n"
+    "_sshd: /dev/null\nuucp: root\n\nmanager: root\ndumper: root\n"
+    "abuse: root\nsecurity: root\nnoc: root\n",
+    "sendmail": 'vacation: "|/usr/bin/true vacation", \\user1\n'
+    "all: user1,\n\tuser2, \\\nuser1\nlist: :include:/dev/null\n"
+    "owner-list: user1\narchive: /var/tmp/none\n",
+    "Postfix": "team: user1 user2\nnames: user1; user2\n"
+    'named: "One, User" <user1@localhost>, user2 (the second)\n',
+    "exim": "gone: :fail: there is nobody, not any more\nlater: :defer: wait\n"
+    "hole: :blackhole:\n",
+    "OpenSMTPD": 'no: "error:550 5.7.1 no"\nno2: error:550 5.7.1 no, never\n',
+}
+
+
+class TestAliasFiles:
+    """aliases(5) as a whole: what systems ship, several files, databases."""
+
+    @pytest.mark.parametrize("text", SYSTEM_ALIASES.values(), ids=SYSTEM_ALIASES)
+    def test_what_systems_ship_is_built(self, instance, text):
+        instance.aliases(text)
+        result = instance.run("newaliases")
+        assert result.code == 0, result
+        count = len(re.findall(r"(?m)^[\w-]+:", text))
+        assert f": {count} aliases, " in result.out
+
+    def test_what_does_not_exist_is_named_with_its_line(self, instance):
+        instance.aliases(
+            "root: payam\nteam: payan, user1\nprog: |/no/such/program x\n"
+            "list: :include:/no/such/list\nfile: /no/such/folder/file\n"
+        )
+        result = instance.run("newaliases")
+        path = instance.root / "etc/aliases"
+        assert result.code == 0
+        assert ": 5 aliases, " in result.out
+        assert result.err.splitlines() == [
+            f"newaliases: {path}, line 2: warning: team: payan: "
+            "no such user or alias: did you mean payam?",
+            f'newaliases: {path}, line 3: warning: prog: "|/no/such/program x": '
+            "there is no program /no/such/program",
+            f'newaliases: {path}, line 4: warning: list: ":include:/no/such/list": '
+            ":include: /no/such/list: No such file or directory",
+            f'newaliases: {path}, line 5: warning: file: "/no/such/folder/file": '
+            "there is no /no/such/folder",
+        ]
+
+    def test_of_several_files_the_first_that_knows_a_name_counts(self, instance):
+        first, second = instance.root / "etc/aliases", instance.root / "etc/more"
+        instance.configure(alias_maps=f"hash:{first}, {second}")
+        instance.aliases("one: user1\n")
+        instance.write("etc/more", "one: user2\ntwo: user2\n")
+        result = instance.run("newaliases")
+        assert (result.code, result.err) == (0, "")
+        assert [line.partition(": ")[0] for line in result.out.splitlines()] == [
+            *(str(first), str(second)),
+        ]
+        instance.sendmail("-odi", "one", "two", stdin=letter("both"))
+        assert len(instance.with_token("user1", "both")) == 1
+        assert len(instance.with_token("user2", "both")) == 1
+
+    def test_a_map_that_is_no_file_is_a_settings_error(self, instance):
+        instance.configure(alias_maps="nis:mail.aliases")
+        assert_one_clear_line(instance.run("newaliases"), 78)
+        assert_one_clear_line(instance.run("minimta.py", "serve"), 78)
+
+    def test_keys_of_a_domain(self, instance):
+        instance.configure(mydestination=f"{HOST}, localhost, shop.example")
+        instance.aliases(
+            "info@shop.example: user1\n@shop.example: user2\ninfo: payam\n"
+        )
+        assert instance.run("newaliases").code == 0
+        words = ("info@shop.example", "any@shop.example", "info@localhost")
+        instance.sendmail("-odi", *words, stdin=letter("shop"))
+        for user in LOCAL_USERS:
+            assert len(instance.with_token(user, "shop")) == 1
+
+    def test_100_000_aliases_are_built_and_found(self, instance):
+        text = "".join(f"a{n}: user1\n" for n in range(100_000))
+        instance.aliases(text)
+        result = instance.run("newaliases")
+        assert (result.code, result.err) == (0, "")
+        assert "100000 aliases" in result.out
+        instance.sendmail("-odi", "a99999", stdin=letter("last"))
+        assert len(instance.with_token("user1", "last")) == 1
+
+
+def can_make_berkeley():
+    """Whether a Python and a Postfix are here that both know Berkeley DB."""
+    python = python_for_everyone()
+    check = "import dbm.ndbm; raise SystemExit('Berkeley' not in dbm.ndbm.library)"
+    return bool(
+        shutil.which("postalias")
+        and python
+        and not subprocess.call([python, "-IS", "-c", check])
+    )
+
+
+@pytest.mark.skipif(
+    not can_make_berkeley(), reason="no postalias, or no dbm.ndbm of Berkeley DB, here"
+)
+class TestPostalias:
+    """The database and Postfix: each reads the other's."""
+
+    def ndbm(self, script, *words):
+        """Runs a script in the Python that has dbm.ndbm, minimta imported."""
+        head = f"import sys; sys.path.insert(0, {str(HERE)!r}); import minimta\n"
+        words = (python_for_everyone(), "-c", head + script, *map(str, words))
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+    def test_postfix_reads_what_newaliases_makes(self, tmp_path):
+        path = tmp_path / "aliases"
+        path.write_text('root: bob\nteam: "Bob, B." <bob@x>, "|cmd a"\n')
+        script = (
+            "import dbm\ndbm._defaultmod = __import__('dbm.ndbm').ndbm\n"
+            "dbm._modules['dbm.ndbm'] = dbm._defaultmod\n"
+            "minimta.AliasDatabase(sys.argv[1]).rebuild()\n"
+        )
+        self.ndbm(script, path)
+        assert (tmp_path / "aliases.db.db").exists()
+        found = [
+            subprocess.run(
+                ["postalias", "-q", name, f"hash:{path}.db"],
+                capture_output=True,
+                text=True,
+            ).stdout
+            for name in ("root", "team", "nobody")
+        ]
+        assert found == ["bob\n", 'bob@x, "|cmd a"\n', ""]
+
+    def test_we_read_what_postalias_makes(self, tmp_path):
+        path = tmp_path / "aliases"
+        path.write_text("root: bob\nteam: bob, carol\n")
+        subprocess.run(["postalias", f"hash:{path}"], check=True)
+        path.write_text("root: eve\n")
+        os.utime(path, (1000, 1000))
+        script = "print(minimta.AliasDatabase(sys.argv[1]).lookup([sys.argv[2]]))"
+        assert self.ndbm(script, path, "team") == "('team', 'bob, carol')\n"
+        assert self.ndbm(script, path, "root") == "('root', 'bob')\n"
+        assert self.ndbm(script, path, "eve") == "None\n"
+
+
+class TestExplain:
+    """explain, sendmail -bt and -bv: where mail goes, and why."""
+
+    @pytest.fixture
+    def explained(self, instance):
+        instance.aliases("# us\nlpic1: root\nroot: payam\n")
+        assert instance.run("newaliases").code == 0
+        return instance
+
+    def test_the_way_of_a_chain_is_drawn(self, explained):
+        text = FIRST + "\n" + FIRST.replace("first", "second") + "\n"
+        explained.make_mailbox("payam", text)
+        where, box = explained.root / "etc/aliases", explained.mailbox("payam")
+        uid = uid_of("payam")
+        result = explained.run("minimta.py", "explain", "lpic1@localhost")
+        assert (result.code, result.err) == (0, "")
+        lines = [
+            re.sub(r" {2,}(?=[(/])", "  ", line) for line in result.out.splitlines()
+        ]
+        assert lines == [
+            "lpic1@localhost",
+            "└─ local domain (mydestination: localhost)",
+            f"   └─ alias lpic1 -> root  {where}:2",
+            f"      └─ alias root -> payam  {where}:3",
+            "         └─ user payam, no ~/.forward",
+            f"            └─ mailbox {box}  (mbox, 2 messages, as uid {uid})",
+        ]
+        assert explained.run("sendmail", "-bt", "lpic1@localhost").out == result.out
+
+    @pytest.mark.parametrize(
+        ("name", "code", "words"),
+        [
+            ("payam", 0, "user payam"),
+            (
+                "payan",
+                67,
+                'bounced: unknown user: "payan"  (5.1.1 did you mean payam?)',
+            ),
+            ("lpic", 67, "did you mean lpic1?"),
+            ("payam+x", 0, "user payam"),
+            ("far@example.com", 0, "far@example.com is elsewhere"),
+        ],
+    )
+    def test_exit_codes_and_hints(self, explained, name, code, words):
+        result = explained.run("minimta.py", "explain", name)
+        assert result.code == code, result
+        assert words in result.out
+
+    def test_what_is_deferred_is_75(self, explained):
+        explained.aliases("later: :defer: wait\n")
+        explained.run("newaliases")
+        assert explained.run("minimta.py", "explain", "later").code == 75
+        result = explained.run("sendmail", "-bv", "later")
+        assert (result.code, result.out) == (75, f"later@{HOST}... wait\n")
+
+    def test_it_changes_nothing(self, explained):
+        before = sorted(explained.root.rglob("*"))
+        explained.run("minimta.py", "explain", "lpic1")
+        after = [path for path in explained.root.rglob("*") if "log" not in str(path)]
+        assert sorted(after) == [path for path in before if "log" not in str(path)]
+
+    def test_a_forward_that_is_not_used_is_named(self, explained):
+        path = explained.forward("payam", "user1\n", 0o666)
+        out = explained.run("minimta.py", "explain", "payam").out
+        assert "user payam, ~/.forward not used" in out
+        assert f"ignored: {path} is writable by others" in out
+        assert f"mailbox {explained.mailbox('payam')}" in out
+
+    def test_a_forward_that_is_used_is_named(self, explained):
+        path = explained.forward("payam", 'user1\n"|cat"\n')
+        result = explained.run("minimta.py", "explain", "payam", user="root")
+        assert re.search(f"user payam, ~/.forward +{path}\n", result.out)
+        assert f"command cat  (as uid {uid_of('payam')}, in " in result.out
+        assert f"mailbox {explained.mailbox('user1')}" in result.out
+
+    def test_a_database_that_is_out_of_date_is_named(self, explained):
+        explained.aliases("root: user1\n")
+        later = time.time() + 60
+        os.utime(explained.root / "etc/aliases", (later, later))
+        out = explained.run("minimta.py", "explain", "root").out
+        assert "is older than source file" in out
+        assert "alias root -> payam" in out  # as delivery has it
+
+    def test_a_relayhost_and_its_setting_are_named(self, explained):
+        explained.configure(relayhost="[mail.example.com]:587")
+        out = explained.run("minimta.py", "explain", "far@example.net").out
+        assert "relayhost [mail.example.com]:587" in out
+        assert "etc/minimta.conf, line 5" in out
+        assert "TLS" in out
+
+    def test_json_has_the_same_tree(self, explained):
+        import json
+
+        result = explained.run("minimta.py", "explain", "--json", "lpic1", "nosuch")
+        first, second = map(json.loads, result.out.splitlines())
+        assert (first["exit"], second["exit"], result.code) == (0, 67, 67)
+        (domain,) = first["then"]
+        assert domain["then"][0]["text"] == "alias lpic1 -> root"
+
+    def test_bv_says_it_in_sendmails_words(self, explained):
+        explained.aliases('all: user1, far@example.com, /dev/null, "|cat x"\n')
+        explained.run("newaliases")
+        result = explained.run("sendmail", "-bv", "all", "nosuch")
+        assert (result.code, result.err) == (67, "")
+        assert result.out.splitlines() == [
+            f"user1@{HOST}... deliverable: mailer local, user user1",
+            "far@example.com... deliverable: mailer esmtp",
+            f"all@{HOST}... deliverable: mailer *file*, /dev/null",
+            f"all@{HOST}... deliverable: mailer prog, cat x",
+            f"nosuch@{HOST}... User unknown",
+        ]
+
+    @pytest.mark.parametrize("words", [("explain",), ("sendmail", "-bt")])
+    def test_it_needs_an_address(self, explained, words):
+        assert_one_clear_line(explained.run("minimta.py", *words), 64)
+
+    def test_what_it_says_is_what_is_done(self, instance, make_sink):
+        sink = make_sink()
+        drop = open_folder(instance)
+        instance.aliases(
+            f'all: user1, far@example.com, {drop}/file, "|cat >{drop}/out"\n'
+        )
+        instance.forward("user1", "\\user1, user2\n")
+        relayed(instance, sink)
+        instance.run("newaliases")
+        said = instance.run("minimta.py", "explain", "--json", "all", user="root").out
+        instance.sendmail("all", stdin=letter("proof"))
+        instance.wait_empty()
+        for words in (
+            *(f"mailbox {instance.mailbox(user)}" for user in ("user1", "user2")),
+            *(f"file {drop}/file", f"command cat >{drop}/out", "far@example.com is"),
+        ):
+            assert words in said
+        assert len(instance.with_token("user1", "proof")) == 1
+        assert len(instance.with_token("user2", "proof")) == 1
+        assert len(sink.received) == 1
+        assert "proof" in (drop / "file").read_text()
+        assert "proof" in (drop / "out").read_text()
 
 
 class TestMailq:

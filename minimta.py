@@ -58,26 +58,28 @@ CONTENTS
      7 Dialogue
      8 Reports
      9 Trees
+    10 Names
   HANDS  each owns one thing outside the program
-    10 Log
-    11 Users
-    12 Spool
-    13 Alias database
-    14 Mailboxes
-    15 Folders
-    16 Commands
-    17 Relay
+    11 Log
+    12 Users
+    13 Spool
+    14 Alias database
+    15 Mailboxes
+    16 Folders
+    17 Commands
+    18 Relay
+    19 Resolver
   WORK   what is done with them
-    18 Routing
-    19 Delivery
-    20 Queue runner
-    21 SMTP server
-    22 Submission
-    23 Daemon
-    24 Mail reader
+    20 Routing
+    21 Delivery
+    22 Queue runner
+    23 SMTP server
+    24 Submission
+    25 Daemon
+    26 Mail reader
   DOORS  the programs
-    25 Programs
-    26 Dispatch
+    27 Programs
+    28 Dispatch
 
 LAWS
 
@@ -2651,11 +2653,180 @@ class Branch:
         return found
 
 
+# == 10 Names: Record, encode_question, decode_answer =========================
+# DNS packets: a question out, records in. Source: RFC 1035 section 4, RFC
+# 2181, RFC 6891 (EDNS0), RFC 5452 (what an answer must match).
+# Failures: ValueError for a packet that is none, or no answer to the question.
+
+DNS_TYPES = {"A": 1, "CNAME": 5, "MX": 15, "AAAA": 28}
+DNS_SIZE = 1232  # bytes of an answer by UDP that no network cuts in pieces
+MAX_CNAMES = 10  # names behind one another; Postfix and BIND allow about as many
+NXDOMAIN = 3  # response code: there is no such name
+
+
+class Record(Value):
+    """One answer: owner's name, type, seconds it may be kept, and its data.
+
+    `data` is an address, a host name, or (preference, host name) of an MX.
+    """
+
+    __slots__ = ("name", "kind", "ttl", "data")
+
+    def __init__(self, name: str, kind: str, ttl: int, data: object) -> None:
+        self.name = name
+        self.kind = kind
+        self.ttl = ttl
+        self.data = data
+
+
+class Answer(Value):
+    """What a server says: response code, whether it was cut, the records."""
+
+    __slots__ = ("code", "is_cut", "records")
+
+    def __init__(self, code: int, is_cut: bool, records: list[Record]) -> None:
+        self.code = code
+        self.is_cut = is_cut
+        self.records = records
+
+    def follow(self, name: str, kind: str) -> list[Record]:
+        """The records of that kind for `name`, or for what it stands for.
+
+        Raises ValueError for aliases that lead nowhere.
+        """
+        name = name.lower()
+        for _ in range(MAX_CNAMES):
+            own = [one for one in self.records if one.name == name]
+            found = [one for one in own if one.kind == kind]
+            names = [one.data for one in own if one.kind == "CNAME"]
+            if found or not names:
+                return found
+            name = names[0]
+        raise ValueError("too many CNAMEs behind one another")
+
+
+def encode_name(name: str) -> bytes:
+    """A domain name on the wire. Raises ValueError."""
+    labels = name.rstrip(".").encode("idna").split(b".")
+    if not all(0 < len(label) <= MAX_LABEL for label in labels):
+        raise ValueError(f"not a domain name: {printable(name, 100)}")
+    wire = b"".join(bytes([len(label)]) + label for label in labels) + b"\0"
+    if len(wire) > MAX_DOMAIN:
+        raise ValueError(f"too long for a domain name: {printable(name, 100)}")
+    return wire
+
+
+def encode_question(number: int, name: str, kind: str) -> bytes:
+    """A question for one name; `number` is its id, 16 random bits."""
+    head = number.to_bytes(2, "big") + b"\x01\x00\0\1\0\0\0\0\0\1"  # recurse, please
+    question = encode_name(name) + DNS_TYPES[kind].to_bytes(2, "big") + b"\0\1"
+    return head + question + b"\0\0\x29" + DNS_SIZE.to_bytes(2, "big") + bytes(6)
+
+
+class PacketReader:
+    """Reads a packet from its start to its end; whatever is short, raises."""
+
+    def __init__(self, packet: bytes) -> None:
+        self.packet = packet
+        self.place = 0
+
+    def take(self, size: int) -> bytes:
+        """The next bytes."""
+        data = self.packet[self.place : self.place + size]
+        if len(data) != size:
+            raise ValueError("the packet ends too early")
+        self.place += size
+        return data
+
+    def number(self, size: int = 2) -> int:
+        """The next number."""
+        return int.from_bytes(self.take(size), "big")
+
+    def name(self) -> str:
+        """The next name, in lower case; "" is the root.
+
+        A pointer must lead back: then none can go round (CVE-2026-40684).
+        """
+        labels, limit, after = [], self.place, -1
+        while True:
+            length = self.number(1)
+            if length >= 0xC0:
+                target = (length & 0x3F) << 8 | self.number(1)
+                after = self.place if after < 0 else after
+                if target >= limit:
+                    raise ValueError("a pointer that does not lead back")
+                self.place = limit = target
+            elif length > MAX_LABEL:
+                raise ValueError("a label of an unknown kind")
+            elif length:
+                labels.append(self.label(length))
+            else:
+                break
+        if after >= 0:
+            self.place = after
+        name = ".".join(labels)
+        if len(name) > MAX_DOMAIN:
+            raise ValueError("a name that is too long")
+        return name
+
+    def label(self, length: int) -> str:
+        """The next label: of host names only what may stand in one."""
+        text = self.take(length).decode("ascii", "replace").lower()
+        if not all(char.isascii() and char.isalnum() or char in "-_" for char in text):
+            raise ValueError("a name with odd characters")
+        return text
+
+    def record(self) -> Record | None:
+        """The next record; None for one of another type or class."""
+        name, kind, group = self.name(), self.number(), self.number()
+        ttl, size = self.number(4), self.number()
+        end = self.place + size
+        names = {code: word for word, code in DNS_TYPES.items()}
+        word = names.get(kind, "") if group == 1 else ""
+        data: object = None
+        if word == "MX":
+            data = self.number(), self.name()
+        elif word == "CNAME":
+            data = self.name()
+        elif word in ("A", "AAAA"):
+            data = self.address(size)
+        if word and self.place != end:
+            raise ValueError("a record of the wrong size")
+        self.place = end
+        return Record(name, word, ttl & 0x7FFFFFFF, data) if word else None
+
+    def address(self, size: int) -> str:
+        """The next address, as text."""
+        from ipaddress import ip_address
+
+        if size not in (4, 16):
+            raise ValueError("an address of the wrong size")
+        return str(ip_address(self.take(size)))
+
+
+def decode_answer(packet: bytes, number: int, name: str, kind: str) -> Answer:
+    """The answer to that question. Raises ValueError for anything else."""
+    reader = PacketReader(packet)
+    if reader.number() != number:
+        raise ValueError("the answer to another question")
+    flags, questions, answers, _, _ = (reader.number() for _ in range(5))
+    if not flags & 0x8000 or flags & 0x7800 or questions != 1:
+        raise ValueError("no answer")
+    asked = reader.name(), reader.number(), reader.number()
+    if asked != (PacketReader(encode_name(name)).name(), DNS_TYPES[kind], 1):
+        raise ValueError("the answer to another question")
+    is_cut = bool(flags & 0x0200)
+    if is_cut:
+        return Answer(flags & 15, True, [])
+    found = [reader.record() for _ in range(answers)]
+    return Answer(flags & 15, False, [record for record in found if record])
+
+
 # =============================================================================
 # HANDS: each owns one thing outside the program.
 # =============================================================================
 
-# == 10 Log: Log ==============================================================
+# == 11 Log: Log ==============================================================
 # One method an event, in Postfix's shapes, so that its log readers serve.
 # Failures: none; mail is never held up by a log that cannot be written.
 
@@ -2784,7 +2955,7 @@ class Log:
         self.line("qmgr", f"{queue_id}: removed")
 
 
-# == 11 Users: User, Users, Rights, find_root, read_settings ==================
+# == 12 Users: User, Users, Rights, find_root, read_settings ==================
 # Who is who on this host or in this private instance, and acting as them.
 # Failures: MailError 4.3.0 when the user database cannot be read.
 
@@ -3006,7 +3177,7 @@ def read_settings(environ: dict, path: str = "") -> Settings:
     return Settings.parse(text, environ, os.uname().nodename or "localhost", root, name)
 
 
-# == 12 Spool: Spool, Draft, QueueFile, Maildrop ==============================
+# == 13 Spool: Spool, Draft, QueueFile, Maildrop ==============================
 # The queue's directories and files. See the front page for their states.
 # Failures: MailError 4.3.1 (no room) or 4.3.0 (cannot be stored).
 
@@ -3412,7 +3583,7 @@ class Maildrop:
             raise
 
 
-# == 13 Alias database: AliasDatabase, AliasMaps, TargetFiles =================
+# == 14 Alias database: AliasDatabase, AliasMaps, TargetFiles =================
 # The aliases files, the dbm databases that newaliases makes of them, and what
 # they and users refer to: :include: lists and ~/.forward.
 # Failures: MailError 4.3.0 when something cannot be read, 4.3.5 when it must
@@ -3837,7 +4008,7 @@ class TargetFiles:
         return ""
 
 
-# == 14 Mailboxes: MailboxLock, Mailbox, FileBox, MaildirBox ==================
+# == 15 Mailboxes: MailboxLock, Mailbox, FileBox, MaildirBox ==================
 # Adding to mbox files and Maildirs: opened as their owner, locked both ways,
 # synced. Source: RFC 4155 (mboxrd), Debian policy 11.6 (fcntl, then dotlock).
 # Failures: MailError 4.2.x, 5.2.0 for a file that an alias names; a mailbox
@@ -4335,7 +4506,7 @@ class MaildirBox:
             raise self.failure(error) from None
 
 
-# == 15 Folders: Folder, FolderMessage ========================================
+# == 16 Folders: Folder, FolderMessage ========================================
 # A mailbox as mail(1) reads and rewrites it; the mail stays in the file.
 # Failures: ProgramError, in the words of Heirloom mailx.
 
@@ -4534,7 +4705,7 @@ class Folder:
         raise ProgramError(EX_CANTCREAT, why)
 
 
-# == 16 Commands: Command, verdict, command_environment =======================
+# == 17 Commands: Command, verdict, command_environment =======================
 # Runs one command of an alias or .forward with a message on its standard
 # input. Source: Postfix's local(8); sysexits.h; qmail-command(8).
 # Failures: a MailError that is returned: 4.3.0 where another run may do.
@@ -4714,7 +4885,7 @@ class Command:
             process.wait()
 
 
-# == 17 Relay: NextHop, Parcel, Relay =========================================
+# == 18 Relay: NextHop, Parcel, Relay =========================================
 # Hands mail to another host by SMTP or LMTP, with smtplib, without rights.
 # Failures: MailError with the host's own words, as Postfix puts them.
 
@@ -4954,11 +5125,223 @@ class Relay:
             return
 
 
+# == 19 Resolver: MailHost, Resolver ==========================================
+# Asks the name servers of resolv.conf, and reads hosts(5).
+# Failures: MailError, in Postfix's words: 5.4.4 for a name that is not there,
+# 5.1.10 for a domain that takes no mail, 4.4.3 for what cannot be told now.
+
+DNS_PORT = 53
+MAX_KEPT = 86400  # seconds that an answer is believed, whatever it says
+MAX_HOSTS = 20  # mail hosts of a domain, and addresses of a host, that are asked
+
+
+class MailHost(Value):
+    """A host that takes mail: preference (-1: no MX), name, addresses."""
+
+    __slots__ = ("preference", "name", "addresses")
+
+    def __init__(self, preference: int, name: str, addresses: list[str]) -> None:
+        self.preference = preference
+        self.name = name
+        self.addresses = addresses
+
+    def __str__(self) -> str:
+        rank = f"MX {self.preference} " if self.preference >= 0 else ""
+        where = " ".join(f"[{address}]" for address in self.addresses)
+        return f"{rank}{self.name} {where or 'has no address'}"
+
+
+def read_server(text: str) -> tuple[str, int]:
+    """(address, port) of `192.0.2.1`, or OpenBSD's `[127.0.0.1]:5353`."""
+    if text.startswith("["):
+        return split_host(text, DNS_PORT)
+    return text, DNS_PORT
+
+
+class Resolver:
+    """Looks up names: mail_hosts() and addresses() are its doors.
+
+    A private instance has its own etc/resolv.conf and etc/hosts, where they
+    exist. Answers are kept as long as they say.
+    """
+
+    def __init__(self, root: str = "") -> None:
+        self.files = {}
+        for name in ("resolv.conf", "hosts"):
+            own = f"{root}/etc/{name}"
+            self.files[name] = own if root and os.path.exists(own) else f"/etc/{name}"
+        self.servers: list[tuple[str, int]] = []
+        self.timeout, self.attempts = 5, 2  # resolv.conf(5)
+        self.kept: dict[tuple, tuple[float, list[Record]]] = {}
+        for words in self.lines("resolv.conf"):
+            self.read_option(words)
+
+    def lines(self, name: str) -> list[list[str]]:
+        """The words of each line of a file; none where it cannot be read."""
+        try:
+            with open(self.files[name], encoding="utf-8", errors="replace") as file:
+                lines = file.read(1 << 20).split("\n")
+        except OSError:
+            return []
+        found = (line.partition("#")[0].partition(";")[0].split() for line in lines)
+        return [words for words in found if words]
+
+    def read_option(self, words: list[str]) -> None:
+        """One line of resolv.conf(5); what means nothing here is left out."""
+        if words[0] == "nameserver" and len(words) > 1:
+            try:
+                self.servers.append(read_server(words[1]))
+            except ValueError:
+                return
+        for word in words[1:] if words[0] == "options" else []:
+            name, _, value = word.partition(":")
+            if name in ("timeout", "attempts") and is_number(value):
+                setattr(self, name, max(1, min(30, int(value))))
+
+    def mail_hosts(self, domain: str) -> list[MailHost]:
+        """The hosts that take mail for a domain, best first, RFC 5321 5.1.
+
+        Raises MailError.
+        """
+        records = self.lookup(domain, "MX")
+        pairs = sorted(record.data for record in records) or [(0, domain)]
+        if pairs == [(0, "")]:  # RFC 7505
+            why = f"Domain {domain} does not accept mail (nullMX)"
+            raise MailError("5.1.10", why, "none")
+        found = []
+        for preference, name in pairs[:MAX_HOSTS]:
+            addresses = self.addresses(name) if records else self.first_of(domain)
+            found.append(MailHost(preference, name, addresses))
+        return found
+
+    def host(self, name: str) -> list[MailHost]:
+        """The one host of that name, or address. Raises MailError."""
+        is_address = ":" in name or is_literal(f"[{name}]")
+        return [MailHost(-1, name, [name] if is_address else self.addresses(name))]
+
+    def first_of(self, domain: str) -> list[str]:
+        """The addresses of a domain without MX: none at all is for good."""
+        found = self.addresses(domain)
+        if not found:
+            why = "Host found but no data record of requested type"
+            raise self.failure("5.4.4", domain, "A", why)
+        return found
+
+    def addresses(self, name: str) -> list[str]:
+        """The addresses of a host; [] for one that has none or is not there.
+
+        Raises MailError for what cannot be told now.
+        """
+        found = [
+            words[0]
+            for words in self.lines("hosts")
+            if name.lower() in (word.lower() for word in words[1:])
+        ]
+        for kind in () if found else ("A", "AAAA"):
+            try:
+                found += [record.data for record in self.lookup(name, kind)]
+            except MailError as error:
+                if error.is_temporary:
+                    raise
+        return found[:MAX_HOSTS]
+
+    def failure(self, status: str, name: str, kind: str, why: str) -> MailError:
+        """A failure in Postfix's words."""
+        text = f"Host or domain name not found. Name service error for name={name}"
+        return MailError(status, f"{text} type={kind}: {why}", "none")
+
+    def lookup(self, name: str, kind: str) -> list[Record]:
+        """The records of that kind for a name. Raises MailError."""
+        key = name.lower().rstrip("."), kind
+        expires, found = self.kept.get(key, (0.0, []))
+        if expires > time.monotonic():
+            return found
+        try:
+            answer = self.ask(name, kind)
+            found = answer.follow(key[0], kind) if answer else []
+        except ValueError:
+            raise self.failure("5.4.4", name, kind, "Malformed name") from None
+        if answer is None or answer.code not in (0, NXDOMAIN):
+            raise self.failure("4.4.3", name, kind, "Host not found, try again")
+        if answer.code == NXDOMAIN:
+            raise self.failure("5.4.4", name, kind, "Host not found")
+        ttl = min([record.ttl for record in found] or [0])
+        self.kept[key] = time.monotonic() + min(ttl, MAX_KEPT), found
+        return found
+
+    def ask(self, name: str, kind: str) -> Answer | None:
+        """The first answer of a server that knows; None if there is none."""
+        last = None
+        for _ in range(self.attempts):
+            for server in self.servers or [("127.0.0.1", DNS_PORT)]:
+                answer = self.ask_server(server, name, kind)
+                if answer and answer.code in (0, NXDOMAIN):
+                    return answer
+                last = answer or last
+        return last
+
+    def ask_server(self, server: tuple, name: str, kind: str) -> Answer | None:
+        """One server's answer, by TCP where UDP had no room; None for none.
+
+        A fresh socket has a port of the kernel's choice, and takes packets of
+        that server only; the id is of our own dice (RFC 5452 section 9.2).
+        """
+        import socket
+
+        number = int.from_bytes(os.urandom(2), "big")
+        packet = encode_question(number, name, kind)
+        family = socket.AF_INET6 if ":" in server[0] else socket.AF_INET
+        end = time.monotonic() + self.timeout
+        for form in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
+            try:
+                with socket.socket(family, form) as connection:
+                    connection.settimeout(self.timeout)
+                    connection.connect(server)
+                    answer = self.exchange(connection, form, packet, (name, kind), end)
+            except OSError:
+                return None
+            if answer is None or not answer.is_cut:
+                return answer
+        return None
+
+    def exchange(
+        self, connection: object, form: int, packet: bytes, asked: tuple, end: float
+    ) -> Answer | None:
+        """Sends the question, reads until its answer comes. Raises OSError."""
+        import socket
+
+        is_stream = form == socket.SOCK_STREAM
+        size = len(packet).to_bytes(2, "big") if is_stream else b""
+        connection.sendall(size + packet)
+        number = int.from_bytes(packet[:2], "big")
+        while time.monotonic() < end:
+            connection.settimeout(max(0.01, end - time.monotonic()))
+            try:
+                data = self.read_stream(connection) if is_stream else None
+                return decode_answer(data or connection.recv(65535), number, *asked)
+            except ValueError:
+                if is_stream:
+                    return None
+        return None  # forged or broken packets only
+
+    def read_stream(self, connection: object) -> bytes:
+        """One packet with its length before it, RFC 7766. Raises OSError."""
+        data, wanted = b"", 2
+        while len(data) < wanted:
+            more = connection.recv(65537 - len(data))
+            if not more:
+                raise ConnectionError("the name server hung up")
+            data += more
+            if len(data) >= 2:
+                wanted = 2 + int.from_bytes(data[:2], "big")
+        return data[2:wanted]
+
+
 # =============================================================================
 # WORK: what is done with them.
 # =============================================================================
 
-# == 18 Routing: Destination, Trail, Router, TargetCheck ======================
+# == 20 Routing: Destination, Trail, Router, TargetCheck ======================
 # Where mail for an address goes, decided anew for each attempt; what `explain`
 # draws is drawn on the way.
 # Failures: a Destination of kind error; verify() raises MailError.
@@ -5082,6 +5465,7 @@ class Router:
         self.users = users
         self.files = files
         self.warn = warn or (lambda text: None)
+        self.resolver: Resolver | None = None  # for explanations only
 
     def verify(self, address: Address) -> None:
         """Raises MailError unless mail to a local address can be delivered.
@@ -5459,7 +5843,7 @@ class Router:
         try:
             place = str(self.next_hop(address, trail))
         except MailError as error:
-            trail.draw(error.text)
+            trail.draw(f"{DEFERRED}: {error.text}", "", error.status)
             more["error"] = error
         return Destination("remote", str(address), place, **more)
 
@@ -5467,12 +5851,24 @@ class Router:
         """The host that remote mail goes to. Raises MailError."""
         settings = self.settings
         if not settings.relayhost:
-            why = "relayhost is not set, and MX is not looked up yet"
+            self.draw_hosts(trail, Resolver.mail_hosts, address.domain)
+            why = "relayhost is not set, and mail by MX is not built yet"
             raise MailError("4.4.4", f"no route to {address.domain}: {why}", "none")
         hop = NextHop.parse(settings.relayhost, "relayhost")
         source = settings.sources.get("relayhost", "")
-        trail.draw(f"relayhost {hop}", source, "without TLS")
+        trail = trail.draw(f"relayhost {hop}", source, "without TLS")
+        self.draw_hosts(trail, Resolver.host, hop.host)
         return hop
+
+    def draw_hosts(self, trail: Trail, ask: object, name: str) -> None:
+        """Draws the hosts that the name servers tell of, if that is wanted."""
+        if not (trail.branch and self.resolver):
+            return
+        try:
+            for host in ask(self.resolver, name):
+                trail.draw(str(host))
+        except MailError as error:
+            trail.draw(error.text, "", error.status)
 
     def forwarders(self, trail: Trail, *kinds: str) -> tuple[str, ...]:
         """Through whom a trail went, last one first."""
@@ -5573,7 +5969,7 @@ class TargetCheck:
     }
 
 
-# == 19 Delivery: Task, ActiveMessage, Delivery, RelayJob, PipeJob, Lanes =====
+# == 21 Delivery: Task, ActiveMessage, Delivery, RelayJob, PipeJob, Lanes =====
 # Takes messages to their destinations, in batches: one lock and one fsync for
 # all that goes to one mailbox, one connection for all that goes to one host.
 # What may take long is done by child processes, each without root's rights.
@@ -6171,7 +6567,7 @@ class Lanes:
         return job.messages()
 
 
-# == 20 Queue runner: Pickup, QueueRunner, take_lock ==========================
+# == 22 Queue runner: Pickup, QueueRunner, take_lock ==========================
 # The schedule: which message is tried when, and what follows from it.
 # Failures: MailError for a queue that cannot be read; a message that cannot
 # is set aside.
@@ -6798,7 +7194,7 @@ class QueueRunner:
                 self.add(word, time.time())
 
 
-# == 21 SMTP server: Stream, Conversation, WorkerPool, SmtpServer =============
+# == 23 SMTP server: Stream, Conversation, WorkerPool, SmtpServer =============
 # Sessions over sockets: TCP, the submit socket, and -bs on standard input.
 # Failures: a reply to the client; whatever else goes wrong ends one session.
 
@@ -7239,7 +7635,7 @@ class SmtpServer:
             connection.close()
 
 
-# == 22 Submission: House, SubmitSocket, Letter, Submission ===================
+# == 24 Submission: House, SubmitSocket, Letter, Submission ===================
 # The client's side: how mail gets from a command into the queue.
 # Failures: MailError when nothing is in the queue.
 
@@ -7609,7 +8005,7 @@ class Submission:
                 os._exit(EX_OK)
 
 
-# == 23 Daemon: Daemon, SignalPipe ============================================
+# == 25 Daemon: Daemon, SignalPipe ============================================
 # The master: binds, starts the others and starts them again. Parses no mail.
 # Failures: ProgramError before it is up; afterwards a line in the log.
 
@@ -7982,7 +8378,7 @@ class Daemon:
         return EX_OK
 
 
-# == 24 Mail reader: Terminal, Composer, MailReader ===========================
+# == 26 Mail reader: Terminal, Composer, MailReader ===========================
 # mail(1): what is typed, what is shown, what is left in the mailbox.
 # Source: POSIX mailx; where it is silent, Heirloom mailx.
 # Failures: a line on the terminal and the next prompt; ProgramError to end.
@@ -8549,7 +8945,7 @@ class MailReader:
 # DOORS: the programs.
 # =============================================================================
 
-# == 25 Programs: SendmailOptions, cmd_sendmail, cmd_mail, cmd_serve ... ======
+# == 27 Programs: SendmailOptions, cmd_sendmail, cmd_mail, cmd_serve ... ======
 # A program is a function from arguments to an exit code; its docstring is what
 # --help prints.
 # Failures: ProgramError and MailError, which main() turns into a line.
@@ -8885,7 +9281,7 @@ MAILERS = {
 
 def routing_code(found: list[Destination]) -> int:
     """0 where mail arrives, 75 where it waits, 67 where it never does."""
-    errors = [one.error for one in found if one.kind == "error"]
+    errors = [one.error for one in found if one.error]
     if any(not error.is_temporary for error in errors):
         return EX_NOUSER
     return EX_TEMPFAIL if errors else EX_OK
@@ -8937,6 +9333,7 @@ def explain(house: House, address: Address, sender: str) -> tuple[Branch, list]:
     """
     tree = Branch(str(address))
     router = house.router(TargetFiles(house.users))
+    router.resolver = Resolver(house.settings.root)
     found = list(router.resolve(address, frozenset(), tree))
     for branch in tree.leaves():
         kind, _, path = branch.text.partition(" ")
@@ -9328,7 +9725,7 @@ def cmd_help(args: list[str], environ: dict) -> int:
     return EX_OK
 
 
-# == 26 Dispatch: PROGRAMS, main ==============================================
+# == 28 Dispatch: PROGRAMS, main ==============================================
 # By what name it was called; and the one place that ends in words.
 
 PROGRAMS = {

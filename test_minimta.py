@@ -206,6 +206,8 @@ class Instance:
         self.process = None
         self.sender = "payam"
         self.write_users()
+        # No name server of the world is asked: nobody listens there.
+        self.write("etc/resolv.conf", "nameserver [127.0.0.1]:9\n")
         self.configure(**settings)
         self.aliases("# none\n")
 
@@ -2846,7 +2848,146 @@ class TestBranch:
         assert minimta.Branch("a\nb\x1b").text == "a?b?"
 
 
-# == 10 Log: Log ==============================================================
+# == 10 Names: Record, encode_question, decode_answer =========================
+
+
+def wire_name(name):
+    """A name on the wire, by our own rules."""
+    labels = [label.encode() for label in name.split(".") if label]
+    return b"".join(bytes([len(label)]) + label for label in labels) + b"\0"
+
+
+def wire_data(kind, data):
+    """A record's data on the wire."""
+    if kind == "MX":
+        return data[0].to_bytes(2, "big") + wire_name(data[1])
+    if kind == "CNAME":
+        return wire_name(data)
+    return socket.inet_pton(socket.AF_INET6 if ":" in data else socket.AF_INET, data)
+
+
+DNS_CODES = {"A": 1, "CNAME": 5, "MX": 15, "AAAA": 28, "TXT": 16}
+
+
+def wire_record(name, kind, data, ttl=60):
+    """A whole record."""
+    raw = data if isinstance(data, bytes) else wire_data(kind, data)
+    kind = DNS_CODES[kind].to_bytes(2, "big")
+    size = len(raw).to_bytes(2, "big")
+    return wire_name(name) + kind + b"\0\1" + ttl.to_bytes(4, "big") + size + raw
+
+
+def wire_answer(question, *records, flags=0x8180, count=None):
+    """The packet that answers a question packet."""
+    body = question[12 : question.index(b"\0", 12) + 5]
+    count = len(records) if count is None else count
+    head = question[:2] + flags.to_bytes(2, "big") + b"\0\1"
+    return head + count.to_bytes(2, "big") + bytes(4) + body + b"".join(records)
+
+
+QUESTION = minimta.encode_question(0x1234, "x.example", "MX")
+MX_RECORD = wire_record("x.example", "MX", (10, "mx.x.example"))
+POINTED = b"\xc0\x0c"  # the name in the question
+
+ANSWERS = [
+    ([MX_RECORD], [(10, "mx.x.example")]),
+    ([], []),
+    # of several names and types those that were asked for
+    (
+        [wire_record("y.example", "MX", (1, "evil.example")), MX_RECORD],
+        [(10, "mx.x.example")],
+    ),
+    ([wire_record("x.example", "TXT", b"\3abc"), MX_RECORD], [(10, "mx.x.example")]),
+    # another spelling is the same name
+    ([wire_record("X.Example", "MX", (10, "MX.X.example"))], [(10, "mx.x.example")]),
+    # a pointer
+    ([POINTED + MX_RECORD[11:]], [(10, "mx.x.example")]),
+    # null MX, RFC 7505
+    ([wire_record("x.example", "MX", (0, ""))], [(0, "")]),
+    # an alias
+    (
+        [
+            wire_record("x.example", "CNAME", "y.example"),
+            wire_record("y.example", "MX", (5, "mx.y.example")),
+        ],
+        [(5, "mx.y.example")],
+    ),
+]
+
+BAD_PACKETS = {
+    "nothing": b"",
+    "half a head": QUESTION[:7],
+    "another id": wire_answer(b"\0\0" + QUESTION[2:], MX_RECORD),
+    "a question": QUESTION,
+    "another opcode": wire_answer(QUESTION, MX_RECORD, flags=0xA180),
+    "another name": wire_answer(minimta.encode_question(0x1234, "y.example", "MX")),
+    "another type": wire_answer(minimta.encode_question(0x1234, "x.example", "A")),
+    "a record too few": wire_answer(QUESTION, MX_RECORD, count=2),
+    "half a record": wire_answer(QUESTION, MX_RECORD[:-3], count=1),
+    "a pointer to itself": wire_answer(QUESTION, b"\xc0\x1b" + MX_RECORD[11:], count=1),
+    "a pointer forward": wire_answer(QUESTION, b"\xc0\x40" + MX_RECORD[11:], count=1),
+    "a label of 64": wire_answer(QUESTION, b"\x40" + MX_RECORD, count=1),
+    "a line end in a name": wire_answer(
+        QUESTION, wire_record("x.example", "MX", (1, "a\nb.example"))
+    ),
+    "an odd size": wire_answer(QUESTION, wire_record("x.example", "A", b"\1\2\3")),
+}
+
+
+class TestNames:
+    """DNS packets."""
+
+    def test_a_question_is_one_that_servers_know(self):
+        head = b"\x12\x34\x01\x00\0\1\0\0\0\0\0\1"
+        options = b"\0\0\x29\x04\xd0" + bytes(6)
+        body = wire_name("x.example") + b"\0\x0f\0\1"
+        assert head + body + options == QUESTION
+
+    @pytest.mark.parametrize(("records", "wanted"), ANSWERS)
+    def test_an_answer_is_read(self, records, wanted):
+        packet = wire_answer(QUESTION, *records)
+        answer = minimta.decode_answer(packet, 0x1234, "x.example", "MX")
+        assert [one.data for one in answer.follow("x.example", "MX")] == wanted
+
+    @pytest.mark.parametrize("packet", BAD_PACKETS.values(), ids=BAD_PACKETS)
+    def test_what_is_no_answer_is_refused(self, packet):
+        with pytest.raises(ValueError, match="."):
+            minimta.decode_answer(packet, 0x1234, "x.example", "MX")
+
+    def test_a_packet_cut_anywhere_is_refused_or_short(self):
+        packet = wire_answer(QUESTION, MX_RECORD)
+        for end in range(len(packet)):
+            with pytest.raises(ValueError, match="."):
+                minimta.decode_answer(packet[:end], 0x1234, "x.example", "MX")
+
+    def test_noise_is_refused_or_read_but_never_more(self):
+        dice = random.Random(7)
+        packet = wire_answer(QUESTION, MX_RECORD)
+        for _ in range(3000):
+            noisy = bytearray(packet)
+            for _ in range(dice.randrange(1, 4)):
+                noisy[dice.randrange(len(noisy))] = dice.randrange(256)
+            with contextlib.suppress(ValueError):
+                minimta.decode_answer(bytes(noisy), 0x1234, "x.example", "MX")
+
+    def test_aliases_in_a_ring_end(self):
+        ring = [
+            wire_record("x.example", "CNAME", "y.example"),
+            wire_record("y.example", "CNAME", "x.example"),
+        ]
+        answer = minimta.decode_answer(
+            wire_answer(QUESTION, *ring), 0x1234, "x.example", "MX"
+        )
+        with pytest.raises(ValueError, match="CNAME"):
+            answer.follow("x.example", "MX")
+
+    @pytest.mark.parametrize("name", ["a..b", "", ".", "x" * 64, "a." * 130 + "b"])
+    def test_what_is_no_name_is_not_asked_for(self, name):
+        with pytest.raises(ValueError, match="."):
+            minimta.encode_name(name)
+
+
+# == 11 Log: Log ==============================================================
 
 
 @pytest.fixture
@@ -2987,7 +3128,7 @@ class TestLog:
         assert (tmp_path / "log").stat().st_mode & 0o137 == 0
 
 
-# == 11 Users: User, Users, Rights, find_root, read_settings ==================
+# == 12 Users: User, Users, Rights, find_root, read_settings ==================
 
 
 PASSWD = """root:x:0:0:root:/root:/bin/sh
@@ -3161,7 +3302,7 @@ class TestReadSettings:
         assert caught.value.code == 78
 
 
-# == 12 Spool: Spool, Draft, QueueFile, Maildrop ==============================
+# == 13 Spool: Spool, Draft, QueueFile, Maildrop ==============================
 
 
 ME = minimta.User("me", os.getuid(), os.getgid(), "", "/")
@@ -3484,7 +3625,7 @@ class TestMaildrop:
         assert open_files() == before
 
 
-# == 13 Alias database: AliasDatabase, AliasMaps, TargetFiles =================
+# == 14 Alias database: AliasDatabase, AliasMaps, TargetFiles =================
 
 
 def backends():
@@ -3813,7 +3954,7 @@ class TestTargetFiles:
         assert (text, why) == ("", f"{path}: Permission denied")
 
 
-# == 14 Mailboxes: MailboxLock, Mailbox, FileBox, MaildirBox ==================
+# == 15 Mailboxes: MailboxLock, Mailbox, FileBox, MaildirBox ==================
 
 
 HOLD_LOCK = """
@@ -4149,7 +4290,7 @@ class TestRedelivery:
             assert mailbox.find({QUEUE_ID}) == {}
 
 
-# == 15 Folders: Folder, FolderMessage ========================================
+# == 16 Folders: Folder, FolderMessage ========================================
 
 
 def mail(subject, *lines, status=""):
@@ -4298,7 +4439,7 @@ class TestFolder:
             assert (box.is_read_only, len(box.messages)) == (True, 1)
 
 
-# == 17 Relay: NextHop, Parcel, Relay =========================================
+# == 18 Relay: NextHop, Parcel, Relay =========================================
 
 
 HOST_ROWS = [
@@ -4376,7 +4517,203 @@ class TestRelayReplies:
         )
 
 
-# == 18 Routing: Destination, Trail, Router, TargetCheck ======================
+# == 19 Resolver: MailHost, Resolver ==========================================
+
+
+class NameServer:
+    """A real DNS server on a port of 127.0.0.1 that answers from a table.
+
+    (name, type) -> records as (type, data), or a response code, or a function
+    of the question packet that returns packets to send.
+    """
+
+    def __init__(self, rows):
+        self.rows = rows
+        self.asked = []
+        self.udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.tcp = socket.socket()
+        while True:
+            port = free_port()
+            with contextlib.suppress(OSError):
+                self.udp.bind(("127.0.0.1", port))
+                self.tcp.bind(("127.0.0.1", port))
+                break
+        self.port = port
+        self.tcp.listen(5)
+        self.end, self.stop = socket.socketpair()
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def run(self):
+        while True:
+            ready = select.select([self.udp, self.tcp, self.end], [], [])[0]
+            if self.end in ready:
+                return
+            if self.udp in ready:
+                packet, address = self.udp.recvfrom(4096)
+                for answer in self.answers(packet, "udp"):
+                    self.udp.sendto(answer, address)
+            if self.tcp in ready:
+                connection, _ = self.tcp.accept()
+                with connection:
+                    packet = connection.recv(4096)[2:]
+                    for answer in self.answers(packet, "tcp"):
+                        for byte in len(answer).to_bytes(2, "big") + answer:
+                            connection.send(bytes([byte]))
+
+    def answers(self, packet, way):
+        reader = minimta.PacketReader(packet)
+        reader.place = 12
+        name, code = reader.name(), reader.number()
+        kind = {number: word for word, number in DNS_CODES.items()}[code]
+        self.asked.append((name, kind, way))
+        row = self.rows.get((name, kind), 3)
+        if callable(row):
+            return row(packet, way)
+        if isinstance(row, int):
+            return [wire_answer(packet, flags=0x8180 | row)]
+        return [wire_answer(packet, *(wire_record(name, *one) for one in row))]
+
+    def close(self):
+        self.stop.send(b"x")
+        self.thread.join()
+        for one in (self.udp, self.tcp, self.end, self.stop):
+            one.close()
+
+
+@pytest.fixture
+def make_resolver(tmp_path):
+    """Makes a resolver that asks a NameServer; both as a pair."""
+    made = []
+
+    def make(rows, more="", hosts=""):
+        server = NameServer(rows)
+        made.append(server)
+        (tmp_path / "etc").mkdir(exist_ok=True)
+        text = f"# ours\nnameserver [127.0.0.1]:{server.port}\n{more}\n"
+        (tmp_path / "etc/resolv.conf").write_text(text)
+        (tmp_path / "etc/hosts").write_text(hosts)
+        return minimta.Resolver(str(tmp_path)), server
+
+    yield make
+    for server in made:
+        server.close()
+
+
+def cut_by_udp(*records):
+    """An answer that UDP has no room for."""
+
+    def answer(packet, way):
+        if way == "udp":
+            return [wire_answer(packet, flags=0x8380)]
+        return [wire_answer(packet, *records)]
+
+    return answer
+
+
+def forged_first(packet, way):
+    """Answers with another id and another name come before the right one."""
+    wrong = minimta.encode_question(0x1234, "y.example", "MX")
+    evil = wire_record("x.example", "MX", (1, "evil.example"))
+    number = int.from_bytes(packet[:2], "big") ^ 1
+    return [
+        wire_answer(number.to_bytes(2, "big") + packet[2:], evil),
+        wire_answer(packet[:2] + wrong[2:], evil),
+        b"noise",
+        wire_answer(packet, MX_RECORD),
+    ]
+
+
+class TestResolver:
+    """Name servers, over real sockets."""
+
+    def test_mail_hosts_come_in_their_order_with_their_addresses(self, make_resolver):
+        rows = {
+            ("x.example", "MX"): [("MX", (20, "b.example")), ("MX", (10, "a.example"))],
+            ("a.example", "A"): [("A", "192.0.2.1")],
+            ("a.example", "AAAA"): [("AAAA", "2001:db8::1")],
+            ("b.example", "A"): [("A", "192.0.2.2")],
+        }
+        resolver, _ = make_resolver(rows)
+        assert [host.fields() for host in resolver.mail_hosts("X.example")] == [
+            (10, "a.example", ["192.0.2.1", "2001:db8::1"]),
+            (20, "b.example", ["192.0.2.2"]),
+        ]
+
+    def test_without_mx_the_domain_is_its_own_host(self, make_resolver):
+        rows = {("x.example", "MX"): [], ("x.example", "A"): [("A", "192.0.2.1")]}
+        resolver, _ = make_resolver(rows)
+        (host,) = resolver.mail_hosts("x.example")
+        assert host.fields() == (0, "x.example", ["192.0.2.1"])
+
+    @pytest.mark.parametrize(
+        ("rows", "status", "why"),
+        [
+            ({}, "5.4.4", "type=MX: Host not found$"),
+            ({("x.example", "MX"): 2}, "4.4.3", "Host not found, try again$"),
+            ({("x.example", "MX"): 5}, "4.4.3", "Host not found, try again$"),
+            ({("x.example", "MX"): []}, "5.4.4", "no data record of requested type"),
+            (
+                {("x.example", "MX"): [("MX", (0, ""))]},
+                "5.1.10",
+                "does not accept mail",
+            ),
+        ],
+    )
+    def test_a_failure_has_postfixs_words(self, make_resolver, rows, status, why):
+        resolver, _ = make_resolver(rows)
+        with pytest.raises(minimta.MailError, match=why) as caught:
+            resolver.mail_hosts("x.example")
+        assert caught.value.status == status
+
+    def test_a_server_that_is_silent_is_a_failure_for_now(self, make_resolver):
+        rows = {("x.example", "MX"): lambda packet, way: []}
+        resolver, server = make_resolver(rows, "options timeout:1 attempts:1")
+        with pytest.raises(minimta.MailError) as caught:
+            resolver.lookup("x.example", "MX")
+        assert caught.value.status == "4.4.3"
+        assert len(server.asked) == 1
+
+    def test_a_server_that_is_not_there_is_passed_over(self, make_resolver):
+        resolver, _ = make_resolver({("x.example", "MX"): [("MX", (1, "a"))]})
+        resolver.servers.insert(0, ("127.0.0.1", free_port()))
+        assert len(resolver.lookup("x.example", "MX")) == 1
+
+    def test_an_answer_that_was_cut_is_asked_for_by_tcp(self, make_resolver):
+        resolver, server = make_resolver({("x.example", "MX"): cut_by_udp(MX_RECORD)})
+        assert len(resolver.lookup("x.example", "MX")) == 1
+        assert [way for _, _, way in server.asked] == ["udp", "tcp"]
+
+    def test_forged_answers_are_passed_over(self, make_resolver):
+        resolver, _ = make_resolver({("x.example", "MX"): forged_first})
+        (record,) = resolver.lookup("x.example", "MX")
+        assert record.data == (10, "mx.x.example")
+
+    def test_an_answer_is_kept_as_long_as_it_says(self, make_resolver):
+        rows = {
+            ("x.example", "MX"): [("MX", (1, "a.example"), 60)],
+            ("y.example", "MX"): [("MX", (1, "a.example"), 0)],
+        }
+        resolver, server = make_resolver(rows)
+        for name in ("x.example", "y.example") * 2:
+            resolver.lookup(name, "MX")
+        names = [name for name, _, _ in server.asked]
+        assert names == ["x.example", "y.example", "y.example"]
+
+    def test_the_hosts_file_comes_first(self, make_resolver):
+        hosts = "192.0.2.7 near.example near # ours\n"
+        resolver, server = make_resolver({}, hosts=hosts)
+        assert resolver.addresses("NEAR") == ["192.0.2.7"]
+        assert server.asked == []
+
+    def test_resolv_conf_has_its_forms(self, make_resolver):
+        more = "nameserver 192.0.2.53 ; x\nnameserver\nsearch a b\noptions timeout:3 x"
+        resolver, _ = make_resolver({}, more)
+        assert resolver.servers[1:] == [("192.0.2.53", 53)]
+        assert (resolver.timeout, resolver.attempts) == (3, 2)
+
+
+# == 20 Routing: Destination, Trail, Router, TargetCheck ======================
 
 
 class FakeAliases:
@@ -4736,7 +5073,7 @@ class TestRouter:
         assert found == status
 
 
-# == 19 Delivery: Task, ActiveMessage, Delivery, RelayJob, PipeJob, Lanes =====
+# == 21 Delivery: Task, ActiveMessage, Delivery, RelayJob, PipeJob, Lanes =====
 
 
 def planned(spool, *recipients, journal=(), text=MESSAGE, aliases=()):
@@ -4823,7 +5160,7 @@ class TestActiveMessage:
         ]
 
 
-# == 20 Queue runner: QueueRunner, take_lock ==================================
+# == 22 Queue runner: QueueRunner, take_lock ==================================
 
 
 class QuietHouse:
@@ -5057,7 +5394,7 @@ class TestQueueRunner:
         assert lock > 2
 
 
-# == 21 SMTP server: Stream, Conversation, WorkerPool, SmtpServer =============
+# == 23 SMTP server: Stream, Conversation, WorkerPool, SmtpServer =============
 
 
 class FakeStream:
@@ -5277,7 +5614,7 @@ class TestNetworks:
         assert caught.value.code == 78
 
 
-# == 22 Submission: House, SubmitSocket, Letter, Submission ===================
+# == 24 Submission: House, SubmitSocket, Letter, Submission ===================
 
 
 def make_letter(*recipients, body=b"text\n"):
@@ -5420,7 +5757,7 @@ class TestSubmission:
         assert not minimta.SubmitSocket(quiet.spool.directory).connect()
 
 
-# == 23 Daemon: Daemon, SignalPipe ============================================
+# == 25 Daemon: Daemon, SignalPipe ============================================
 
 
 class TestChild:
@@ -5446,7 +5783,7 @@ class TestChild:
         assert child.due == 1.0
 
 
-# == 24 Mail reader: Terminal, Composer, MailReader ===========================
+# == 26 Mail reader: Terminal, Composer, MailReader ===========================
 
 
 class FakeTerminal:
@@ -5738,7 +6075,7 @@ class TestShown:
         assert minimta.sender_name(header, line) == wanted
 
 
-# == 25 Programs: SendmailOptions, cmd_sendmail, cmd_mail, cmd_serve ... ======
+# == 27 Programs: SendmailOptions, cmd_sendmail, cmd_mail, cmd_serve ... ======
 
 
 def letters_of(kind):
@@ -5902,7 +6239,7 @@ class TestPeople:
         assert caught.value.code == code
 
 
-# == 26 Dispatch: PROGRAMS, main ==============================================
+# == 28 Dispatch: PROGRAMS, main ==============================================
 
 
 VERSION = f"minimta {minimta.__version__}\n"
@@ -8629,7 +8966,7 @@ class TestExplain:
             ),
             ("lpic", 67, "did you mean lpic1?"),
             ("payam+x", 0, "user payam"),
-            ("far@example.com", 0, "far@example.com is elsewhere"),
+            ("far@example.com", 75, "far@example.com is elsewhere"),
         ],
     )
     def test_exit_codes_and_hints(self, explained, name, code, words):
@@ -8678,6 +9015,21 @@ class TestExplain:
         assert "relayhost [mail.example.com]:587" in out
         assert "etc/minimta.conf, line 5" in out
         assert "TLS" in out
+
+    def test_the_mail_hosts_of_a_domain_are_named(self, explained):
+        rows = {
+            ("far.example", "MX"): [("MX", (10, "mx.far.example"))],
+            ("mx.far.example", "A"): [("A", "192.0.2.1")],
+        }
+        server = NameServer(rows)
+        explained.write("etc/resolv.conf", f"nameserver [127.0.0.1]:{server.port}\n")
+        try:
+            result = explained.run("minimta.py", "explain", "x@far.example")
+        finally:
+            server.close()
+        assert result.code == 75  # for it is not sent there yet
+        assert "├─ MX 10 mx.far.example [192.0.2.1]\n" in result.out
+        assert "deferred: no route to far.example" in result.out
 
     def test_json_has_the_same_tree(self, explained):
         import json
@@ -9307,6 +9659,45 @@ class TestEveryInstant:
             assert instance.queued() == []
             left = {path.name for path in instance.mailbox("payam").parent.iterdir()}
             assert left == set(LOCAL_USERS)
+
+    @pytest.mark.parametrize("call", DEADLY_CALLS)
+    def test_mail_of_every_kind_arrives_once(self, make_instance, call):
+        def prepare(instance):
+            drop = open_folder(instance)
+            members = instance.write("list", f"user1\n{drop}/listed\n")
+            instance.give(members, "user1")
+            instance.aliases(
+                f"all: {drop}/file, {drop}/box/, :include:{members}\n"
+                "owner-all: user2\nbad: error:550 5.7.1 no, user2\n"
+            )
+            instance.forward("user1", "\\user1, ~/copy\n")
+            words = ("-odq", "all", "bad", "nosuchuser", "payam")
+            result = instance.run("sendmail", *words, stdin=letter("frail"))
+            assert result.code == 0, result
+
+        for instance, _ in self.kills(make_instance, call, prepare, "-q"):
+            drop, home = instance.root / "drop", instance.home("user1")
+            texts = [path.read_text() for path in (drop / "box/new").iterdir()]
+            places = (drop / "file", drop / "listed", home / "copy")
+            texts += [path.read_text() for path in places]
+            texts += instance.with_token("user1", "frail")
+            assert [text.count("Subject: frail") for text in texts] == [1] * 5
+            # payam's copy, and one report of what failed
+            assert len(instance.with_token("payam", "frail")) == 2
+            assert instance.messages("user2") == []
+            assert instance.queued() == []
+
+    @pytest.mark.parametrize("call", DEADLY_CALLS)
+    def test_a_command_is_run_for_what_is_queued(self, make_instance, call):
+        def prepare(instance):
+            path = open_folder(instance) / "out"
+            instance.aliases(f'prog: "|grep Subject >>{path}"\n')
+            instance.run("sendmail", "-odq", "prog", stdin=letter("frail"))
+
+        for instance, was_killed in self.kills(make_instance, call, prepare, "-q"):
+            count = (instance.root / "drop/out").read_text().count("frail")
+            assert count == 1 or was_killed and count == 2  # it was in flight
+            assert instance.queued() == []
 
     @pytest.mark.parametrize("call", DEADLY_CALLS)
     def test_mail_that_is_handed_in_is_whole_or_not_there(self, make_instance, call):

@@ -5895,7 +5895,8 @@ class Router:
         """A destination that is none, with the failure that says why."""
         if trail.branch:
             outcome = DEFERRED if error.is_temporary else BOUNCED
-            trail.draw(f"{outcome}: {error.text}", "", f"{error.status} {hint}".strip())
+            detail = ", ".join(filter(None, (error.status, hint)))
+            trail.draw(f"{outcome}: {error.text}", "", detail)
         return Destination("error", str(address), error=error, sender=trail.sender)
 
     TARGETS = {
@@ -9268,8 +9269,9 @@ def serve_stdin(options: SendmailOptions, environ: dict) -> int:
 
 # What sendmail calls the ways that mail is handed over.
 MAILERS = {
+    "error": "error",
     "mailbox": "local",
-    "maildir": "local",
+    "maildir": "*file*",
     "lmtp": "lmtp",
     "remote": "esmtp",
     "pipe": "prog",
@@ -9297,14 +9299,13 @@ def verify_recipients(options: SendmailOptions, environ: dict) -> int:
     for address in read_recipients(house, options.recipients):
         for found in router.resolve(address, frozenset()):
             every.append(found)
-            text = f"deliverable: mailer {MAILERS.get(found.kind)}"
+            shown, text = found.target, f"deliverable: mailer {MAILERS[found.kind]}"
             if found.kind == "error":
                 text = reason(found.error)
-            elif found.kind in ("mailbox", "maildir", "lmtp"):
+            elif found.kind in ("mailbox", "lmtp"):
                 text += f", user {found.user.name}"
             elif found.kind != "remote":
-                text += f", {found.place}"
-            shown = found.target if found.target != found.place else address
+                shown = f'"|{found.place}"' if found.kind == "pipe" else found.place
             write_all(1, os_bytes(printable(f"{shown}... {text}") + "\n"))
     return routing_code(every)
 

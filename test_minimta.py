@@ -8962,7 +8962,7 @@ class TestExplain:
             (
                 "payan",
                 67,
-                'bounced: unknown user: "payan"  (5.1.1 did you mean payam?)',
+                'bounced: unknown user: "payan"  (5.1.1, did you mean payam?)',
             ),
             ("lpic", 67, "did you mean lpic1?"),
             ("payam+x", 0, "user payam"),
@@ -9048,8 +9048,8 @@ class TestExplain:
         assert result.out.splitlines() == [
             f"user1@{HOST}... deliverable: mailer local, user user1",
             "far@example.com... deliverable: mailer esmtp",
-            f"all@{HOST}... deliverable: mailer *file*, /dev/null",
-            f"all@{HOST}... deliverable: mailer prog, cat x",
+            "/dev/null... deliverable: mailer *file*",
+            '"|cat x"... deliverable: mailer prog',
             f"nosuch@{HOST}... User unknown",
         ]
 

@@ -6902,7 +6902,7 @@ class TestSendmail:
         instance.sendmail("friend@example.com", stdin=letter("late"))
         instance.wait_reason("friend@example.com")
         wait_for(lambda: "status=deferred" in instance.log())
-        sink = make_sink(port=port)
+        sink = make_sink(place=("127.0.0.1", port))
         result = instance.run("sendmail", "-q", user="root")
         assert result.code == 0, result
         instance.wait_empty()

@@ -449,23 +449,27 @@ def strip_comment(line: str) -> str:
     return line
 
 
-def logical_lines(text: str) -> list[tuple[int, str]]:
+def logical_lines(text: str) -> object:
     """(number of the first line, text) of each entry; comments are gone.
 
     A `#` begins a comment where a word could begin, also behind a value; not
     inside double quotes. A line that begins with white space continues the
-    one before; if it is the first it is handed over as it is, indented.
+    one before; if it is the first it is handed over as it is, indented. One
+    by one, for the text may be a list of many members.
     """
-    found: list[tuple[int, str]] = []
+    first, pieces = 0, []
     for number, line in enumerate(text.split("\n"), 1):
         bare = strip_comment(line.rstrip("\r"))
         if not bare.strip():
             continue
-        if bare[0] in " \t" and found:
-            found[-1] = (found[-1][0], f"{found[-1][1]} {bare.strip()}")
-        else:
-            found.append((number, bare.rstrip()))
-    return found
+        if bare[0] in " \t" and pieces:
+            pieces.append(bare.strip())
+            continue
+        if pieces:
+            yield first, " ".join(pieces)
+        first, pieces = number, [bare.rstrip()]
+    if pieces:
+        yield first, " ".join(pieces)
 
 
 def host_defaults(host: str, root: str) -> tuple[dict, dict]:
@@ -1377,6 +1381,8 @@ class Target(Value):
             text = unescaped(text[1:-1])  # |"command args", Postfix's other form
         if text in ("", "/"):
             raise ValueError(f"nothing behind {prefix}")
+        if "\0" in text:
+            raise ValueError("a NUL in the name of a file or command")
         if kind == "include" and text[0] != "/":
             raise ValueError(f":include:{printable(text, 60)}: need an absolute path")
         return cls(kind, prefix + text if kind == "file" else text)
@@ -1423,6 +1429,21 @@ def item_end(text: str, start: int, stops: str) -> int:
     return len(text)
 
 
+def command_end(text: str, start: int) -> int:
+    """Where a command without quotes around it ends.
+
+    At a comma and a blank, if what follows looks like a target: else the
+    comma is the command's own, and it goes to the end of the line.
+    """
+    end = item_end(text, start, ",")
+    after = text[end + 1 : item_end(text, min(end + 1, len(text)), ",")]
+    word = after.strip()
+    is_list = after[:1].isspace() and (
+        word[:1] in ('"', "\\", "|", "/", ":") or "@" in word or " " not in word
+    )
+    return end if is_list else len(text)
+
+
 def split_items(text: str, stops: str = ",") -> list[str]:
     """The items of `text` between commas; quotes, <> and () are kept whole.
 
@@ -1431,13 +1452,15 @@ def split_items(text: str, stops: str = ",") -> list[str]:
     """
     items, place = [], 0
     while place < len(text):
-        rest = text[place:].lstrip()
-        start = len(text) - len(rest)
-        if rest.lower().startswith(SENTENCES):
+        while text[place : place + 1].isspace():
+            place += 1
+        if text[place : place + 10].lower().startswith(SENTENCES):
             end = len(text)
+        elif text.startswith("|", place):
+            end = command_end(text, place)
         else:
-            end = item_end(text, start, "," if rest.startswith("|") else stops)
-        items.append(text[start:end].strip())
+            end = item_end(text, place, stops)
+        items.append(text[place:end].strip())
         place = end + 1
     return [item for item in items if item]
 
@@ -1489,6 +1512,7 @@ class AliasTable:
     def parse(cls, text: str) -> AliasTable:
         """The table of an aliases file's text."""
         table = cls()
+        text = text.removeprefix("\ufeff")  # what Windows editors put there
         # A backslash at a line's end continues it too, says sendmail.
         for line, entry in logical_lines(text.replace("\\\n", "\n ")):
             try:
@@ -1511,6 +1535,8 @@ class AliasTable:
             text = f"duplicate alias {shown}; line {first} counts"
             self.warnings.append((line, text))
             return
+        if len(name.split()) > 1 and not entry.startswith('"'):
+            self.warnings.append((line, f"{shown}: a name of two words: quote it"))
         if len(targets) != len(split_items(value)):
             self.warnings.append((line, f"{shown}: write commas between targets"))
         self.entries[name] = (line, targets)
@@ -1567,7 +1593,9 @@ class AliasTable:
         asked: dict[Target, str] = {}
         for name, (line, targets) in self.entries.items():
             for target in targets:
-                if target.kind == "address" and target.text.lower() in self.entries:
+                other = target.text.lower()
+                is_own = other in self.entries and other != name
+                if target.kind == "address" and is_own:
                     continue
                 if target not in asked:
                     asked[target] = problem(target)
@@ -1603,7 +1631,7 @@ def is_id(name: str) -> bool:
     return (
         len(head) == 10
         and all(c in ID_LETTERS for c in head)
-        and (all(c in "BDS0123456789" for c in tail) and len(tail) < 20)
+        and (all(c in "BDS0123456789" for c in tail) and len(tail) < 30)
     )
 
 
@@ -1611,6 +1639,14 @@ def parent_id(report_id: str) -> str:
     """The id of the message that a report is about, "" if it is none's."""
     place = max(report_id.rfind(letter, 10) for letter in "BDS")
     return report_id[: max(0, place)]
+
+
+def checksum(text: str) -> int:
+    """32 bits that are the same for the same text, always (FNV-1a)."""
+    number = 0x811C9DC5
+    for byte in os_bytes(text):
+        number = (number ^ byte) * 0x01000193 & 0xFFFFFFFF
+    return number
 
 
 def retry_delay(age: float, shortest: int, longest: int, chance: float) -> float:
@@ -1632,6 +1668,17 @@ def is_xtext(text: str, longest: int = 500) -> bool:
             return False
     plain = all("!" <= char <= "~" and char != "=" for char in text)
     return plain and 0 < len(text) <= longest
+
+
+def plain_xtext(text: str) -> str:
+    """What an xtext stands for, in one line.
+
+    >>> plain_xtext("a+2Bb")
+    'a+b'
+    """
+    head, *pieces = text.split("+")
+    found = [chr(int(piece[:2], 16)) + piece[2:] for piece in pieces]
+    return printable(head + "".join(found), 500)
 
 
 def is_notify(text: str) -> bool:
@@ -2247,6 +2294,8 @@ class Session:
         if text[: len(prefix)].upper() != prefix:
             raise Refusal(syntax)
         address, rest = parse_path(text[len(prefix) :])
+        if address.local.startswith("-"):  # an option, to some program; Postfix
+            raise bad_address(str(address), "a leading hyphen")
         try:
             return address, read_parameters(rest, known)
         except KeyError:
@@ -2427,27 +2476,29 @@ notifications of mail delivery errors from other systems.
 class ReportKind(Value):
     """One kind of report: what it is called and what it begins with.
 
-    `letter` stands in its queue id, `wish` in NOTIFY=, `note` in the log.
+    `letter` stands in its queue id, `wish` in NOTIFY=, `action` in its fields,
+    `note` in the log.
     """
 
-    __slots__ = ("letter", "wish", "subject", "note", "text")
+    __slots__ = ("letter", "wish", "action", "subject", "note", "text")
 
-    def __init__(self, letter: str, wish: str, *texts: str) -> None:
+    def __init__(self, letter: str, wish: str, action: str, *texts: str) -> None:
         self.letter = letter
         self.wish = wish
+        self.action = action
         self.subject, self.note, self.text = texts
 
 
 FAILED = ReportKind(
-    *("B", "FAILURE", "Undelivered Mail Returned to Sender"),
+    *("B", "FAILURE", "failed", "Undelivered Mail Returned to Sender"),
     *("sender non-delivery notification", FAILED_TEXT),
 )
 DELAYED = ReportKind(
-    *("D", "DELAY", "Delayed Mail (still being retried)"),
+    *("D", "DELAY", "delayed", "Delayed Mail (still being retried)"),
     *("sender delay notification", DELAYED_TEXT),
 )
 DELIVERED = ReportKind(
-    *("S", "SUCCESS", "Successful Mail Delivery Report"),
+    *("S", "SUCCESS", "delivered", "Successful Mail Delivery Report"),
     *("sender delivery status notification", DELIVERED_TEXT),
 )
 
@@ -2491,7 +2542,7 @@ class Event(Value):
         usual = f"{address_type(self.recipient)};{self.recipient}"
         return [
             ("Final-Recipient", f"{address_type(self.target)}; {self.target}"),
-            ("Original-Recipient", self.original or usual),
+            ("Original-Recipient", plain_xtext(self.original) or usual),
             ("Action", self.action),
             ("Status", self.status),
             ("Remote-MTA", f"dns; {host}" if is_remote else ""),
@@ -2549,7 +2600,7 @@ class Report:
             ("From", f"Mail Delivery System <MAILER-DAEMON@{self.host}>"),
             ("Subject", self.kind.subject),
             ("To", self.to),
-            ("Auto-Submitted", "auto-replied"),
+            ("Auto-Submitted", self.about.get("auto", "auto-replied")),
             ("Message-ID", f"<{report_id}.report@{self.host}>"),
             ("References", printable(self.about["message_id"], 300)),
             ("X-Failed-Recipients", ",\n ".join(dict.fromkeys(failed))),
@@ -2578,7 +2629,7 @@ class Report:
         sender = f"{address_type(envelope.sender)}; {envelope.sender}"
         rows = [
             ("Reporting-MTA", f"dns; {self.host}"),
-            ("Original-Envelope-Id", envelope.envid),
+            ("Original-Envelope-Id", plain_xtext(envelope.envid)),
             ("X-Minimta-Queue-ID", self.about["queue_id"]),
             ("X-Minimta-Sender", sender),
             ("Arrival-Date", rfc_date(envelope.arrived)),
@@ -2661,6 +2712,7 @@ class Branch:
 DNS_TYPES = {"A": 1, "CNAME": 5, "MX": 15, "AAAA": 28}
 DNS_SIZE = 1232  # bytes of an answer by UDP that no network cuts in pieces
 MAX_CNAMES = 10  # names behind one another; Postfix and BIND allow about as many
+MAX_HOPS = 2000  # pointers in one packet; an honest one has one a record
 NXDOMAIN = 3  # response code: there is no such name
 
 
@@ -2677,32 +2729,6 @@ class Record(Value):
         self.kind = kind
         self.ttl = ttl
         self.data = data
-
-
-class Answer(Value):
-    """What a server says: response code, whether it was cut, the records."""
-
-    __slots__ = ("code", "is_cut", "records")
-
-    def __init__(self, code: int, is_cut: bool, records: list[Record]) -> None:
-        self.code = code
-        self.is_cut = is_cut
-        self.records = records
-
-    def follow(self, name: str, kind: str) -> list[Record]:
-        """The records of that kind for `name`, or for what it stands for.
-
-        Raises ValueError for aliases that lead nowhere.
-        """
-        name = name.lower()
-        for _ in range(MAX_CNAMES):
-            own = [one for one in self.records if one.name == name]
-            found = [one for one in own if one.kind == kind]
-            names = [one.data for one in own if one.kind == "CNAME"]
-            if found or not names:
-                return found
-            name = names[0]
-        raise ValueError("too many CNAMEs behind one another")
 
 
 def encode_name(name: str) -> bytes:
@@ -2729,6 +2755,7 @@ class PacketReader:
     def __init__(self, packet: bytes) -> None:
         self.packet = packet
         self.place = 0
+        self.hops = 0  # pointers that were followed, all names together
 
     def take(self, size: int) -> bytes:
         """The next bytes."""
@@ -2748,12 +2775,13 @@ class PacketReader:
         A pointer must lead back: then none can go round (CVE-2026-40684).
         """
         labels, limit, after = [], self.place, -1
-        while True:
+        while len(labels) < 128:  # no name that fits has more, nor more hops
             length = self.number(1)
             if length >= 0xC0:
                 target = (length & 0x3F) << 8 | self.number(1)
                 after = self.place if after < 0 else after
-                if target >= limit:
+                self.hops += 1
+                if target >= limit or self.hops > MAX_HOPS:
                     raise ValueError("a pointer that does not lead back")
                 self.place = limit = target
             elif length > MAX_LABEL:
@@ -2802,6 +2830,32 @@ class PacketReader:
         if size not in (4, 16):
             raise ValueError("an address of the wrong size")
         return str(ip_address(self.take(size)))
+
+
+class Answer(Value):
+    """What a server says: response code, whether it was cut, the records."""
+
+    __slots__ = ("code", "is_cut", "records")
+
+    def __init__(self, code: int, is_cut: bool, records: list[Record]) -> None:
+        self.code = code
+        self.is_cut = is_cut
+        self.records = records
+
+    def follow(self, name: str, kind: str) -> list[Record]:
+        """The records of that kind for `name`, or for what it stands for.
+
+        Raises ValueError for aliases that lead nowhere.
+        """
+        name = PacketReader(encode_name(name)).name()
+        for _ in range(MAX_CNAMES):
+            own = [one for one in self.records if one.name == name]
+            found = [one for one in own if one.kind == kind]
+            names = [one.data for one in own if one.kind == "CNAME"]
+            if found or not names:
+                return found
+            name = names[0]
+        raise ValueError("too many CNAMEs behind one another")
 
 
 def decode_answer(packet: bytes, number: int, name: str, kind: str) -> Answer:
@@ -2933,6 +2987,7 @@ class Log:
         delay = max(0.0, attempt.when - arrived)
         shown = f"{delay:.2g}" if delay < 10 else f"{delay:.0f}"
         kind, _, target = attempt.destination.partition(" ")
+        kind = kind.partition("/")[0]
         component = {"remote": "smtp", "lmtp": "lmtp"}.get(kind, "local")
         if kind not in ADDRESS_KINDS:
             target = attempt.recipient
@@ -3033,7 +3088,9 @@ class Users:
         try:
             return User(*(pwd.getpwuid(uid)[n] for n in (0, 2, 3, 4, 5)))
         except (KeyError, OverflowError):
-            return User(f"uid{uid}", uid, uid, "", "/")
+            # Group 65534 is nobody's: that of the same number may be shadow's.
+            gid = os.getgid() if uid == os.getuid() else 65534
+            return User(f"uid{uid}", uid, gid, "", "/")
 
     def caller(self, environ: dict, uid: int) -> User:
         """Who runs this program: the uid decides, not what HOME or USER say.
@@ -3145,6 +3202,9 @@ def command_user(settings: Settings, users: Users) -> User:
     if user is None or user.uid == 0:
         why = f"default_privs: no user {printable(name, 60)} that is not root"
         raise MailError("4.3.5", why)
+    if user.uid == queue_owner(settings, users).uid:
+        why = f"default_privs: {user.name} owns the queue: name another user"
+        raise MailError("4.3.5", why)
     return user
 
 
@@ -3201,6 +3261,14 @@ def storage_error(error: OSError) -> MailError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return MailError("4.3.1", f"Insufficient system storage: {error.strerror}")
     return MailError("4.3.0", f"Cannot store the message: {error.strerror}")
+
+
+def is_passing(error: OSError) -> bool:
+    """Whether what an error says may pass: no room, no descriptors."""
+    import errno
+
+    words = "ENOSPC EDQUOT EFBIG EIO EMFILE ENFILE ENOMEM EAGAIN ESTALE EROFS"
+    return error.errno in {getattr(errno, word) for word in words.split()}
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -3841,14 +3909,18 @@ def alias_maps(settings: Settings, warn: object = None) -> AliasMaps:
 
 
 class ListFile(Value):
-    """What was read: its text, whose it is, whether others may write it."""
+    """What was read: its text, whose it is, whether others may write it.
 
-    __slots__ = ("text", "owner", "is_shared")
+    `identity` is the same for the same file, whatever path leads there.
+    """
 
-    def __init__(self, text: str, owner: User, is_shared: bool) -> None:
+    __slots__ = ("text", "owner", "is_shared", "identity")
+
+    def __init__(self, text: str, owner: User, is_shared: bool, identity: tuple = ()):
         self.text = text
         self.owner = owner
         self.is_shared = is_shared
+        self.identity = identity
 
 
 # Homes of users that have none; no .forward is waited for there.
@@ -3866,6 +3938,7 @@ class TargetFiles:
 
     MAX_FORWARD = 1 << 16  # bytes
     MAX_INCLUDE = 1 << 24  # bytes; a list of 10,000 members has 300 kB
+    USER_INCLUDE = 1 << 20  # bytes of one that a .forward names
 
     def __init__(self, users: Users) -> None:
         self.users = users
@@ -3920,7 +3993,7 @@ class TargetFiles:
         except (FileNotFoundError, NotADirectoryError):
             return None, ""
         except OSError as error:
-            return None, f": {error.strerror}"
+            return None, self.unreadable(path, error)
         try:
             seen = os.fstat(fd)
             why = self.problem(seen, owners, self.MAX_FORWARD) or self.home_problem(
@@ -3928,12 +4001,18 @@ class TargetFiles:
             )
             text = "" if why else os_text(self.read_all(fd))
         except OSError as error:
-            return None, f": {error.strerror}"
+            return None, self.unreadable(path, error)
         finally:
             os.close(fd)
         if text[:20].lower().startswith(FILTERS):
             why = "is a filter, which minimta does not run"
         return text, f" {why}" if why else ""
+
+    def unreadable(self, path: str, error: OSError) -> str:
+        """Why a file is not read. Raises MailError for what may pass."""
+        if is_passing(error):
+            raise MailError("4.3.0", f"{path}: {error.strerror}")
+        return " is a symbolic link" if os.path.islink(path) else f": {error.strerror}"
 
     def include(self, path: str, reader: User | None) -> ListFile:
         """An :include: file, read as `reader`, or as its owner if it is None.
@@ -3941,14 +4020,15 @@ class TargetFiles:
         A list of root's is read as root only where nobody else could have put
         it. Raises MailError.
         """
+        limit = self.USER_INCLUDE if reader else self.MAX_INCLUDE
         try:
-            if reader is None:
-                reader = self.owner_of(path)
-            with Rights(reader):
+            owners = os.lstat(path).st_uid if reader is None else None
+            with Rights(reader or self.owner_of(path)):
                 fd = self.open(path)
                 try:
                     seen = os.fstat(fd)
-                    why = self.problem(seen, (seen.st_uid,), self.MAX_INCLUDE, 0o002)
+                    owners = (seen.st_uid,) if owners is None else (owners,)
+                    why = self.problem(seen, owners, limit, 0o002)
                     if why:
                         raise MailError("4.3.5", f":include: {path} {why}")
                     text = os_text(self.read_all(fd))
@@ -3957,8 +4037,8 @@ class TargetFiles:
         except OSError as error:
             why = "is a symbolic link" if os.path.islink(path) else error.strerror
             raise MailError("4.3.5", f":include: {path}: {why}") from None
-        owner = self.users.by_uid(seen.st_uid)
-        return ListFile(text, owner, bool(seen.st_mode & 0o020))
+        owner, identity = self.users.by_uid(seen.st_uid), (seen.st_dev, seen.st_ino)
+        return ListFile(text, owner, bool(seen.st_mode & 0o020), identity)
 
     def owner_of(self, path: str) -> User:
         """Whose rights a list in /etc/aliases is read with. Raises OSError."""
@@ -4313,7 +4393,10 @@ class Mailbox:
             text += block
             for match in pattern.finditer(text):
                 queue_id = os_text(match[1])
-                begin = text.rfind(b"\nFrom ", 0, match.start()) + 1
+                if queue_id not in wanted:
+                    continue
+                near = max(0, match.start() - OVERLAP)
+                begin = text.rfind(b"\nFrom ", near, match.start()) + 1
                 above = text[begin : match.start()]
                 is_own = above.count(b"\nReceived:") == 1 and b"\n\n" not in above
                 if queue_id in wanted and is_own and above.startswith(b"From "):
@@ -4390,14 +4473,6 @@ class Mailbox:
         return start + os.pread(self.fd, BLOCK, start).rfind(b"\nFrom ") + 1
 
 
-def is_passing(error: OSError) -> bool:
-    """Whether what an error says may pass: no room, no descriptors."""
-    import errno
-
-    words = "ENOSPC EDQUOT EFBIG EIO EMFILE ENFILE ENOMEM EAGAIN ESTALE EROFS"
-    return error.errno in {getattr(errno, word) for word in words.split()}
-
-
 class FileBox(Mailbox):
     """A file that an alias or .forward names, in mbox format.
 
@@ -4469,11 +4544,12 @@ class MaildirBox:
 
     def make_sure(self) -> None:
         """Makes the directories that are missing; none may be a link."""
-        os.makedirs(self.path, 0o700, exist_ok=True)
+        os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
         for name in ("", "/tmp", "/new", "/cur"):
             path = self.path + name
             try:
                 os.mkdir(path, 0o700)
+                sync_folder(os.path.dirname(path))
             except FileExistsError:
                 pass
             seen = os.lstat(path)
@@ -4769,7 +4845,9 @@ def command_environment(fixed: dict[str, str], mail: dict[str, str]) -> dict[str
     found.update(fixed)
     for name, value in mail.items():
         if value or name == "SENDER":  # "" is the null sender
-            found[name] = "".join(char if char in PLAIN else "_" for char in value)
+            plain = "".join(char if char in PLAIN else "_" for char in value)
+            # What begins with a dash could be taken for an option.
+            found[name] = "_" + plain[1:] if plain.startswith("-") else plain
     return found
 
 
@@ -5347,6 +5425,10 @@ class Resolver:
 # Failures: a Destination of kind error; verify() raises MailError.
 
 MAX_DESTINATIONS = 200_000  # of one recipient, or it is deferred
+MAX_LINES = 250_000  # of all lists that one recipient leads to
+USER_LINES = 20_000  # of those that a user's .forward leads to
+MAX_COMPLAINTS = 10  # lines of one list that the log names
+MAX_LOOKUPS = 20  # domains whose mail hosts one explanation asks for
 
 
 class Destination(Value):
@@ -5378,6 +5460,8 @@ class Destination(Value):
     @property
     def key(self) -> str:
         """What the journal calls it; the same target gets one copy."""
+        if self.kind == "error":  # of one address there may be several
+            return f"error/{checksum(self.error.status + self.place):x} {self.target}"
         if self.kind in ADDRESS_KINDS:
             return f"{self.kind} {self.target}"
         uid = f"{self.user.uid} " if self.user else ""
@@ -5411,6 +5495,7 @@ class Trail:
         self.steps: tuple = ()
         self.passed = passed
         self.visited: set = set()
+        self.lines = [0]  # of lists that were read, shared by all that follows
         self.branch = branch
         self.recipient = Address("")
         self.rights: User | None = None
@@ -5437,6 +5522,12 @@ class Trail:
     def names(self, kind: str) -> list[str]:
         """The names of its steps of one kind."""
         return [name for step, name in self.steps if step == kind]
+
+    @property
+    def is_users(self) -> bool:
+        """Whether it is a user's .forward that leads here, not an alias."""
+        kinds = [kind for kind, _ in self.steps if kind != "include"]
+        return kinds[-1:] == ["user"]
 
     def is_first(self, *place: object) -> bool:
         """Whether `place` is come to for the first time; notes it."""
@@ -5466,6 +5557,7 @@ class Router:
         self.files = files
         self.warn = warn or (lambda text: None)
         self.resolver: Resolver | None = None  # for explanations only
+        self.asked: set[str] = set()  # whom it was asked about
 
     def verify(self, address: Address) -> None:
         """Raises MailError unless mail to a local address can be delivered.
@@ -5501,14 +5593,17 @@ class Router:
         `branch` the way to each is drawn.
         """
         seen = set()
-        for found in self.expand(address, Trail(passed, branch)):
+        trail = Trail(passed, branch)
+        for found in self.expand(address, trail):
             if len(seen) >= MAX_DESTINATIONS:
-                error = MailError("4.3.0", "more destinations than can be remembered")
-                yield Destination("error", str(address), error=error)
+                why = "more destinations than can be remembered"
+                yield self.failed(trail, address, "4.3.0", why)
                 return
             if found.key not in seen:
                 seen.add(found.key)
                 yield found
+        if not seen:  # an empty list: mail for it must not vanish
+            yield self.failed(trail, address, "4.3.5", "it leads to nobody")
 
     def expand(self, address: Address, trail: Trail) -> object:
         """Destinations of `address`, nothing where it was expanded before."""
@@ -5608,6 +5703,10 @@ class Router:
             address = Address(trail.steps[-1][1])
             yield self.failed(trail, address, "4.3.5", str(error))
             return
+        yield from self.expand_each(targets, trail)
+
+    def expand_each(self, targets: tuple[Target, ...], trail: Trail) -> object:
+        """Destinations of several targets."""
         for target in targets:
             yield from self.TARGETS[target.kind](self, target, trail)
 
@@ -5695,11 +5794,18 @@ class Router:
             listing = self.files.include(path, trail.reader)
         except MailError as error:
             self.warn(error.text)
-            yield self.refused(trail, trail.recipient, error)
+            yield self.refused(trail, trail.recipient, error, place=path)
             return
+        if not trail.is_first("file", listing.identity):
+            trail.draw(f":include: {path}: not again, by another name")
+            return
+        # A list of /etc/aliases has its owner's rights; one that a user named
+        # has that user's and no more, whosever it is.
         owner = listing.owner
-        changes = {"rights": owner, "may_run": trail.may_run and not listing.is_shared}
-        changes["reader"] = trail.reader or (owner if owner.uid else None)
+        changes: dict = {"may_run": trail.may_run and not listing.is_shared}
+        if trail.reader is None:
+            changes["rights"] = owner
+            changes["reader"] = owner if owner.uid else None
         trail = trail.draw(f"list {path}", detail=f"of uid {owner.uid}")
         yield from self.expand_lines(
             listing.text, path, trail.then("include", path, **changes)
@@ -5710,14 +5816,23 @@ class Router:
 
         A generator, so that a list of any length is never there as a whole.
         """
+        complaints = 0
         for number, line in logical_lines(text):
+            trail.lines[0] += 1
+            if trail.lines[0] > (USER_LINES if trail.is_users else MAX_LINES):
+                why = f"list {path} is too long"
+                yield self.failed(trail, trail.recipient, "4.3.0", why)
+                return
             try:
-                parse_targets(line)
-            except ValueError as error:
-                self.warn(f"{path}, line {number}: {error}")
-                trail.draw(f"cannot be read: {error}", f"{path}:{number}")
+                targets = parse_targets(line)
+            except ValueError:
+                # What stands there may be a secret: it is not repeated.
+                complaints += 1
+                if complaints <= MAX_COMPLAINTS:
+                    self.warn(f"{path}, line {number}: not a target")
+                trail.draw("not a target", f"{path}:{number}")
                 continue
-            yield from self.expand_targets(line, trail)
+            yield from self.expand_each(targets, trail)
 
     def expand_user(
         self, address: Address, trail: Trail, is_plain: bool = False
@@ -5779,8 +5894,9 @@ class Router:
 
     def near(self, local: str) -> str:
         """`did you mean X?` for a local part that nobody has, or ""."""
-        names = [*self.users.names(), *self.aliases.names()]
-        return nearest(local.lower(), dict.fromkeys(names))
+        names = dict.fromkeys([*self.users.names(), *self.aliases.names()])
+        names.pop(local.lower(), None)
+        return nearest(local.lower(), names)
 
     def read_forward(self, user: User, trail: Trail) -> tuple[str, str, Trail]:
         """(path, text without comments, trail) of a user's .forward.
@@ -5862,7 +5978,10 @@ class Router:
 
     def draw_hosts(self, trail: Trail, ask: object, name: str) -> None:
         """Draws the hosts that the name servers tell of, if that is wanted."""
-        if not (trail.branch and self.resolver):
+        if not (trail.branch and self.resolver) or name in self.asked:
+            return
+        self.asked.add(name)
+        if len(self.asked) > MAX_LOOKUPS:
             return
         try:
             for host in ask(self.resolver, name):
@@ -5890,14 +6009,21 @@ class Router:
         return self.refused(trail, address, MailError(status, text), hint)
 
     def refused(
-        self, trail: Trail, address: Address, error: MailError, hint: str = ""
+        self,
+        trail: Trail,
+        address: Address,
+        error: MailError,
+        hint: str = "",
+        place: str = "",
     ) -> Destination:
         """A destination that is none, with the failure that says why."""
         if trail.branch:
             outcome = DEFERRED if error.is_temporary else BOUNCED
             detail = ", ".join(filter(None, (error.status, hint)))
             trail.draw(f"{outcome}: {error.text}", "", detail)
-        return Destination("error", str(address), error=error, sender=trail.sender)
+        target = str(address.qualified(self.settings.local_origin))
+        more: dict = {"error": error, "sender": trail.sender}
+        return Destination("error", target, place or error.text, **more)
 
     TARGETS = {
         "address": expand_address,
@@ -5923,6 +6049,15 @@ class TargetCheck:
         except MailError as error:
             return error.text
 
+    def keys(self, table: AliasTable) -> list[tuple[int, str]]:
+        """(line, reason) of names in a domain that is not this host's."""
+        is_local = self.router.settings.is_local
+        return [
+            (line, f"{printable(name, 60)}: the domain is not in mydestination")
+            for name, (line, _) in table.entries.items()
+            if "@" in name and not is_local(name.rpartition("@")[2])
+        ]
+
     def nothing(self, _: Target) -> str:
         """There is nothing to check."""
         return ""
@@ -5933,7 +6068,10 @@ class TargetCheck:
         router = self.router
         if not router.settings.is_local(address.domain):
             return ""
-        if target.kind == "address" and router.find_alias(address, Trail(frozenset())):
+        # Its own name is no answer: an alias that names itself is the user.
+        alias = router.find_alias(address, Trail(frozenset()))
+        names = [t.text for t in parse_targets(alias[1])] if alias else []
+        if target.kind == "address" and alias and target.text not in names:
             return ""
         if router.settings.luser_relay or router.find_user(address.local):
             return ""
@@ -5976,6 +6114,7 @@ class TargetCheck:
 # What may take long is done by child processes, each without root's rights.
 # Failures: recorded in the Task, never raised.
 
+GRACE = 5  # seconds that sessions and children have when they are to end
 TASKS = 1000  # destinations of one message that are at work at once
 MORE = "more"  # what the journal calls those that are to come
 
@@ -6087,7 +6226,14 @@ class ActiveMessage:
         self.header = file.header()
         self.hops = len(self.header.values("received"))
         self.tasks: dict[str, Task] = {}
-        self.rest: list[str] = []  # recipients that are not planned to their end
+        self.ways: object = None  # (recipient, destination) of what is to come
+        self.held: tuple | None = None  # one that had no place among the tasks
+        self.finished: set[tuple] = set()  # (recipient, key) of the journal's
+        self.reached: set[str] = set()  # keys that have their copy
+        self.opened: set[str] = set()  # recipients that the journal keeps open
+        self.unwell: set[str] = set()  # those with a destination that failed
+        self.has_deferred = False
+        self.reports: list[str] = []
         self.is_settled = False
 
     @property
@@ -6096,73 +6242,112 @@ class ActiveMessage:
         return max(0.0, self.now - self.file.envelope.arrived)
 
     def plan(self, router: Router, hopcount_limit: int) -> list[Task]:
-        """Its tasks: a destination each, without those that are done.
+        """Its next tasks: a destination each, without those that are done.
 
         No more than TASKS at a time: a list is never in memory as a whole, and
         what is done of it is noted before the rest is begun.
         """
-        latest = {(a.recipient, a.destination): a for a in self.journal}
-        finished = {pair for pair, attempt in latest.items() if attempt.is_final}
-        reached = {pair[1] for pair in finished if latest[pair].outcome == SENT}
+        if self.ways is None:
+            latest = {(a.recipient, a.destination): a for a in self.journal}
+            self.finished = {pair for pair, a in latest.items() if a.is_final}
+            self.reached = {p[1] for p in self.finished if latest[p].outcome == SENT}
+            self.ways = self.find_ways(router, hopcount_limit)
+        self.tasks = {}
+        while self.held or len(self.tasks) < TASKS:
+            pair, self.held = self.held or next(self.ways, None), None
+            if pair is None:
+                self.ways = iter(())
+                break
+            self.add_task(*pair)
+        else:
+            self.held = next(self.ways, None)
+        return list(self.tasks.values())
+
+    def add_task(self, recipient: str, destination: Destination) -> None:
+        """Notes that a recipient led to a destination."""
+        key = destination.key
+        task = self.tasks.setdefault(key, Task(self, destination))
+        task.recipients.append(recipient)
+        if key in self.reached:
+            task.done = ("2.0.0", "delivered already")
+
+    def find_ways(self, router: Router, hopcount_limit: int) -> object:
+        """(recipient, destination) of all that is to be done, one by one."""
         done = {a.recipient for a in self.journal} - open_recipients(self.journal)
         seen = router.passed(self.header.values("delivered-to"))
         for recipient in self.file.envelope.recipients:
             if recipient in done:
                 continue  # wherever the aliases may lead by now
-            if len(self.tasks) >= TASKS:
-                self.rest.append(recipient)
-                continue
             for destination in self.resolve(router, recipient, seen, hopcount_limit):
-                if (recipient, destination.key) in finished:
-                    continue
-                if len(self.tasks) >= TASKS:
-                    self.rest.append(recipient)
-                    break
-                task = self.tasks.setdefault(destination.key, Task(self, destination))
-                task.recipients.append(recipient)
-                if destination.key in reached:
-                    task.done = ("2.0.0", "delivered already")
-        return list(self.tasks.values())
+                if (recipient, destination.key) not in self.finished:
+                    yield recipient, destination
 
     def resolve(
         self, router: Router, recipient: str, seen: frozenset, hopcount_limit: int
     ) -> object:
-        """The destinations of one recipient of the envelope, one by one."""
+        """The destinations of one recipient of the envelope, one by one.
+
+        Whatever goes wrong with one recipient is that one's failure.
+        """
         try:
             if self.hops > hopcount_limit:
                 raise MailError("5.4.6", "too many hops")
             yield from router.resolve(Address.parse(recipient), seen)
         except MailError as error:
             yield Destination("error", recipient, error=error)
+        except Exception as error:  # noqa: BLE001 one recipient must not stop the others
+            text = f"cannot be routed: {type(error).__name__}: {error}"
+            failure = MailError("4.3.0", printable(text))
+            yield Destination("error", recipient, error=failure)
 
-    def attempts(self, now: float) -> list[Attempt]:
+    @property
+    def has_more(self) -> bool:
+        """Whether destinations are to come, after the tasks there are."""
+        return self.held is not None
+
+    def attempts(self, when: float) -> list[Attempt]:
         """What became of every task, as journal lines."""
         tasks = self.tasks.values()
-        return [attempt for task in tasks for attempt in task.attempts(now)]
+        return [attempt for task in tasks for attempt in task.attempts(when)]
 
-    def take_new(self, now: float) -> list[Attempt]:
-        """What became of tasks while others are on their way, once.
+    def take_new(self) -> list[Attempt]:
+        """The lines of tasks that were done while others are on their way.
 
-        With a line that keeps each of their recipients open.
+        A bounce is noted only when its report is safe: see Reporter.
         """
-        new = [t for t in self.tasks.values() if t.is_over and not t.is_noted]
+        new = [t for t in self.tasks.values() if t.done and not t.is_noted]
         for task in new:
             task.is_noted = True
-        # A bounce is noted only when its report is safe: see Reporter.
-        lines = [attempt for task in new for attempt in task.attempts(now)]
-        found = [attempt for attempt in lines if attempt.outcome == SENT]
-        return found + self.still_open(now, {a.recipient for a in found})
+        lines = [line for task in new for line in task.attempts(self.now)]
+        return self.keep_open({line.recipient for line in lines}) + lines
 
-    def still_open(self, now: float, among: set[str]) -> list[Attempt]:
-        """A line for each of these recipients that has more to come."""
-        open_tasks = [task for task in self.tasks.values() if not task.is_over]
-        waiting = {name for task in open_tasks for name in task.recipients}
-        names = among & (waiting | set(self.rest))
-        text = "more destinations are to come"
-        return [
-            Attempt(now, DEFERRED, "4.4.7", name, MORE, "none", text)
-            for name in sorted(names)
-        ]
+    def keep_open(self, names: set[str]) -> list[Attempt]:
+        """A line for each recipient that must not seem done before its time.
+
+        All lines of one round have one time: together they say what is open.
+        """
+        new = sorted(names - self.opened)
+        self.opened |= names
+        return [self.more(name, DEFERRED) for name in new]
+
+    def close(self) -> list[Attempt]:
+        """What takes the lines of keep_open() back, at the round's end."""
+        return [self.more(name, SENT) for name in sorted(self.opened)]
+
+    def more(self, name: str, outcome: str) -> Attempt:
+        """The line that says whether a recipient has more to come."""
+        status = "2.0.0" if outcome == SENT else "4.4.7"
+        text = "no more destinations" if outcome == SENT else "more are to come"
+        return Attempt(self.now, outcome, status, name, MORE, "none", text)
+
+    def look_back(self) -> None:
+        """Takes in what became of the tasks, before the next are planned."""
+        for task in self.tasks.values():
+            if task.done:
+                self.reached.add(task.destination.key)
+            else:
+                self.unwell.update(task.recipients)
+                self.has_deferred |= task.error.is_temporary
 
     @property
     def is_waiting(self) -> bool:
@@ -6340,9 +6525,15 @@ class Job:
         self.owner = owner
         self.tasks = tasks
         self.text = b""
+        self.due = time.monotonic() + self.patience  # then it is ended
         preload(*self.MODULES)
         self.fd, self.results = os.pipe()
-        self.pid = os.fork()
+        try:
+            self.pid = os.fork()
+        except OSError:
+            os.close(self.fd)
+            os.close(self.results)
+            raise
         if self.pid == 0:
             try:
                 self.run_child()
@@ -6367,6 +6558,20 @@ class Job:
             failure = MailError("4.3.0", text, "none")
             # Where there was a result already, the first one counts.
             self.report_failure(range(len(self.tasks)), failure)
+
+    @property
+    def patience(self) -> float:
+        """Seconds that it may take."""
+        return NO_LIMIT
+
+    def end(self) -> None:
+        """Kills it: it may be stopped by its own user, and then never ends."""
+        import signal
+
+        try:
+            os.kill(self.pid, signal.SIGKILL)
+        except OSError:
+            return  # it is gone, and not buried yet
 
     def work(self) -> None:
         """Does the tasks and reports each."""
@@ -6471,6 +6676,11 @@ class PipeJob(Job):
 
     MODULES = ("subprocess", "select")
 
+    @property
+    def patience(self) -> float:
+        """The command's time, and some to end it."""
+        return self.settings.command_time_limit + GRACE
+
     def work(self) -> None:
         """Feeds the message to the command; its exit code is the result."""
         (task,) = self.tasks
@@ -6505,58 +6715,78 @@ class Lanes:
     """
 
     JOBS = {"remote": RelayJob, "lmtp": RelayJob, "pipe": PipeJob}
-    MAX_JOBS = 20  # processes at once; Postfix's local and relay limits
+    MAX_JOBS = {"relay": 16, "pipe": 16}  # processes at once
     LANE_JOBS = {"remote": 4, "lmtp": 4, "pipe": 2}  # of them in one lane
+    USER_JOBS = 4  # of one user, whatever the commands
     BATCH = {"remote": 64, "lmtp": 64, "pipe": 1}  # tasks of one process
-    LANE_WAITING = 64  # messages that wait in one lane
-    MAX_WAITING = 256  # messages that wait at all
+    LANE_WAITING = 64  # messages that wait in one lane, or for one user
+    MAX_WAITING = {"relay": 192, "pipe": 192}  # messages that wait at all
 
     def __init__(self, settings: Settings, owner: User) -> None:
         self.settings = settings
         self.owner = owner
-        self.lanes: dict[str, list[Task]] = {}
+        self.lanes: dict[tuple, list[Task]] = {}
         self.jobs: dict[int, Job] = {}
 
-    def name(self, task: Task) -> str:
-        """The lane of a task."""
+    def name(self, task: Task) -> tuple[str, str, str]:
+        """The lane of a task: pipe or relay, whose it is, where it goes."""
         destination = task.destination
-        kind = "pipe" if destination.kind == "pipe" else "relay"
-        uid = destination.user.uid if kind == "pipe" else ""
-        return f"{kind} {uid} {destination.place}"
+        if destination.kind == "pipe":
+            return "pipe", str(destination.user.uid), destination.place
+        return "relay", destination.place, ""
 
     def add(self, task: Task) -> bool:
         """Puts a task in line; False if the line is full."""
         name = self.name(task)
         line = self.lanes.get(name, [])
         if not (line and line[-1].message is task.message):
-            mine = {id(other.message) for other in line}
-            waiting = {id(t.message) for line in self.lanes.values() for t in line}
-            if len(mine) >= self.LANE_WAITING or len(waiting) >= self.MAX_WAITING:
+            mine = self.waiting(name[:2])
+            everybodys = self.waiting(name[:1])
+            if mine >= self.LANE_WAITING or everybodys >= self.MAX_WAITING[name[0]]:
                 return False
         self.lanes.setdefault(name, line).append(task)
         return True
+
+    def waiting(self, head: tuple) -> int:
+        """How many messages wait in the lanes whose names begin like this."""
+        lines = (line for name, line in self.lanes.items() if name[: len(head)] == head)
+        return len({id(task.message) for line in lines for task in line})
+
+    def running(self, head: tuple) -> int:
+        """How many processes work for lanes whose names begin like this."""
+        names = (self.name(job.tasks[0]) for job in self.jobs.values())
+        return sum(name[: len(head)] == head for name in names)
+
+    def has_room(self, name: tuple, kind: str) -> bool:
+        """Whether one more process may be started for a lane."""
+        is_pipe = kind == "pipe"
+        return (
+            self.running(name) < self.LANE_JOBS[kind]
+            and self.running(name[:1]) < self.MAX_JOBS[name[0]]
+            and not (is_pipe and self.running(name[:2]) >= self.USER_JOBS)
+        )
 
     def start(self) -> None:
         """Starts processes for those in line. Raises OSError."""
         for name, line in list(self.lanes.items()):
             kind = line[0].destination.kind
-            running = sum(self.name(j.tasks[0]) == name for j in self.jobs.values())
-            while line and running < self.LANE_JOBS[kind] and self.has_room:
+            while line and self.has_room(name, kind):
                 batch = line[: self.BATCH[kind]]
                 owner = batch[0].destination.user if kind == "pipe" else self.owner
                 job = self.JOBS[kind](self.settings, owner, batch)
                 self.jobs[job.fd] = job
                 del line[: len(batch)]
-                running += 1
             # Whoever is at the end of the dictionary is asked last: turns.
             del self.lanes[name]
             if line:
                 self.lanes[name] = line
 
-    @property
-    def has_room(self) -> bool:
-        """Whether one more process may be started."""
-        return len(self.jobs) < self.MAX_JOBS
+    def end_late(self) -> None:
+        """Ends processes that take longer than they may."""
+        now = time.monotonic()
+        for job in self.jobs.values():
+            if job.due < now:
+                job.end()
 
     def hear(self, fd: int) -> list[ActiveMessage]:
         """Reads what a process says; the messages that it was about."""
@@ -6576,7 +6806,7 @@ class Lanes:
 RESCAN = 10  # seconds between looks at the directories, should a wake-up be lost
 BATCH = 64  # messages that are open at once
 BUSY_TRIES = 30  # seconds that a locked mailbox is waited for before it counts
-GRACE = 5  # seconds that sessions and relays have when the daemon is stopped
+
 JOURNAL_ROOM = 1 << 20  # bytes free, or nothing is handed to a child
 LANE_PAUSE = 5  # seconds until one that found no place in the line asks again
 # What is imported on the way of a message, some of it with a user's rights.
@@ -6623,104 +6853,94 @@ class Reporter:
         self.spool = spool
         self.log = log
 
-    def report(self, message: ActiveMessage, now: float) -> list[str]:
+    def report(self, message: ActiveMessage) -> list[str]:
         """The ids of the reports of this attempt, queued. Raises MailError."""
         about = self.about(message)
-        found = [
-            (number, Report(FAILED, to, events, about))
-            for number, to, events in self.failures(message)
-        ]
-        sender = message.file.envelope.sender
-        if sender:
-            late, well = self.delays(message, now), self.successes(message)
-            found.append((1, Report(DELAYED, sender, late, about)))
-            rounds = sum(attempt.outcome == SENT for attempt in message.journal)
-            found.append((rounds + 1, Report(DELIVERED, sender, well, about)))
-        return [self.post(message, *one, now) for one in found if one[1].events]
-
-    def failures(self, message: ActiveMessage) -> list[tuple]:
-        """(number, whom to tell, events) of what was bounced.
-
-        One for all that failed; the owner of a list has one of his own.
-        """
         by_sender: dict[str, list[Task]] = {}
         for task in filter(is_bounced, message.tasks.values()):
             by_sender.setdefault(task.sender, []).append(task)
-        rounds = sum(attempt.outcome == BOUNCED for attempt in message.journal)
-        return [
-            (rounds + number, to, self.events(message, tasks, FAILED, "failed"))
-            for number, (to, tasks) in enumerate(by_sender.items(), 1)
+        # One for all that failed; the owner of a list has one of his own.
+        found = [
+            Report(FAILED, to, self.events(message, tasks, FAILED), about)
+            for to, tasks in by_sender.items()
         ]
+        sender = message.file.envelope.sender
+        if sender:
+            late = self.events(message, self.late(message), DELAYED)
+            well = self.successes(message)
+            found.append(Report(DELAYED, sender, late, about))
+            # One each, so that after a crash none is told of twice.
+            found += [Report(DELIVERED, sender, [event], about) for event in well]
+        return [self.post(message, report) for report in found if report.events]
 
-    def delays(self, message: ActiveMessage, now: float) -> list[Event]:
+    def late(self, message: ActiveMessage) -> list[Task]:
         """What is late, once: at the first attempt that finds it so old."""
-        patience = self.settings.delay_warning_time
+        patience, now = self.settings.delay_warning_time, message.now
         due = message.file.envelope.arrived + patience
         if not patience or now < due or any(a.when >= due for a in message.journal):
             return []
-        late = [task for task in message.tasks.values() if task.error]
-        late = [task for task in late if task.error.is_temporary]
-        return self.events(message, late, DELAYED, "delayed")
+        errors = (task for task in message.tasks.values() if task.error)
+        return [task for task in errors if task.error.is_temporary]
 
     def successes(self, message: ActiveMessage) -> list[Event]:
-        """For those who asked: recipients that are done with, and well."""
-        wishes = message.file.envelope.wishes
-        wanted = [name for name in wishes if wishes[name].want("SUCCESS")]
-        return [event for name in wanted for event in self.success(message, name)]
-
-    def success(self, message: ActiveMessage, name: str) -> list[Event]:
-        """The event of a recipient that was reached, if it was just now.
+        """Of those who asked: recipients that are done with now, and well.
 
         What the next host will report is not reported here.
         """
-        tasks = [t for t in message.tasks.values() if name in t.recipients]
-        failed = (name, BOUNCED) in {(a.recipient, a.outcome) for a in message.journal}
-        if failed or name in message.rest or not all(t.done for t in tasks):
-            return []
-        told = [task for task in tasks if not task.is_passed_on]
-        is_remote = "remote" in {task.destination.kind for task in told}
-        action = "relayed" if is_remote else "delivered"
-        action = "expanded" if len(tasks) > 1 else action
-        return self.events(message, told[:1], DELIVERED, action, (name,))
-
-    def events(
-        self,
-        message: ActiveMessage,
-        tasks: list[Task],
-        kind: ReportKind,
-        action: str,
-        only: tuple[str, ...] = (),
-    ) -> list[Event]:
-        """What became of tasks, for each recipient who wants to be told."""
+        wishes = message.file.envelope.wishes
+        failed = {a.recipient for a in message.journal if a.outcome == BOUNCED}
         found = []
-        for task in tasks:
-            status, text = task.done or (task.error.status, task.error.text)
-            relay = task.error.relay if task.error else task.relay
-            target = task.destination.target
-            is_list = bool(task.destination.sender)
-            for name in task.recipients:
-                wishes = message.file.envelope.wishes_of(name)
-                wishes = NO_WISHES if is_list and kind is FAILED else wishes
-                if wishes.want(kind.wish) and name in (only or (name,)):
-                    words = (action, status, relay, text, wishes.original)
-                    to = target if "@" in target else name
-                    found.append(Event(name, to, *words))
+        for name in wishes:
+            is_open = message.has_more and message.held[0] == name
+            bad = is_open or name in failed | message.unwell
+            if wishes[name].want("SUCCESS") and not bad:
+                tasks = [t for t in message.tasks.values() if name in t.recipients]
+                found += self.success(name, tasks, wishes[name].original)
         return found
 
-    def post(
-        self, message: ActiveMessage, number: int, report: Report, now: float
-    ) -> str:
+    def success(self, name: str, tasks: list[Task], original: str) -> list[Event]:
+        """The event of a recipient whose tasks all went well."""
+        told = [task for task in tasks if not task.is_passed_on]
+        if not told:
+            return []
+        target, (status, text) = told[0].destination.target, told[0].done
+        kinds = {task.destination.kind for task in told}
+        action = "relayed" if "remote" in kinds else "delivered"
+        if len(tasks) > 1:  # who is behind it, is nobody's business
+            action, target, text = "expanded", name, "delivered to its members"
+        target = target if "@" in target else name
+        return [Event(name, target, action, status, told[0].relay, text, original)]
+
+    def events(
+        self, message: ActiveMessage, tasks: list[Task], kind: ReportKind
+    ) -> list[Event]:
+        """What became of tasks that failed, for who wants to be told."""
+        found = []
+        for task in tasks:
+            error, target = task.error, task.destination.target
+            is_list = bool(task.destination.sender) and kind is FAILED
+            for name in task.recipients:
+                wishes = message.file.envelope.wishes_of(name)
+                if (NO_WISHES if is_list else wishes).want(kind.wish):
+                    to = target if "@" in target else name
+                    words = (kind.action, error.status, error.relay, error.text)
+                    found.append(Event(name, to, *words, wishes.original))
+        return found
+
+    def post(self, message: ActiveMessage, report: Report) -> str:
         """Puts one report into the queue; its id."""
-        report_id = f"{message.queue_id}{report.kind.letter}{number}"
-        origin = f"report on {message.queue_id}"
-        if self.has_report(report_id, origin):
-            return report_id
+        now, queue_id = time.time(), message.queue_id
+        report_id, origin = self.identify(queue_id, report)
+        if self.origin_of(report_id) == origin:
+            return report_id  # from before a crash
         role, note = "report", report.kind.note
         if not report.to:
             report.to = f"postmaster@{self.settings.local_origin}"
+            report.about = {**report.about, "auto": "auto-generated"}
             role, note = "notice", "postmaster non-delivery notification"
         body = "8BITMIME" + ("" if report.to.isascii() else " SMTPUTF8")
-        more = {"arrived": now, "origin": origin, "kind": role, "body": body}
+        # Its time is that of the attempt: so is_early() knows what was noted.
+        more = {"arrived": message.now, "origin": origin, "kind": role, "body": body}
         is_whole = self.is_whole(report.kind, message)
         copy = message.file.chunks() if is_whole else [bytes(message.header)]
         with self.spool.create(Envelope("", [report.to], **more), report_id) as draft:
@@ -6729,8 +6949,24 @@ class Reporter:
             for chunk in report.chunks(report_id, now, is_whole, copy):
                 draft.write(chunk)
             draft.commit()  # the report is safe
-        self.log.reported(message.queue_id, note, report_id)
+        self.log.reported(queue_id, note, report_id)
         return report_id
+
+    def identify(self, queue_id: str, report: Report) -> tuple[str, str]:
+        """(id, origin) of a report: the same for the same news, always.
+
+        What is told of a recipient decides, not how often something was told:
+        a crash may come between the report and the note of it.
+        """
+        news = [(event.recipient, event.target) for event in report.events]
+        if report.kind is DELAYED:
+            news = []  # there is but one
+        number = checksum(repr((report.to, sorted(news))))
+        report_id = f"{queue_id}{report.kind.letter}{number % 1_000_000}"
+        origin = f"report on {queue_id} {number:08x}"
+        while self.origin_of(report_id) not in ("", origin):
+            report_id += "0"  # others' news, once in a million
+        return report_id, origin
 
     def about(self, message: ActiveMessage) -> dict:
         """What a report says of the message."""
@@ -6751,13 +6987,13 @@ class Reporter:
         is_small = message.file.size <= BOUNCE_SIZE
         return kind is FAILED and ret != "HDRS" and is_small
 
-    def has_report(self, report_id: str, origin: str) -> bool:
-        """Whether a report was queued before a crash."""
+    def origin_of(self, report_id: str) -> str:
+        """What a report in the queue is about, "" where there is none."""
         try:
             with self.spool.open(report_id) as file:
-                return file.envelope.origin == origin
+                return file.envelope.origin
         except FileNotFoundError:
-            return False
+            return ""
 
 
 class Pickup:
@@ -6855,6 +7091,7 @@ class QueueRunner:
         self.busy: dict[str, int] = {}
         self.early: set[str] = set()  # reports that wait for their messages
         self.unsettled = set(spool.ids())
+        self.partial: list[ActiveMessage] = []  # lists that are not at their end
         self.lanes = Lanes(settings, queue_owner(settings, users))
         self.delivery = Delivery(settings, set(self.unsettled))
         self.reporter = Reporter(settings, spool, log)
@@ -6893,7 +7130,7 @@ class QueueRunner:
         """Tries up to BATCH messages that are due; whether there were any."""
         import heapq
 
-        batch = []
+        batch = [self.partial.pop(0)] if self.partial else []
         while self.schedule and self.schedule[0][0] <= now and len(batch) < BATCH:
             message = self.take_up(heapq.heappop(self.schedule)[1], now)
             if message:
@@ -6903,7 +7140,7 @@ class QueueRunner:
         self.deliver(batch)
         for message in batch:
             if not message.is_waiting:
-                self.settle(message)
+                self.go_on(message)
         return True
 
     def take_up(self, queue_id: str, now: float) -> ActiveMessage | None:
@@ -6974,13 +7211,12 @@ class QueueRunner:
             tasks = message.plan(self.router, self.settings.hopcount_limit)
         except Exception as error:  # noqa: BLE001 one message must not stop the others
             text = f"{type(error).__name__}: {error}"
+            message.tasks, message.held = {}, None
             for name in message.file.envelope.recipients:
                 failure = MailError("4.3.0", f"cannot be routed: {text}")
-                task = Task(message, Destination("error", name, error=failure))
-                task.recipients.append(name)
-                message.tasks[task.destination.key] = task
+                message.add_task(name, Destination("error", name, error=failure))
             return []
-        return [task for task in tasks if not (task.done or task.error)]
+        return [task for task in tasks if not task.is_over]
 
     def put_in_line(self, task: Task) -> None:
         """Has a child process do a task, when it is its turn."""
@@ -7006,15 +7242,42 @@ class QueueRunner:
             if message.is_waiting:
                 self.checkpoint(message)
             else:
-                self.settle(message)
+                self.go_on(message)
         self.start_jobs()
+
+    def go_on(self, message: ActiveMessage) -> None:
+        """What follows when all tasks are over: the end, or the next ones."""
+        if message in self.partial:
+            return  # another child's last word, about tasks before these
+        if not message.has_more:
+            self.settle(message)
+            return
+        try:
+            self.conclude_part(message)
+        except Exception as error:  # noqa: BLE001 one message must not stop the others
+            self.give_back(message, error)
+            return
+        self.partial.append(message)
+
+    def conclude_part(self, message: ActiveMessage) -> None:
+        """Reports, logs, notes a part of a list. Raises OSError, MailError."""
+        for task in message.tasks.values():
+            task.pause = 0  # it may be busy again; the next round is soon enough
+        if self.is_expired(message):
+            self.expire(message)
+        message.look_back()
+        self.report(message)
+        self.log_attempts(message)
+        lines = message.attempts(message.now)
+        opened = message.keep_open({line.recipient for line in lines})
+        self.spool.note(message.queue_id, opened + lines)
 
     def checkpoint(self, message: ActiveMessage) -> None:
         """Notes what is done of a message whose other part is on its way.
 
         A crash then repeats what was in flight, not all that went before.
         """
-        new = message.take_new(time.time())
+        new = message.take_new()
         try:
             if new:
                 self.spool.note(message.queue_id, new)
@@ -7026,16 +7289,31 @@ class QueueRunner:
         message.is_settled = True
         self.unsettled.discard(message.queue_id)
         try:
-            with message.file:
-                self.conclude(message)
+            self.conclude(message)
         except Exception as error:  # noqa: BLE001 one message must not stop the others
-            # The queue's disk fails: the message stays, and is tried again.
-            # What was delivered could not be noted: look before the next time.
-            self.delivery.suspects.add(message.queue_id)
-            self.log.warning("qmgr", f"{message.queue_id}: {error}")
-            self.retry(
-                message.queue_id, message.now + self.settings.minimal_backoff_time
-            )
+            self.give_back(message, error)
+        else:
+            os.close(message.file.fd)
+
+    def give_back(self, message: ActiveMessage, error: Exception) -> None:
+        """The queue's disk fails: the message stays, and is tried again.
+
+        What was delivered could not be noted: look before the next time. A
+        report that is in the queue waits for the note of it, see is_early().
+        """
+        message.is_settled = True
+        os.close(message.file.fd)
+        self.delivery.suspects.add(message.queue_id)
+        self.unsettled.update([message.queue_id, *message.reports])
+        self.log.warning("qmgr", f"{message.queue_id}: {error}")
+        when = message.now + self.settings.minimal_backoff_time
+        self.retry(message.queue_id, when)
+
+    def log_attempts(self, message: ActiveMessage) -> None:
+        """What became of each task, in the log."""
+        arrived = message.file.envelope.arrived
+        for attempt in message.attempts(time.time()):
+            self.log.attempt(message.queue_id, attempt, arrived)
 
     def conclude(self, message: ActiveMessage) -> None:
         """What settle() does if all goes well. Raises OSError, MailError."""
@@ -7043,20 +7321,18 @@ class QueueRunner:
         later = self.put_off(message)
         if self.is_expired(message):
             self.expire(message)
-        attempts = message.attempts(now)
-        self.report(message, now)
-        for attempt in attempts:
-            self.log.attempt(queue_id, attempt, message.file.envelope.arrived)
-        has_more = bool(later or message.rest)
-        if not has_more and all(attempt.is_final for attempt in attempts):
+        message.look_back()
+        self.report(message)
+        self.log_attempts(message)
+        if not later and not message.has_deferred:
             self.finish(message)
             return
-        if attempts:
-            held = [found for task in later for found in task.attempts(now)]
-            rest = message.still_open(now, set(message.rest))
-            self.spool.note(queue_id, attempts + held + rest)
-        if has_more:
-            self.retry(queue_id, now + max((task.pause for task in later), default=0))
+        lines = message.attempts(message.now)
+        lines += [line for task in later for line in task.attempts(message.now)]
+        if message.tasks or message.opened:
+            self.spool.note(queue_id, lines + message.close())
+        if later:
+            self.retry(queue_id, now + max(task.pause for task in later))
         else:
             self.back_off(message, now)
 
@@ -7117,7 +7393,7 @@ class QueueRunner:
         text = f"{message.queue_id}: from=<{sender}>, status=expired, {what}"
         self.log.line("qmgr", text)
 
-    def report(self, message: ActiveMessage, now: float) -> None:
+    def report(self, message: ActiveMessage) -> None:
         """Has the sender told, before anything is noted in the journal.
 
         The failure of a notice is nobody's any more: it is kept.
@@ -7126,17 +7402,19 @@ class QueueRunner:
             if any(map(is_bounced, message.tasks.values())):
                 self.set_aside(message.queue_id, "nobody is left to tell of a failure")
             return
-        for report_id in self.reporter.report(message, now):
-            self.add(report_id, now)
+        for report_id in self.reporter.report(message):
+            message.reports.append(report_id)
+            self.add(report_id, time.time())
 
-    def run_once(self) -> None:
-        """Tries everything once, reports too, and waits for the children."""
+    def run_once(self, is_flush: bool = True) -> None:
+        """Tries everything once, or what is due; waits for the children."""
         import select
 
-        self.flush()
+        self.flush() if is_flush else self.scan()
         jobs = self.lanes.jobs
         while self.run_due(time.time()) or jobs or self.busy or self.early:
             self.start_jobs()
+            self.lanes.end_late()
             for fd in select.select(list(jobs), [], [], 0.2)[0]:
                 self.hear(fd)
             if jobs:
@@ -7158,6 +7436,7 @@ class QueueRunner:
                 next_scan = now + RESCAN
             has_more = self.run_due(now)
             self.start_jobs()
+            self.lanes.end_late()
             pause = 0 if has_more else min(self.pause(now), next_scan - now)
             fds = [wake, *ends, *self.lanes.jobs]
             ready = select.select(fds, [], [], max(0, pause))[0]
@@ -7840,13 +8119,17 @@ class Letter:
         return "".join(words)
 
 
-def run_queue(house: House, spool: Spool, patience: float) -> bool:
-    """Tries everything in the queue once; False if somebody else is at it."""
-    lock = take_lock(spool, patience)
+def run_queue(house: House, spool: Spool, is_flush: bool) -> bool:
+    """Tries everything in the queue, or what is due, once.
+
+    False if somebody else is at it.
+    """
+    lock = take_lock(spool, RUN_PATIENCE)
     if lock is None:
         return False
     try:
-        QueueRunner(house.settings, spool, house.log, house.users).run_once()
+        runner = QueueRunner(house.settings, spool, house.log, house.users)
+        runner.run_once(is_flush)
     finally:
         os.close(lock)
     return True
@@ -7998,7 +8281,7 @@ class Submission:
             if self.delivery == "b":
                 detach()
             # Another's run may have begun before our message was there.
-            run_queue(self.house, spool, RUN_PATIENCE)
+            run_queue(self.house, spool, False)
         except Exception as error:  # noqa: BLE001 the mail is safe, whatever it is
             self.house.log.warning("qmgr", str(error))
         finally:
@@ -9263,7 +9546,7 @@ def serve_stdin(options: SendmailOptions, environ: dict) -> int:
     desk = Desk(house.settings, spool, house.log, house.router(), stored.append)
     Conversation(desk, PipeStream(), Client("local", True, os.getuid())).run()
     if owns and stored and options.delivery != "q":
-        run_queue(house, spool, RUN_PATIENCE)
+        run_queue(house, spool, False)
     return EX_OK
 
 
@@ -9289,6 +9572,56 @@ def routing_code(found: list[Destination]) -> int:
     return EX_TEMPFAIL if errors else EX_OK
 
 
+MAX_COUNTED = 1 << 28  # bytes of a mailbox that are read to count its messages
+
+
+def count_messages(path: str, user: User) -> str:
+    """`12 messages`, where the mailbox may be read; else ""."""
+    count, size, last = 0, 0, b"\n"
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with Rights(user), open(os.open(path, flags), "rb") as file:
+            for block in iter(lambda: file.read(BLOCK), b""):
+                text = last + block
+                count, size = count + text.count(b"\nFrom "), size + len(block)
+                last = text[-5:]
+                if size > MAX_COUNTED:
+                    return f"more than {count} messages"
+    except FileNotFoundError:
+        return "empty"
+    except (OSError, MailError):
+        return ""
+    return f"{count} message{'' if count == 1 else 's'}"
+
+
+def courier_problem(found: Destination) -> MailError | None:
+    """What a mailbox or file is now that delivery would not touch."""
+    boxes = {"mailbox": Mailbox, "file": FileBox}
+    if found.kind not in boxes:
+        return None
+    try:
+        with Rights(found.user) as rights:
+            box = boxes[found.kind](found.place, rights.owner)
+            try:
+                seen = os.lstat(found.place)
+                for is_wrong, status, text in box.problems(seen, True):
+                    if is_wrong:
+                        return MailError(status, f"{box.WHAT} {found.place} {text}")
+                kind, mode = found.place, os.W_OK
+            except FileNotFoundError:
+                kind, mode = os.path.dirname(found.place), os.W_OK | os.X_OK
+            is_spool = found.kind == "mailbox"  # root makes the file there
+            may = is_spool or os.access(kind, mode, effective_ids=True)
+            why = f"file {found.place}: {found.user.name} may not write it"
+            return (
+                None
+                if may or os.geteuid() != found.user.uid
+                else (MailError("5.2.0", why))
+            )
+    except (OSError, MailError):
+        return None  # not ours to see
+
+
 def verify_recipients(options: SendmailOptions, environ: dict) -> int:
     """-bv: says of each recipient where it leads, in sendmail's words."""
     house = House(environ, options.config)
@@ -9296,11 +9629,17 @@ def verify_recipients(options: SendmailOptions, environ: dict) -> int:
         raise ProgramError(EX_USAGE, "no recipients to check: name one")
     router = house.router(TargetFiles(house.users))
     every = []
-    for address in read_recipients(house, options.recipients):
+    addresses = read_recipients(house, options.recipients)
+    if not addresses:
+        raise ProgramError(EX_USAGE, "no recipients to check: name one")
+    for address in addresses:
         for found in router.resolve(address, frozenset()):
-            every.append(found)
+            found.error = found.error or courier_problem(found)
             shown, text = found.target, f"deliverable: mailer {MAILERS[found.kind]}"
-            if found.kind == "error":
+            if found.kind == "remote":  # whether it can be reached, shows then
+                found.error = None
+            every.append(found)
+            if found.error:
                 text = reason(found.error)
             elif found.kind in ("mailbox", "lmtp"):
                 text += f", user {found.user.name}"
@@ -9308,23 +9647,6 @@ def verify_recipients(options: SendmailOptions, environ: dict) -> int:
                 shown = f'"|{found.place}"' if found.kind == "pipe" else found.place
             write_all(1, os_bytes(printable(f"{shown}... {text}") + "\n"))
     return routing_code(every)
-
-
-def count_messages(path: str, user: User) -> str:
-    """`12 messages`, where the mailbox may be read; else ""."""
-    count, last = 0, b"\n"
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        with Rights(user), open(os.open(path, flags), "rb") as file:
-            for block in iter(lambda: file.read(BLOCK), b""):
-                text = last + block
-                count += text.count(b"\nFrom ")
-                last = text[-5:]
-    except FileNotFoundError:
-        return "empty"
-    except (OSError, MailError):
-        return ""
-    return f"{count} message{'' if count == 1 else 's'}"
 
 
 def explain(house: House, address: Address, sender: str) -> tuple[Branch, list]:
@@ -9336,12 +9658,17 @@ def explain(house: House, address: Address, sender: str) -> tuple[Branch, list]:
     router = house.router(TargetFiles(house.users))
     router.resolver = Resolver(house.settings.root)
     found = list(router.resolve(address, frozenset(), tree))
-    for branch in tree.leaves():
-        kind, _, path = branch.text.partition(" ")
-        if kind == "mailbox":
-            one = next(d for d in found if d.kind == kind and d.place == path)
-            count = count_messages(path, one.user)
+    by_text = {one.shown()[0]: one for one in found if one.kind in ("mailbox", "file")}
+    for branch in list(tree.leaves())[:MAX_BRANCHES]:
+        one = by_text.get(branch.text)
+        problem = courier_problem(one) if one else None
+        if problem:
+            outcome = DEFERRED if problem.is_temporary else BOUNCED
+            branch.grow(f"{outcome}: {problem.text}", "", problem.status)
+            one.error = problem
+        elif one and one.kind == "mailbox":
             form, _, rest = branch.detail.partition(", ")
+            count = count_messages(one.place, one.user)
             branch.detail = ", ".join(filter(None, (form, count, rest)))
     return tree, found
 
@@ -9382,7 +9709,7 @@ def flush_queue(options: SendmailOptions, environ: dict) -> int:
         raise ProgramError(EX_UNAVAILABLE, "the daemon is down: root can run the queue")
     spool = house.spool()
     spool.make()
-    if not run_queue(house, spool, RUN_PATIENCE):
+    if not run_queue(house, spool, True):
         raise ProgramError(EX_TEMPFAIL, "another minimta runs the queue already")
     return EX_OK
 
@@ -9442,19 +9769,23 @@ def build_one(house: House, path: str) -> int:
     table = AliasDatabase(path).rebuild()
     for line, reason in table.problems:
         complain("newaliases", f"{path}, line {line}: {reason}")
-    if table.problems:
-        return EX_DATAERR
     # Other files may have what this one names: all are looked up.
     check = TargetCheck(house.router(TargetFiles(house.users)))
     warnings = table.warnings + table.loops() + table.dangling(check.problem)
-    if os.stat(path).st_mode & 0o022:
+    warnings += check.keys(table)
+    seen = os.stat(path)
+    if seen.st_mode & 0o022:
         warnings.append((0, "others may write the file: chmod go-w"))
+    if seen.st_uid not in (0, os.geteuid()):
+        warnings.append((0, f"uid {seen.st_uid} owns the file: chown root"))
     for line, reason in sorted(warnings)[:MAX_WARNINGS]:
         where = f", line {line}" if line else ""
         complain("newaliases", f"{path}{where}: warning: {reason}")
     if len(warnings) > MAX_WARNINGS:
         count = len(warnings) - MAX_WARNINGS
         complain("newaliases", f"{path}: warning: {count} more of this kind")
+    if table.problems:
+        return EX_DATAERR
     items = [
         (len(os_bytes(name)), len(os_bytes(value))) for name, value in table.items()
     ]

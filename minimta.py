@@ -1391,6 +1391,8 @@ class Target(Value):
     def parse_address(cls, bare: str) -> Target:
         """The address, or user behind a backslash. Raises ValueError."""
         kind = "user" if bare.startswith("\\") else "address"
+        if ":" in bare.partition("<")[0].partition('"')[0]:
+            raise ValueError(f"not an address: {printable(bare, 100)}")
         try:
             found = header_addresses(bare[1:] if kind == "user" else bare)
         except MailError as error:

@@ -237,6 +237,9 @@ class Instance:
         rows = (f"{name} = {value}\n" for name, value in self.settings.items())
         self.write("etc/minimta.conf", "".join(rows))
 
+    def aliases_text(self):
+        return (self.root / "etc/aliases").read_text(encoding="utf-8")
+
     def aliases(self, text):
         """Write etc/aliases, without newaliases."""
         self.write("etc/aliases", text)
@@ -437,6 +440,10 @@ class Instance:
         self.wait_empty()
         (message,) = self.with_token(user, token)
         return message
+
+    def wait_message_only(self, user, token):
+        """The one message with `token`, though others may wait."""
+        wait_for(lambda: self.with_token(user, token))
 
     def wait_reason(self, text):
         """mailq's answer, as soon as it holds `text`."""
@@ -2447,6 +2454,8 @@ SYNTAX = {
     "NOOP takes anything": f"{HELLO}C: NOOP x y\nS: 250",
     "VRFY never tells": f"{HELLO}C: VRFY bob\nS: 252",
     "VRFY needs a name": f"{HELLO}C: VRFY\nS: 501",
+    "a leading hyphen in a sender": f"{HELLO}C: MAIL FROM:<-x@b>\nS: 501 5.1.3",
+    "a leading hyphen": f"{MAIL}C: RCPT TO:<-x@host.example>\nS: 501 5.1.3",
     "EXPN is not there": f"{HELLO}C: EXPN x\nS: 502",
     "HELP names the commands": f"{HELLO}C: HELP\nS: 214 2.0.0 Commands: HELO EHLO",
 }
@@ -5272,6 +5281,28 @@ class TestQueueRunner:
         queue_id = quiet.commit(UNREACHABLE, age=4 * 86400)
         quiet.run()
         assert quiet.spool.ids() == [queue_id]
+
+    def test_the_same_news_has_the_same_report_and_other_news_another(self, quiet):
+        words = ("failed", "5.1.1", "local", "unknown", "")
+        one, two = (minimta.Event(name, name, *words) for name in ("a@x", "b@x"))
+
+        def named(*events, to="bob@host.example"):
+            report = minimta.Report(minimta.FAILED, to, list(events), {"host": "h"})
+            return quiet.runner().reporter.identify("0123456789", report)
+
+        assert named(one, two) == named(two, one)
+        assert len({named(one), named(two), named(one, two), named(one, to="c@x")}) == 4
+        assert minimta.is_id(named(one)[0])
+        assert minimta.parent_id(named(one)[0]) == "0123456789"
+
+    def test_without_a_flush_only_what_is_due_is_tried(self, quiet):
+        queue_id = quiet.commit(UNREACHABLE)
+        quiet.run()
+        before = len(quiet.spool.journal(queue_id))
+        quiet.runner().run_once(False)
+        assert len(quiet.spool.journal(queue_id)) == before
+        quiet.runner().run_once(True)
+        assert len(quiet.spool.journal(queue_id)) == before + 1
 
     def test_a_report_that_is_there_is_not_written_twice(self, quiet):
         queue_id = quiet.commit(NOWHERE)
@@ -8242,6 +8273,30 @@ class TestCommands:
         wait_for(lambda: "delivered to command: true" in instance.log())
         assert len(instance.queued()) == 10
 
+    @needs_root
+    def test_one_users_commands_take_no_more_than_their_share(
+        self, instance, make_sink
+    ):
+        lines = "".join(f'"|sleep 600; : {number}"\n' for number in range(30))
+        instance.forward("user1", lines)
+        instance.aliases('quick: "|true"\n')
+        relayed(instance, make_sink())
+        instance.send("user1@localhost", letter("greedy"))
+        instance.wait_reason("user1@")
+        instance.send("far@example.com", letter("out"))
+        instance.send("quick@localhost", letter("quick"))
+        wait_for(lambda: "delivered to command: true" in instance.log())
+        wait_for(lambda: "to=<far@example.com>" in instance.log())
+        assert len(instance.queued()) == 1
+
+    @needs_root
+    def test_a_command_that_stops_its_supervisor_is_ended(self, instance):
+        instance.configure(command_time_limit="1s")
+        instance.forward("user1", '"|kill -STOP $PPID"\n')
+        instance.start()
+        instance.send("user1@localhost", letter("stopped"))
+        assert "ended without a result" in instance.wait_reason(")\n")
+
     def test_a_command_need_not_read(self, server):
         server.aliases('prog: "|true"\n')
         server.send("prog@localhost", letter("unread", LOREM * 20_000))
@@ -8546,6 +8601,98 @@ class TestLists:
         server.send("list@localhost", letter("trap"))
         assert ":include:" in server.wait_reason(")\n")
         assert server.messages("user2") == []
+
+    def test_each_of_1_500_members_is_tried_once_a_round(self, instance):
+        names = [f"m{number}@example.com" for number in range(1500)]
+        members = instance.write("members", "\n".join(names) + "\n")
+        instance.aliases(f"list: :include:{members}\n")
+        instance.start()
+        instance.sendmail("list", "payam", stdin=letter("news"))
+        instance.wait_message_only("payam", "news")
+        wait_for(lambda: instance.log().count("status=deferred") >= 1500)
+        instance.send("user1@localhost", letter("after"))
+        instance.wait_message_only("user1", "after")
+        assert instance.log().count("status=deferred") == 1500
+        assert len(instance.queued()) == 1
+
+    @pytest.mark.parametrize("how", ["stop", "kill"])
+    def test_what_was_deferred_beside_a_slow_one_is_not_lost(self, instance, how):
+        gate = open_folder(instance) / "gate"
+        os.mkfifo(gate)
+        gate.chmod(0o666)
+        instance.aliases(
+            f'slow: "|read x <{gate}"\nteam: "|true", user1\nbad: "|true", nosuchuser\n'
+        )
+        instance.mailbox("user1").mkdir(parents=True)  # deferred
+        instance.start()
+        words = ("team", "bad", "slow")
+        instance.sendmail(*words, stdin=letter("kept"), user="payam")
+        wait_for(lambda: len(list((instance.queue / "journal").iterdir())) == 1)
+        (journal,) = (instance.queue / "journal").iterdir()
+        wait_for(lambda: journal.read_text().count("delivered to command") == 2)
+        getattr(instance, how)()
+        instance.mailbox("user1").rmdir()
+        instance.aliases(instance.aliases_text().replace(f"read x <{gate}", "true"))
+        instance.start()
+        instance.wait_empty()
+        assert len(instance.with_token("user1", "kept")) == 1
+        (report,) = instance.with_token("payam", "kept")
+        assert "nosuchuser" in report
+
+    def test_two_failures_of_one_recipient_are_both_told(self, server):
+        members = server.write("members", "|cat\n:include:/no/such/list\nuser1\n")
+        members.chmod(0o664)
+        server.give(members, "user2")
+        server.aliases(f"list: :include:{members}\n")
+        server.sendmail("list", stdin=letter("both"), user="payam")
+        assert "No such file" in server.wait_reason(")\n")
+        wait_for(lambda: server.with_token("payam", "both"))
+        (report,) = server.with_token("payam", "both")
+        assert "mail to command is restricted" in re.sub(r"\s+", " ", report)
+        assert len(server.queued()) == 1
+
+    def test_a_list_that_names_nobody_waits(self, server):
+        members = server.write("members", "# nobody yet\nroot:*:secret:x y z\n")
+        server.aliases(f"list: :include:{members}\n")
+        server.send("list@localhost", letter("empty"))
+        assert "leads to nobody" in server.wait_reason(")\n")
+        assert "line 2: not a target" in server.log()
+        assert "secret" not in server.log()
+
+    @needs_root
+    def test_a_users_list_has_the_users_rights_whosever_it_is(self, server):
+        drop = open_folder(server)
+        theirs = server.write("theirs", f"|id -u >{drop}/uid\n{drop}/victim\n")
+        server.give(theirs, "user2")
+        victim = drop / "victim"
+        victim.write_text("precious\n")
+        victim.chmod(0o600)
+        server.give(victim, "user2")
+        server.forward("user1", f":include:{theirs}\n")
+        server.sendmail("user1", stdin=letter("trap"), user="payam")
+        report = server.wait_message("payam", "trap")
+        assert "Permission denied" in re.sub(r"\s+", " ", report)
+        assert victim.read_text() == "precious\n"
+        assert (drop / "uid").read_text() == f"{UIDS['user1']}\n"
+
+    @pytest.mark.parametrize(
+        "line", [":include:/tmp/x\0y", "/tmp/x\0y", "|x\0y", "\0", ":include:\ud800"]
+    )
+    def test_a_hostile_forward_holds_up_no_other_recipient(self, server, line):
+        path = server.forward("user1", "")
+        path.write_bytes(line.encode("utf-8", "surrogatepass"))
+        server.sendmail("user2", "user1", stdin=letter("both"))
+        wait_for(lambda: server.with_token("user2", "both"))
+        wait_for(lambda: not server.queued() or ")\n" in server.mailq())
+
+    def test_a_list_that_names_itself_in_many_ways_ends(self, server):
+        path = server.home("user1") / "list"
+        names = (f":include:{path.parent}/{'./' * n}list\n" for n in range(500))
+        path.write_text("".join(names) + "user2\n")
+        server.give(path, "user1")
+        server.forward("user1", f":include:{path}\n")
+        server.send("user1@localhost", letter("round"))
+        server.wait_message("user2", "round")
 
     def test_10_000_members_survive_a_kill_without_a_second_copy(
         self, instance, make_sink
@@ -9040,6 +9187,28 @@ class TestExplain:
         assert result.code == 75  # for it is not sent there yet
         assert "├─ MX 10 mx.far.example [192.0.2.1]\n" in result.out
         assert "deferred: no route to far.example" in result.out
+
+    @pytest.mark.parametrize("kind", ["symlink", "directory", "fifo"])
+    def test_a_mailbox_that_would_be_refused_is_named(self, explained, kind):
+        box = explained.mailbox("payam")
+        box.parent.mkdir(parents=True)
+        makers = {
+            "symlink": lambda: box.symlink_to("/etc/hostname"),
+            "directory": box.mkdir,
+            "fifo": lambda: os.mkfifo(box),
+        }
+        makers[kind]()
+        result = explained.run("minimta.py", "explain", "payam")
+        assert result.code == 75
+        assert "deferred: mailbox" in result.out
+        assert explained.run("sendmail", "-bv", "payam").code == 75
+
+    @needs_root
+    def test_a_file_that_may_not_be_written_is_named(self, explained):
+        explained.aliases("arch: /etc/no-such-file\n")
+        explained.run("newaliases")
+        result = explained.run("minimta.py", "explain", "arch", user="root")
+        assert (result.code, "may not write it" in result.out) == (67, True)
 
     def test_json_has_the_same_tree(self, explained):
         import json

@@ -4321,11 +4321,22 @@ class Mailbox:
         """Raises MailError unless the open file is the user's own mailbox."""
         at_path = os.lstat(self.path)
         same = (at_path.st_dev, at_path.st_ino) == (seen.st_dev, seen.st_ino)
+        self.judge(seen, same)
+
+    def judge(self, seen: os.stat_result, same: bool) -> None:
+        """Raises MailError for a file that is not touched."""
         for is_wrong, status, text in self.problems(seen, same):
             if is_wrong:
                 raise MailError(status, f"{self.WHAT} {self.path} {text}")
         if self.limit and seen.st_size >= self.limit:
             raise MailError("4.2.2", f"{self.WHAT} {self.path} is full")
+
+    def look(self) -> None:
+        """Raises MailError for what delivery would refuse; opens nothing."""
+        try:
+            self.judge(os.lstat(self.path), True)
+        except OSError:
+            return  # it is not there yet, or not to be seen
 
     def problems(self, seen: os.stat_result, same: bool) -> tuple:
         """(whether it is so, status, text) of what must not be."""
@@ -4488,6 +4499,17 @@ class FileBox(Mailbox):
     def status(self, error: OSError) -> str:
         """A full disk passes; a file that may not be written does not."""
         return "4.2.0" if is_passing(error) else "5.2.0"
+
+    def look(self) -> None:
+        """Raises MailError for what delivery would refuse; opens nothing."""
+        super().look()
+        is_there = os.path.lexists(self.path)
+        place = self.path if is_there else os.path.dirname(self.path)
+        mode = os.W_OK if is_there else os.W_OK | os.X_OK
+        if not os.access(
+            place, mode, effective_ids=os.access in os.supports_effective_ids
+        ):
+            raise MailError("5.2.0", f"{self.WHAT} {self.path} may not be written")
 
     def problems(self, seen: os.stat_result, same: bool) -> tuple:
         """(whether it is so, status, text) of what must not be."""
@@ -6066,21 +6088,23 @@ class TargetCheck:
 
     def address(self, target: Target) -> str:
         """A local name must be an alias or a user."""
-        address = Address.parse(target.text)
-        router = self.router
-        if not router.settings.is_local(address.domain):
+        address, router = Address.parse(target.text), self.router
+        is_local = router.settings.is_local(address.domain)
+        if not is_local or router.settings.luser_relay or self.is_alias(target):
             return ""
-        # Its own name is no answer: an alias that names itself is the user.
-        alias = router.find_alias(address, Trail(frozenset()))
-        names = [t.text for t in parse_targets(alias[1])] if alias else []
-        if target.kind == "address" and alias and target.text not in names:
-            return ""
-        if router.settings.luser_relay or router.find_user(address.local):
-            return ""
-        if address.domain and router.aliases.lookup([f"@{address.domain.lower()}"]):
+        catch_all = f"@{address.domain.lower()}"
+        if router.find_user(address.local) or router.aliases.lookup([catch_all]):
             return ""
         hint = router.near(router.settings.split_detail(address.local)[0])
         return f"no such user or alias{': ' if hint else ''}{hint}"
+
+    def is_alias(self, target: Target) -> bool:
+        """Whether it is an alias; one that names itself is the user."""
+        address = Address.parse(target.text)
+        alias = self.router.find_alias(address, Trail(frozenset()))
+        if target.kind != "address" or alias is None:
+            return False
+        return target.text not in [other.text for other in parse_targets(alias[1])]
 
     def file(self, target: Target) -> str:
         """The directory must be there."""
@@ -9599,59 +9623,46 @@ def count_messages(path: str, user: User) -> str:
 def courier_problem(found: Destination) -> MailError | None:
     """What a mailbox or file is now that delivery would not touch."""
     boxes = {"mailbox": Mailbox, "file": FileBox}
-    if found.kind not in boxes:
-        return None
+    if found.kind not in boxes or os.geteuid() not in (0, found.user.uid):
+        return None  # nothing to see, or not for us
     try:
         with Rights(found.user) as rights:
-            box = boxes[found.kind](found.place, rights.owner)
-            try:
-                seen = os.lstat(found.place)
-                for is_wrong, status, text in box.problems(seen, True):
-                    if is_wrong:
-                        return MailError(status, f"{box.WHAT} {found.place} {text}")
-                kind, mode = found.place, os.W_OK
-            except FileNotFoundError:
-                kind, mode = os.path.dirname(found.place), os.W_OK | os.X_OK
-            is_spool = found.kind == "mailbox"  # root makes the file there
-            may = is_spool or os.access(kind, mode, effective_ids=True)
-            why = f"file {found.place}: {found.user.name} may not write it"
-            return (
-                None
-                if may or os.geteuid() != found.user.uid
-                else (MailError("5.2.0", why))
-            )
-    except (OSError, MailError):
-        return None  # not ours to see
+            boxes[found.kind](found.place, rights.owner).look()
+    except MailError as error:
+        return error
+    return None
+
+
+def verdict_line(found: Destination) -> str:
+    """What -bv says of a destination: sendmail's words."""
+    shown, text = found.target, f"deliverable: mailer {MAILERS[found.kind]}"
+    if found.error:
+        text = reason(found.error)
+    elif found.kind in ("mailbox", "lmtp"):
+        text += f", user {found.user.name}"
+    elif found.kind != "remote":
+        shown = f'"|{found.place}"' if found.kind == "pipe" else found.place
+    return f"{shown}... {text}"
 
 
 def verify_recipients(options: SendmailOptions, environ: dict) -> int:
     """-bv: says of each recipient where it leads, in sendmail's words."""
     house = House(environ, options.config)
-    if not options.recipients:
-        raise ProgramError(EX_USAGE, "no recipients to check: name one")
     router = house.router(TargetFiles(house.users))
     every = []
-    addresses = read_recipients(house, options.recipients)
-    if not addresses:
-        raise ProgramError(EX_USAGE, "no recipients to check: name one")
-    for address in addresses:
+    for address in read_recipients(house, options.recipients):
         for found in router.resolve(address, frozenset()):
             found.error = found.error or courier_problem(found)
-            shown, text = found.target, f"deliverable: mailer {MAILERS[found.kind]}"
             if found.kind == "remote":  # whether it can be reached, shows then
                 found.error = None
             every.append(found)
-            if found.error:
-                text = reason(found.error)
-            elif found.kind in ("mailbox", "lmtp"):
-                text += f", user {found.user.name}"
-            elif found.kind != "remote":
-                shown = f'"|{found.place}"' if found.kind == "pipe" else found.place
-            write_all(1, os_bytes(printable(f"{shown}... {text}") + "\n"))
+            write_all(1, os_bytes(printable(verdict_line(found)) + "\n"))
+    if not every:
+        raise ProgramError(EX_USAGE, "no recipients to check: name one")
     return routing_code(every)
 
 
-def explain(house: House, address: Address, sender: str) -> tuple[Branch, list]:
+def explain(house: House, address: Address) -> tuple[Branch, list]:
     """(the tree of what would be done with mail for an address, its ends).
 
     Drawn by the code that delivers; changes nothing.
@@ -9681,7 +9692,7 @@ def print_explanations(house: House, words: list[str], as_json: bool) -> int:
         raise ProgramError(EX_USAGE, "no address to explain: name one")
     every = []
     for address in read_recipients(house, words):
-        tree, found = explain(house, address, "")
+        tree, found = explain(house, address)
         every += found
         text = str(tree)
         if as_json:
@@ -9766,20 +9777,26 @@ def show_queue(options: SendmailOptions, environ: dict) -> int:
 MAX_WARNINGS = 100  # that newaliases prints of one file
 
 
+def alias_warnings(house: House, path: str, table: AliasTable) -> list:
+    """(line, reason) of what may not do what was meant; line 0: the file."""
+    # Other files may have what this one names: all are looked up.
+    check = TargetCheck(house.router(TargetFiles(house.users)))
+    found = table.warnings + table.loops() + table.dangling(check.problem)
+    found += check.keys(table)
+    seen = os.stat(path)
+    if seen.st_mode & 0o022:
+        found.append((0, "others may write the file: chmod go-w"))
+    if seen.st_uid not in (0, os.geteuid()):
+        found.append((0, f"uid {seen.st_uid} owns the file: chown root"))
+    return found
+
+
 def build_one(house: House, path: str) -> int:
     """Builds the database of one aliases file. The exit code."""
     table = AliasDatabase(path).rebuild()
     for line, reason in table.problems:
         complain("newaliases", f"{path}, line {line}: {reason}")
-    # Other files may have what this one names: all are looked up.
-    check = TargetCheck(house.router(TargetFiles(house.users)))
-    warnings = table.warnings + table.loops() + table.dangling(check.problem)
-    warnings += check.keys(table)
-    seen = os.stat(path)
-    if seen.st_mode & 0o022:
-        warnings.append((0, "others may write the file: chmod go-w"))
-    if seen.st_uid not in (0, os.geteuid()):
-        warnings.append((0, f"uid {seen.st_uid} owns the file: chown root"))
+    warnings = alias_warnings(house, path, table)
     for line, reason in sorted(warnings)[:MAX_WARNINGS]:
         where = f", line {line}" if line else ""
         complain("newaliases", f"{path}{where}: warning: {reason}")

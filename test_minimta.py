@@ -9209,7 +9209,7 @@ class TestExplain:
         explained.aliases("arch: /etc/no-such-file\n")
         explained.run("newaliases")
         result = explained.run("minimta.py", "explain", "arch", user="root")
-        assert (result.code, "may not write it" in result.out) == (67, True)
+        assert (result.code, "may not be written" in result.out) == (67, True)
 
     def test_json_has_the_same_tree(self, explained):
         import json

@@ -6834,6 +6834,7 @@ BATCH = 64  # messages that are open at once
 BUSY_TRIES = 30  # seconds that a locked mailbox is waited for before it counts
 
 JOURNAL_ROOM = 1 << 20  # bytes free, or nothing is handed to a child
+EARLY_TRIES = 50  # fifths of a second that `sendmail -q` waits for its reports
 LANE_PAUSE = 5  # seconds until one that found no place in the line asks again
 # What is imported on the way of a message, some of it with a user's rights.
 RUNNER_MODULES = ("mailbox", "fcntl", "re", "heapq", "select", "tempfile")
@@ -7369,7 +7370,10 @@ class QueueRunner:
         """
         tasks = [task for task in message.tasks.values() if task.pause]
         tries = self.busy.pop(message.queue_id, 0)
-        if not tasks or tries >= BUSY_TRIES:
+        failed = (t.error for t in message.tasks.values() if t.error and not t.pause)
+        # What was deferred would be tried again with them, second by second.
+        is_late = message.has_deferred or any(error.is_temporary for error in failed)
+        if not tasks or tries >= BUSY_TRIES or is_late:
             return []
         self.busy[message.queue_id] = tries + 1
         for task in tasks:
@@ -7437,11 +7441,17 @@ class QueueRunner:
         import select
 
         self.flush() if is_flush else self.scan()
-        jobs = self.lanes.jobs
-        while self.run_due(time.time()) or jobs or self.busy or self.early:
+        jobs, idle = self.lanes.jobs, 0
+        while idle <= EARLY_TRIES:  # a report may wait for what the disk refuses
+            has_run = self.run_due(time.time())
+            is_busy = has_run or jobs or self.busy
+            if not (is_busy or self.early):
+                return
+            idle = 0 if is_busy else idle + 1
             self.start_jobs()
             self.lanes.end_late()
-            for fd in select.select(list(jobs), [], [], 0.2)[0]:
+            pause = 0 if has_run else 0.2
+            for fd in select.select(list(jobs), [], [], pause)[0]:
                 self.hear(fd)
             if jobs:
                 self.scan()  # what came meanwhile has nobody else

@@ -5363,6 +5363,31 @@ class TestQueueRunner:
         assert (len(quiet.box("bob")), quiet.spool.ids()) == (1, [queue_id])
         assert [a for a in quiet.spool.journal(queue_id) if not a.is_final] == []
 
+    def test_a_busy_mailbox_has_no_other_recipient_tried_again_and_again(self, quiet):
+        quiet.commit("bob@host.example")
+        quiet.run()
+        queue_id = quiet.commit("bob@host.example", UNREACHABLE)
+        runner = quiet.runner()
+        runner.scan()
+        with locked(quiet.place / "var/mail/bob"):
+            for _ in range(5):
+                runner.run_due(time.time() + 60)
+        found = [a.recipient for a in quiet.spool.journal(queue_id)]
+        assert found.count(UNREACHABLE) == 1
+
+    def test_a_report_whose_note_fails_keeps_no_run_waiting(self, quiet):
+        queue_id = quiet.commit(NOWHERE, UNREACHABLE)
+        # The journal cannot be written: a link to nowhere is in its place.
+        os.symlink("/nonexistent/x", quiet.spool.path("journal", queue_id))
+        runner = quiet.runner()
+        runner.run_once()
+        assert [name for name in quiet.spool.ids() if name != queue_id] != []
+        assert quiet.box("bob") == []
+        os.unlink(quiet.spool.path("journal", queue_id))
+        quiet.run()
+        quiet.run()
+        assert len(quiet.box("bob")) == 1
+
     def test_a_mailbox_that_is_free_again_gets_its_mail(self, quiet):
         quiet.commit("bob@host.example")
         quiet.run()

@@ -4046,9 +4046,11 @@ class TargetFiles:
         """Whose rights a list in /etc/aliases is read with. Raises OSError."""
         uid = os.lstat(path).st_uid
         place = os.path.dirname(path)
-        while uid == 0 and place != "/":
+        while place not in ("/", ""):
             seen = os.lstat(place)
-            if seen.st_uid != 0 or seen.st_mode & 0o022 or stat.S_ISLNK(seen.st_mode):
+            # Nobody but root and the owner may have put it there, or led here.
+            is_open = seen.st_mode & 0o022 and not seen.st_mode & stat.S_ISVTX
+            if seen.st_uid not in (0, uid) or is_open or stat.S_ISLNK(seen.st_mode):
                 return self.users.by_uid(65534)  # as anybody could read it
             place = os.path.dirname(place)
         return self.users.by_uid(uid)
@@ -5489,7 +5491,8 @@ class Destination(Value):
         if self.kind in ADDRESS_KINDS:
             return f"{self.kind} {self.target}"
         uid = f"{self.user.uid} " if self.user else ""
-        return f"{self.kind} {uid}{self.place}"
+        # As a journal line keeps it, or it would not be found there again.
+        return f"{self.kind} {uid}{self.place}".replace("\t", " ")
 
     def shown(self) -> tuple[str, str]:
         """(what it is, in which way) for an explanation."""
@@ -5756,7 +5759,7 @@ class Router:
         what = {"pipe": "command"}.get(target.kind, "file")
         kind, place = target.kind, target.text
         if not trail.may_run:
-            why = f"mail to {what} is restricted: the list is writable by others"
+            why = f"mail to {what} is restricted: others may write the list"
             yield self.failed(trail, trail.recipient, "5.7.1", why)
             return
         if kind == "file" and place.startswith("~/"):
@@ -5811,7 +5814,9 @@ class Router:
         if self.files is None:
             yield self.drawn(Destination("include", path, path), trail)
             return
-        if len(trail.steps) > MAX_DEPTH or not trail.is_first("include", path):
+        whose = trail.reader.uid if trail.reader else None
+        is_first = trail.is_first("include", path, whose)
+        if len(trail.steps) > MAX_DEPTH or not is_first:
             trail.draw(f":include: {path}: not again")
             return
         try:
@@ -5820,13 +5825,16 @@ class Router:
             self.warn(error.text)
             yield self.refused(trail, trail.recipient, error, place=path)
             return
-        if not trail.is_first("file", listing.identity):
+        if not trail.is_first("file", listing.identity, whose):
             trail.draw(f":include: {path}: not again, by another name")
             return
         # A list of /etc/aliases has its owner's rights; one that a user named
         # has that user's and no more, whosever it is.
         owner = listing.owner
-        changes: dict = {"may_run": trail.may_run and not listing.is_shared}
+        may_run = trail.may_run and not listing.is_shared
+        if trail.reader and os.geteuid() == 0:  # a stranger's text is no program
+            may_run = may_run and owner.uid in (trail.reader.uid, 0)
+        changes: dict = {"may_run": may_run}
         if trail.reader is None:
             changes["rights"] = owner
             changes["reader"] = owner if owner.uid else None
@@ -5888,7 +5896,8 @@ class Router:
         elif user.name in trail.passed:
             yield self.failed(trail, address, "5.4.6", loop)
         else:
-            changes = {"rights": user, "reader": user, "may_run": True}
+            reader = user if user.uid else None  # root's list is checked as aliases'
+            changes = {"rights": user, "reader": reader, "may_run": True}
             trail = trail.then("user", user.name, **changes)
             yield from self.expand_forward(user, path, text, trail)
 
@@ -6347,6 +6356,12 @@ class ActiveMessage:
         lines = [line for task in new for line in task.attempts(self.now)]
         return self.keep_open({line.recipient for line in lines}) + lines
 
+    def forget_notes(self) -> None:
+        """What was to be noted is not: it is written with the next lines."""
+        self.opened.clear()
+        for task in self.tasks.values():
+            task.is_noted = False
+
     def keep_open(self, names: set[str]) -> list[Attempt]:
         """A line for each recipient that must not seem done before its time.
 
@@ -6752,6 +6767,8 @@ class Lanes:
         self.settings = settings
         self.owner = owner
         self.lanes: dict[tuple, list[Task]] = {}
+        # Beginning of a lane's name -> message -> its tasks that wait there.
+        self.counts: dict[tuple, dict[int, int]] = {}
         self.jobs: dict[int, Job] = {}
 
     def name(self, task: Task) -> tuple[str, str, str]:
@@ -6766,17 +6783,24 @@ class Lanes:
         name = self.name(task)
         line = self.lanes.get(name, [])
         if not (line and line[-1].message is task.message):
-            mine = self.waiting(name[:2])
-            everybodys = self.waiting(name[:1])
+            mine = len(self.counts.get(name[:2], ()))
+            everybodys = len(self.counts.get(name[:1], ()))
             if mine >= self.LANE_WAITING or everybodys >= self.MAX_WAITING[name[0]]:
                 return False
         self.lanes.setdefault(name, line).append(task)
+        self.count(name, task, 1)
         return True
 
-    def waiting(self, head: tuple) -> int:
-        """How many messages wait in the lanes whose names begin like this."""
-        lines = (line for name, line in self.lanes.items() if name[: len(head)] == head)
-        return len({id(task.message) for line in lines for task in line})
+    def count(self, name: tuple, task: Task, change: int) -> None:
+        """Notes that a task waits in a lane (1), or no longer does (-1)."""
+        for head in (name[:1], name[:2]):
+            messages = self.counts.setdefault(head, {})
+            key = id(task.message)
+            messages[key] = messages.get(key, 0) + change
+            if not messages[key]:
+                del messages[key]
+            if not messages:
+                del self.counts[head]
 
     def running(self, head: tuple) -> int:
         """How many processes work for lanes whose names begin like this."""
@@ -6802,6 +6826,8 @@ class Lanes:
                 job = self.JOBS[kind](self.settings, owner, batch)
                 self.jobs[job.fd] = job
                 del line[: len(batch)]
+                for task in batch:
+                    self.count(name, task, -1)
             # Whoever is at the end of the dictionary is asked last: turns.
             del self.lanes[name]
             if line:
@@ -7185,20 +7211,26 @@ class QueueRunner:
                 return self.retry(queue_id, now + 0.5)
             message = ActiveMessage(file, self.spool.journal(queue_id), now)
         except FileNotFoundError:
-            self.known.discard(queue_id)
+            self.drop(queue_id)
             return None
         except ValueError as error:
+            self.drop(queue_id)
             self.set_aside(queue_id, str(error))
             return None
         except OSError as error:
             if file:
                 os.close(file.fd)
             self.log.warning("qmgr", f"{queue_id}: {error.strerror}")
-            self.known.discard(queue_id)
+            self.drop(queue_id)
             return None
         if not message.journal and queue_id not in self.busy:
             self.log.active(queue_id, file.size, file.envelope)
         return message
+
+    def drop(self, queue_id: str) -> None:
+        """Forgets a message that is not there, or cannot be opened now."""
+        self.known.discard(queue_id)
+        self.busy.pop(queue_id, None)
 
     def is_early(self, report_id: str, arrived: float) -> bool:
         """Whether a crash came between a report and the note of it.
@@ -7284,12 +7316,16 @@ class QueueRunner:
         except Exception as error:  # noqa: BLE001 one message must not stop the others
             self.give_back(message, error)
             return
-        self.partial.append(message)
+        if len(self.partial) < BATCH:
+            self.partial.append(message)
+            return
+        # Each keeps a file open: this one's turn comes later, as a new round.
+        message.is_settled = True
+        os.close(message.file.fd)
+        self.retry(message.queue_id, time.time() + LANE_PAUSE)
 
     def conclude_part(self, message: ActiveMessage) -> None:
         """Reports, logs, notes a part of a list. Raises OSError, MailError."""
-        for task in message.tasks.values():
-            task.pause = 0  # it may be busy again; the next round is soon enough
         if self.is_expired(message):
             self.expire(message)
         message.look_back()
@@ -7309,6 +7345,7 @@ class QueueRunner:
             if new:
                 self.spool.note(message.queue_id, new)
         except OSError as error:
+            message.forget_notes()
             self.log.warning("qmgr", f"{message.queue_id}: {error.strerror}")
 
     def settle(self, message: ActiveMessage) -> None:
@@ -7330,6 +7367,8 @@ class QueueRunner:
         """
         message.is_settled = True
         os.close(message.file.fd)
+        self.busy.pop(message.queue_id, None)
+        self.checkpoint(message)  # if that goes, what was done is not repeated
         self.delivery.suspects.add(message.queue_id)
         self.unsettled.update([message.queue_id, *message.reports])
         self.log.warning("qmgr", f"{message.queue_id}: {error}")
@@ -7349,6 +7388,8 @@ class QueueRunner:
         if self.is_expired(message):
             self.expire(message)
         message.look_back()
+        for task in later:
+            message.unwell.update(task.recipients)
         self.report(message)
         self.log_attempts(message)
         if not later and not message.has_deferred:
@@ -7374,6 +7415,8 @@ class QueueRunner:
         # What was deferred would be tried again with them, second by second.
         is_late = message.has_deferred or any(error.is_temporary for error in failed)
         if not tasks or tries >= BUSY_TRIES or is_late:
+            for task in tasks:
+                task.pause = 0  # it counts as deferred
             return []
         self.busy[message.queue_id] = tries + 1
         for task in tasks:
@@ -7415,7 +7458,7 @@ class QueueRunner:
     def expire(self, message: ActiveMessage) -> None:
         """Turns what is deferred into bounced."""
         for task in message.tasks.values():
-            if task.error and task.error.is_temporary:
+            if task.error and task.error.is_temporary and not task.pause:
                 status = "5" + task.error.status[1:]
                 task.error = MailError(status, task.error.text, task.error.relay)
         sender = message.file.envelope.sender
@@ -7441,7 +7484,7 @@ class QueueRunner:
         import select
 
         self.flush() if is_flush else self.scan()
-        jobs, idle = self.lanes.jobs, 0
+        jobs, idle, next_scan = self.lanes.jobs, 0, 0.0
         while idle <= EARLY_TRIES:  # a report may wait for what the disk refuses
             has_run = self.run_due(time.time())
             is_busy = has_run or jobs or self.busy
@@ -7453,8 +7496,9 @@ class QueueRunner:
             pause = 0 if has_run else 0.2
             for fd in select.select(list(jobs), [], [], pause)[0]:
                 self.hear(fd)
-            if jobs:
+            if time.monotonic() > next_scan:
                 self.scan()  # what came meanwhile has nobody else
+                next_scan = time.monotonic() + 1
 
     def run_forever(self, wake: int, ends: tuple[int, ...]) -> None:
         """Runs until one of `ends` becomes readable: a signal, or no master.

@@ -8170,7 +8170,8 @@ class Letter:
         self, sender: Address, recipients: list[Address], header: Header, body: object
     ) -> None:
         self.sender = sender
-        self.recipients = recipients
+        # <> is nobody: a message for nobody would be no message.
+        self.recipients = [address for address in recipients if address.local]
         self.header = header
         self.body = body
 
@@ -8248,6 +8249,8 @@ class Submission:
 
         `refused` then has the recipients that will be bounced.
         """
+        if not letter.recipients:
+            raise MailError("5.1.3", "no recipients: name somebody")
         daemon = SubmitSocket(self.settings.queue_directory)
         try:
             if daemon.connect():
@@ -9742,8 +9745,6 @@ def explain(house: House, address: Address) -> tuple[Branch, list]:
 
 def print_explanations(house: House, words: list[str], as_json: bool) -> int:
     """Explains each address. 0, 67 or 75."""
-    if not words:
-        raise ProgramError(EX_USAGE, "no address to explain: name one")
     every = []
     for address in read_recipients(house, words):
         tree, found = explain(house, address)
@@ -9754,6 +9755,8 @@ def print_explanations(house: House, words: list[str], as_json: bool) -> int:
 
             text = json.dumps({**tree.tree(), "exit": routing_code(found)}) + "\n"
         write_all(1, os_bytes(text))
+    if not every:
+        raise ProgramError(EX_USAGE, "no address to explain: name one")
     return routing_code(every)
 
 

@@ -9295,7 +9295,9 @@ class TestExplain:
             f"nosuch@{HOST}... User unknown",
         ]
 
-    @pytest.mark.parametrize("words", [("explain",), ("sendmail", "-bt")])
+    @pytest.mark.parametrize(
+        "words", [("explain",), ("sendmail", "-bt"), ("explain", ""), ("explain", " ")]
+    )
     def test_it_needs_an_address(self, explained, words):
         assert_one_clear_line(explained.run("minimta.py", *words), 64)
 
@@ -9364,6 +9366,14 @@ class TestMailq:
 
 class TestMailSends:
     """mail(1) with recipients."""
+
+    @pytest.mark.parametrize("name", ["", " ", ",", "<>", "undisclosed:;"])
+    def test_mail_for_nobody_is_refused_and_its_text_is_kept(self, instance, name):
+        result = instance.run("mail", "-s", "s", name, stdin="precious\n", user="payam")
+        assert result.code == 65, result
+        assert "no recipients: name somebody" in result.err
+        assert "precious" in (instance.home("payam") / "dead.letter").read_text()
+        assert instance.queued() == []
 
     def test_subject_and_body_from_stdin(self, shared):
         token = new_token()

@@ -5828,20 +5828,25 @@ class Router:
         if not trail.is_first("file", listing.identity, whose):
             trail.draw(f":include: {path}: not again, by another name")
             return
-        # A list of /etc/aliases has its owner's rights; one that a user named
-        # has that user's and no more, whosever it is.
-        owner = listing.owner
+        trail = trail.draw(f"list {path}", detail=f"of uid {listing.owner.uid}")
+        changes = self.list_rights(listing, trail)
+        trail = trail.then("include", path, **changes)
+        yield from self.expand_lines(listing.text, path, trail)
+
+    def list_rights(self, listing: ListFile, trail: Trail) -> dict:
+        """What changes on the trail behind a list: whose rights, and which.
+
+        A list of /etc/aliases has its owner's rights; one that a user named
+        has that user's and no more, whosever it is.
+        """
+        owner, reader = listing.owner, trail.reader
         may_run = trail.may_run and not listing.is_shared
-        if trail.reader and os.geteuid() == 0:  # a stranger's text is no program
-            may_run = may_run and owner.uid in (trail.reader.uid, 0)
-        changes: dict = {"may_run": may_run}
-        if trail.reader is None:
-            changes["rights"] = owner
-            changes["reader"] = owner if owner.uid else None
-        trail = trail.draw(f"list {path}", detail=f"of uid {owner.uid}")
-        yield from self.expand_lines(
-            listing.text, path, trail.then("include", path, **changes)
-        )
+        if reader and os.geteuid() == 0:  # a stranger's text is no program
+            may_run = may_run and owner.uid in (reader.uid, 0)
+        if reader:
+            return {"may_run": may_run}
+        reader = owner if owner.uid else None
+        return {"may_run": may_run, "rights": owner, "reader": reader}
 
     def expand_lines(self, text: str, path: str, trail: Trail) -> object:
         """Destinations of a file's lines; one that cannot be read is left out.

@@ -2,12 +2,16 @@
 #
 #   make run      start a private mail system in ./.run and say what to try
 #   make test     all tests, with pytest; makes a .venv if there is no pytest
+#   make crash    kills, failing calls and power cuts, all of them: half an hour
+#   make bench    figures of this machine; PEER='127.0.0.1:25 user' loads another
 #   make lint     ruff, if it is installed
 #   make clean    remove everything that the above has made
 # PYTHON=/path/to/python3 names the Python to test, RUFF=... the linter.
 
 PYTHON ?= python3
 RUFF ?= ruff
+WORKERS = 2
+CHOICE =
 RUN = $(CURDIR)/.run
 MTA = MINIMTA_ROOT='$(RUN)' '$(CURDIR)/minimta.py'
 RULES = E,W,F,I,N,A,B,C4,C90,UP,SIM,RET,PIE,BLE,S110,ERA,PLR0911,PLR0912,PLR0915,PLW0603,W505
@@ -42,10 +46,17 @@ test:
 	if ! "$$python" -c 'import pytest' 2>/dev/null; then \
 	    python=.venv/bin/python3; \
 	    test "$$($$python -V 2>&1)" = "$$('$(PYTHON)' -V)" && $$python -c 'import pytest' || \
-	        { '$(PYTHON)' -m venv --clear .venv && .venv/bin/pip install -q pytest; } || exit; \
+	        { '$(PYTHON)' -m venv --clear .venv && .venv/bin/pip install -q pytest && \
+	          { .venv/bin/pip install -q pytest-xdist aiosmtpd || true; }; } || exit; \
 	fi; \
-	"$$python" -c 'import xdist' 2>/dev/null && workers='-n 2' || workers=; \
-	"$$python" -m pytest -q $$workers test_minimta.py
+	"$$python" -c 'import xdist' 2>/dev/null && workers='-n $(WORKERS)' || workers=; \
+	"$$python" -m pytest -q $$workers $(CHOICE) test_minimta.py
+
+# Figures are printed, and the seed: MINIMTA_TEST_SEED=... repeats a run.
+CRASHERS = Crash or EveryInstant or PowerCut or Faults or torn
+crash:
+	@export MINIMTA_TEST_CRASHES="$${MINIMTA_TEST_CRASHES:-200}" MINIMTA_TEST_CUTS="$${MINIMTA_TEST_CUTS:-20}"; \
+	$(MAKE) --no-print-directory test WORKERS=0 CHOICE='-s -rs -k "$(CRASHERS)"'
 
 # D400 D403 D205: a program's docstring is its usage text.  D401: docstrings say
 # what is returned.  D105 D107: a class says what its magic methods do.  PLR0911:
@@ -58,7 +69,10 @@ lint:
 	$(RUFF) check $(LINT) --select $(RULES),D,PLR0913,ANN001,ANN201 --ignore $(IGNORED) minimta.py; \
 	$(RUFF) check $(LINT) --select $(RULES) --ignore $(IGNORED) test_minimta.py
 
+bench:
+	@'$(PYTHON)' .ci/bench $(PEER)
+
 clean:
 	rm -rf .run .venv* .pytest_cache .ruff_cache __pycache__
 
-.PHONY: help run test lint clean
+.PHONY: help run bench test crash lint clean

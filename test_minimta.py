@@ -11,31 +11,43 @@ a temporary directory.  What needs root, and is skipped without, says so.
 from __future__ import annotations
 
 import ast
+import base64
+import collections
 import contextlib
 import doctest
 import email.header
 import email.utils
 import fcntl
+import hmac
 import importlib
 import itertools
+import json
 import os
 import pty
 import pwd
+import queue
 import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import smtplib
 import socket
 import socketserver
+import ssl
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
-from email import message_from_bytes
+import tracemalloc
+import types
+from email import message_from_bytes, message_from_string
+from mailbox import mbox
 from pathlib import Path
 
 import pytest
@@ -44,7 +56,9 @@ import minimta
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "minimta.py"
-CRASHES = int(os.environ.get("MINIMTA_TEST_CRASHES", "3"))
+CRASHES = int(os.environ.get("MINIMTA_TEST_CRASHES", "3"))  # kills
+CUTS = int(os.environ.get("MINIMTA_TEST_CUTS", "2"))  # of each file system
+SEED = os.environ.get("MINIMTA_TEST_SEED", str(random.randrange(1_000_000)))
 AS_ROOT = os.getuid() == 0
 PATIENCE = 30  # seconds until a test gives up on something that must happen
 HOST = "centos7-1.localdomain"
@@ -291,8 +305,7 @@ class Instance:
             capture_output=True,
             env=self.env(user, **dict(env)),
             cwd=self.root,
-            timeout=PATIENCE,
-            **how,
+            **{"timeout": PATIENCE, **how},
         )
         return Result(done.returncode, done.stdout, done.stderr)
 
@@ -552,57 +565,241 @@ def play(peer, dialogue):
             assert answer.startswith(text), f"line {number}: {text} is {answer}"
 
 
+class HangUp(Exception):
+    """The sink has nothing more to say on this connection."""
+
+
+def hang_up(session, _):
+    """A row: the connection ends in place of the reply."""
+    raise HangUp
+
+
+def reset(session, _):
+    """A row: the connection is reset in place of the reply."""
+    end_hard(session.connection)
+    raise ConnectionResetError
+
+
+def end_hard(connection):
+    """Has the connection end with a reset when it is closed."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def last_words(text):
+    """A row: the connection ends behind the reply."""
+
+    def answer(session, _):
+        session.put(text.encode() + b"\r\n")
+        raise HangUp
+
+    return answer
+
+
+def endless(piece):
+    """A row: a reply that goes on until the client has had enough."""
+
+    def answer(session, _):
+        while True:
+            session.put(piece)
+
+    return answer
+
+
+def hello(*words):
+    """A row for EHLO that offers `words`."""
+    return many_lines(250, ["sink.example", *words])
+
+
+def many_lines(code, words):
+    """One reply of many lines."""
+    return "\n".join(
+        [*(f"{code}-{word}" for word in words[:-1]), f"{code} {words[-1]}"]
+    )
+
+
+def coded(text):
+    """base64, as AUTH has it."""
+    return base64.b64encode(text.encode()).decode()
+
+
+Login = collections.namedtuple("Login", "mechanism user secret is_secure")
+
+
 class SinkHandler(socketserver.StreamRequestHandler):
-    """One connection to a SmtpSink; answers what the sink's table says."""
+    """One connection to a Sink; answers what the sink's table says."""
 
     timeout = PATIENCE
+    CHALLENGE = "<1896.697170952@sink.example>"
 
     def handle(self):
-        self.say("CONNECT")
-        self.sender, self.recipients, self.is_lmtp = None, [], False
-        while True:
-            line = self.rfile.readline().decode().strip()
-            verb = line[:4].upper()
-            if not verb:
-                return
-            self.is_lmtp |= verb == "LHLO"
-            self.say(line, verb)
-            if verb == "QUIT":
-                return
+        self.sender, self.recipients, self.text = None, [], b""
+        self.is_lmtp = self.is_secure = False
+        self.number = self.server.begin(self.client_address)
+        try:
+            if self.server.is_wrapped:
+                self.secure()
+            self.say("CONNECT")
+            while self.take_command():
+                pass
+        except HangUp:
+            self.part()
+        except ssl.SSLError as error:
+            self.server.failures.append(str(error))
+        finally:
+            self.server.end(self.number)
+
+    def finish(self):
+        super().finish()
+        self.connection.close()
+
+    def part(self):
+        """Closes so that the client reads all that was said."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            while self.connection.recv(1 << 16):
+                pass
+
+    def take_command(self):
+        line = self.rfile.readline().decode("utf-8", "replace").strip()
+        verb = line[:4].upper()
+        if not verb:
+            return False
+        self.server.log.append((self.number, line))
+        if not self.is_secure:
+            self.server.clear.append(line)
+            if self.has_more():
+                self.server.ahead.append(line)
+        self.is_lmtp |= verb == "LHLO"
+        if verb == "AUTH":
+            self.take_login(line.split())
+        if verb == "QUIT":
+            self.server.end(self.number)
+        self.say(line, verb)
+        return verb != "QUIT"
+
+    def has_more(self):
+        """Whether the client did not wait for the reply."""
+        self.connection.settimeout(0)
+        try:
+            return bool(self.rfile.peek(1))
+        finally:
+            self.connection.settimeout(self.timeout)
+
+    def put(self, data):
+        pieces = [data]
+        if self.server.is_dripping:
+            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            pieces = [data[place : place + 1] for place in range(len(data))]
+        for piece in pieces:
+            self.connection.sendall(piece)
+
+    def row(self, line, verb):
+        """The answer that the table has, or makes now."""
+        row = self.server.answer(line, verb)
+        return row(self, line) if callable(row) else row
 
     def say(self, line, verb=None):
-        answer = self.server.answer(line, verb or line)
-        if verb == "DATA" and not self.recipients:
-            answer = "554 5.5.1 No recipients"
-        self.wfile.write(answer.replace("\n", "\r\n").encode() + b"\r\n")
-        if answer.startswith("354"):
+        answer = self.row(line, verb or line)
+        if isinstance(answer, bytes):
+            self.put(answer)
+            return
+        is_sequence = self.recipients if verb == "DATA" else self.sender is not None
+        if verb in ("DATA", "RCPT") and not is_sequence and answer[0] in "23":
+            answer = "554 5.5.1 No recipients" if verb == "DATA" else "503 5.5.1 MAIL?"
+        if verb == "MAIL" and self.sender is not None:
+            answer = "503 5.5.1 Nested"
+        if verb == "EHLO" and answer.startswith("250"):
+            words = [line[4:] for line in answer.split("\n")]
+            answer = many_lines(250, words + self.offers())
+        self.put(answer.replace("\n", "\r\n").encode() + b"\r\n")
+        self.act(line, verb, answer)
+
+    def offers(self):
+        """What EHLO lists besides the table's row."""
+        sink, found = self.server, []
+        if sink.certificate and not self.is_secure and not sink.is_wrapped:
+            found.append("STARTTLS")
+        if sink.mechanisms and (self.is_secure or sink.is_careless):
+            found.append(f"AUTH {sink.mechanisms}")
+        return found
+
+    def act(self, line, verb, answer):
+        """What follows from an answer."""
+        if verb == "DATA" and answer.startswith("354"):
             self.take_message()
+        elif verb in ("RSET", "EHLO", "HELO", "LHLO"):
+            self.sender, self.recipients = None, []
+        elif verb == "STAR" and answer.startswith("220"):
+            self.secure()
         elif verb == "MAIL" and answer.startswith("2"):
             self.sender, self.recipients = line, []
         elif verb == "RCPT" and answer.startswith("2"):
             self.recipients.append(re.search("<(.*)>", line).group(1))
             self.server.commands.append(line)
 
+    def secure(self):
+        """TLS from here on; what was sent ahead is dropped."""
+        self.rfile.close()
+        context = self.server.context
+        self.connection = context.wrap_socket(self.connection, server_side=True)
+        self.rfile = self.connection.makefile("rb")
+        self.is_secure = True
+
+    def ask(self, text):
+        """The client's answer to a challenge of AUTH."""
+        self.put(f"334 {coded(text)}\r\n".encode())
+        answer = self.rfile.readline().decode().strip()
+        self.server.log.append((self.number, answer))
+        if not self.is_secure:
+            self.server.clear.append(answer)
+        return base64.b64decode(answer).decode()
+
+    def take_login(self, words):
+        """The dialogue of AUTH, but for the final reply."""
+        mechanism = words[1].upper()
+        first = base64.b64decode(words[2]).decode() if words[2:] else None
+        if mechanism == "LOGIN":
+            user = first or self.ask("Username:")
+            secret = self.ask("Password:")
+        elif mechanism == "CRAM-MD5":
+            user, _, secret = self.ask(self.CHALLENGE).rpartition(" ")
+        elif mechanism == "XOAUTH2":
+            shape = "user=(.*)\1auth=Bearer (.*)\1\1"
+            user, secret = re.fullmatch(shape, first or self.ask("")).groups()
+            if not str(self.server.answers["AUTH"]).startswith("2"):
+                self.ask('{"status":"401"}')
+        else:
+            _, user, secret = (first or self.ask("")).split("\0")
+        self.server.logins.append(Login(mechanism, user, secret, self.is_secure))
+
     def take_message(self):
-        text = b""
-        while not text.endswith(b"\r\n.\r\n"):
-            line = self.rfile.readline()
-            if not line:
+        lines = [b"\r\n"]
+        while lines[-1] != b".\r\n" or not lines[-2].endswith(b"\r\n"):
+            lines.append(self.rfile.readline())
+            if not lines[-1]:
                 return
-            text += line
+        self.text = b"".join(lines[1:])
         each = [f"END {name}" for name in self.recipients]  # RFC 2033
         ends = each if self.is_lmtp else ["END"]
-        answers = [self.server.answer(end, "END") for end in ends]
-        if any(answer.startswith("2") for answer in answers):
-            self.server.received.append((self.sender, self.recipients, text))
-        self.wfile.write("".join(f"{answer}\r\n" for answer in answers).encode())
+        answers = [self.row(end, "END") for end in ends]
+        if any(re.match("2[0-9][0-9] ", str(answer)) for answer in answers):
+            self.keep()
+        self.sender, self.recipients = None, []
+        for answer in answers:
+            raw = isinstance(answer, bytes)
+            self.put(answer if raw else f"{answer}\r\n".encode())
+
+    def keep(self):
+        """Has the sink take the message in."""
+        self.server.received.append((self.sender, self.recipients, self.text))
 
 
 SINK_ANSWERS = {
     "CONNECT": "220 sink.example ESMTP",
-    "EHLO": "250-sink.example\n250-PIPELINING\n250-8BITMIME\n250 SIZE 99999999",
+    "EHLO": hello("PIPELINING", "8BITMIME", "SIZE 99999999"),
     "HELO": "250 sink.example",
     "LHLO": "250-store.example\n250-PIPELINING\n250 8BITMIME",
+    "AUTH": "235 2.7.0 Welcome",
     "DATA": "354 Go on",
     "END": "250 2.0.0 Kept",
     "QUIT": "221 2.0.0 Bye",
@@ -613,26 +810,73 @@ class Sink:
     """A real SMTP server that answers from a table and keeps what it accepts.
 
     A row is a whole command or a verb; CONNECT is the greeting, END the answer
-    to the end of the message.  A list is used up until its last element.
+    to the end of the message, AUTH the one to a whole login. A list is used up
+    until its last element. Bytes are sent as they are and change nothing; a
+    function of the session and the line makes the answer, or raises HangUp.
+    With a certificate there is STARTTLS, or TLS from the start (is_wrapped);
+    is_careless offers AUTH also without.
     """
 
     allow_reuse_address = True
     daemon_threads = True
+    request_queue_size = 128
+    certificate = None
+    mechanisms = ""
+    is_wrapped = is_careless = is_dripping = False
 
-    def __init__(self, place=("127.0.0.1", 0), **answers):
-        self.answers = {**SINK_ANSWERS, **answers}
-        self.received = []
-        self.commands = []
+    def __init__(self, place=("127.0.0.1", 0), **how):
+        features = {name: how.pop(name) for name in list(how) if name.islower()}
+        vars(self).update(features)
+        ready = "220 2.0.0 Ready" if self.certificate else "502 5.5.1 What?"
+        self.answers = {**SINK_ANSWERS, "STARTTLS": ready, **how}
+        self.received = []  # (MAIL command, recipients, text) of each message
+        self.commands = []  # RCPT, those that were answered 2xx
+        self.log = []  # (connection, command)
+        self.clear = []  # what was said without TLS
+        self.ahead = []  # commands behind which others came without waiting
+        self.names = []  # that clients asked for in TLS
+        self.failures = []  # of TLS
+        self.logins = []
+        self.clients = []  # the address of each connection
+        self.open = set()
+        self.most_open = 0
+        self.lock = threading.Lock()
+        if self.certificate:
+            self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self.context.load_cert_chain(self.certificate)
+            self.context.sni_callback = lambda _, name, __: self.names.append(name)
         super().__init__(place, SinkHandler)
         self.port = self.server_address[1]
         self.thread = threading.Thread(target=self.serve_forever, args=(0.02,))
         self.thread.start()
+
+    def begin(self, client):
+        """The number of a new connection."""
+        with self.lock:
+            self.clients.append(client)
+            self.open.add(len(self.clients))
+            self.most_open = max(self.most_open, len(self.open))
+            return len(self.clients)
+
+    def end(self, number):
+        with self.lock:
+            self.open.discard(number)
+
+    def verbs(self, number=None):
+        """The verbs that a connection brought, or all did."""
+        said = [line for one, line in self.log if number in (None, one)]
+        return [line.split(" ")[0].upper() for line in said]
 
     def answer(self, line, verb):
         row = self.answers.get(line, self.answers.get(verb, "250 2.0.0 Ok"))
         if isinstance(row, list):
             return row.pop(0) if len(row) > 1 else row[0]
         return row
+
+    def handle_error(self, request, client_address):
+        """A client that was killed is no fault of ours."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     def close(self):
         self.shutdown()
@@ -671,17 +915,20 @@ def relayed(instance, sink, **settings):
 class Terminal:
     """A person at a terminal: types, and waits for what must appear."""
 
-    def __init__(self, instance, program, *args, user="payam"):
+    def __init__(self, instance, program, *args, user="payam", rows=24, env=()):
         self.shown = ""
         self.end, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", rows, 80, 0, 0))
+        self.name = os.ttyname(theirs)
         self.child = subprocess.Popen(
             [instance.bin / program, *args],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
-            env=instance.env(user),
+            env=instance.env(user, **dict(env)),
             cwd=instance.home(user),
             start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # for Ctrl-C
         )
         os.close(theirs)
 
@@ -701,6 +948,26 @@ class Terminal:
 
     def type(self, text):
         os.write(self.end, text.encode())
+
+    def interrupt(self):
+        """Ctrl-C, once what was echoed is taken: it drops the rest."""
+        wait_for(self.has_taken_all)
+        self.type("\x03")
+
+    def has_taken_all(self):
+        """Whether the program waits for more."""
+        theirs = os.open(self.name, os.O_RDONLY | os.O_NOCTTY)
+        (waiting,) = struct.unpack("i", fcntl.ioctl(theirs, termios.FIONREAD, b"1234"))
+        os.close(theirs)
+        state = Path(f"/proc/{self.child.pid}/stat").read_text().rpartition(") ")[2]
+        return not waiting and state.startswith("S")
+
+    def rest(self):
+        """What is shown up to the end of the program."""
+        with contextlib.suppress(OSError):  # EIO: the program has ended
+            while select.select([self.end], [], [], PATIENCE)[0]:
+                self.shown += os.read(self.end, 4096).decode().replace("\r\n", "\n")
+        return self.shown
 
     def close(self):
         """The exit code, when the program has ended."""
@@ -878,7 +1145,7 @@ GOOD_VALUES = [
     ("queue_directory = /q/", "/q"),
     ("queue_directory = /", "/"),
     # text: as it is
-    ("relayhost = [mx.example]:587", "[mx.example]:587"),
+    ("relayhost = [mx.example]:587", ("[mx.example]:587",)),
     # the case of a name does not count
     ("SMTPD_Port = 26", 26),
     # the later of two lines counts
@@ -1305,7 +1572,7 @@ class TestHeaderAddresses:
         assert len(minimta.header_addresses("a@b," * 100_000)) == 100_000
 
 
-# == 4 Messages: DotReader, InputReader, Header, received_field, mbox_quoted ==
+# == 4 Messages: WireReader, InputReader, Header, received_field, mbox_quoted =
 
 
 def cuts(data, pieces=3):
@@ -1412,6 +1679,43 @@ class TestDotReader:
         reader = minimta.DotReader(4)
         assert reader.feed(b"abcdef\r\n" * 9) == b""
         assert reader.feed(b"abcdef\r\n" * 9) == b""
+
+
+def feed_chunks(limit, chunks):
+    """(message, reader) after these chunks, the last of them LAST."""
+    reader, text = minimta.ChunkReader(limit), b""
+    for number, chunk in enumerate(chunks, 1):
+        reader.expect(len(chunk), number == len(chunks))
+        text += reader.feed(chunk)
+    return text, reader
+
+
+class TestChunkReader:
+    """What follows BDAT: so many bytes."""
+
+    @pytest.mark.parametrize("text", [b"", b"a\n", b"a\n\nbc\n", b".\n..\n\n"])
+    def test_every_cut_gives_what_dots_give(self, text):
+        wire = text.replace(b"\n", b"\r\n")
+        dots = b"".join(b"." * (row[:1] == b".") + row for row in wire.splitlines(True))
+        wanted, _ = feed_dots(99, [dots + b".\r\n"])
+        for chunks in cuts(wire):
+            found, reader = feed_chunks(99, chunks)
+            assert (found, reader.fault, reader.ended) == (wanted, None, True)
+
+    @pytest.mark.parametrize("data", [b"a\nb", b"a\rb", b"a\r", b"\n", b"\r\r\n"])
+    def test_a_bare_cr_or_lf_is_a_fault_at_every_cut(self, data):
+        for chunks in cuts(data):
+            assert feed_chunks(99, chunks)[1].fault.status == "5.5.2"
+
+    def test_what_follows_a_chunk_is_its_rest(self):
+        reader = minimta.ChunkReader(99)
+        reader.expect(3, False)
+        assert (reader.feed(b"a\r\nQUIT"), reader.rest) == (b"a\n", b"QUIT")
+
+    @pytest.mark.parametrize(("limit", "status"), [(6, None), (5, "5.3.4")])
+    def test_all_chunks_together_may_be_as_long_as_the_limit(self, limit, status):
+        fault = feed_chunks(limit, [b"a\r\n", b"b\r\n"])[1].fault
+        assert (fault and fault.status) == status
 
 
 def plain_input(data, dot_ends):
@@ -2360,7 +2664,259 @@ class TestMailqText:
         assert list(minimta.mailq_text(entries))[-1] == f"\n-- {wanted}.\n"
 
 
-# == 7 Dialogue: Reply, Client, Transaction, Session ==========================
+# A message of each kind: id, sender, recipients, age, state, reasons.
+STOCK = (
+    ("0AAAAAAAAA", "alice@far.example", ["a@one.example"], 3 * 3600, "deferred"),
+    ("0BBBBBBBBB", "", ["b@two.example", "c@sub.one.example"], 3 * 86400, "deferred"),
+    ("0CCCCCCCCC", f"payam@{HOST}", ["d@two.example"], 0, "active"),
+    ("0DDDDDDDDD", "bob@far.example", ["e@three.example"], 3600, "hold"),
+)
+STOCK_REASONS = {
+    "a@one.example": "connect to one.example: Connection refused",
+    "b@two.example": "Host not found",
+    "c@sub.one.example": "Greylisted, see you later",
+}
+
+
+def stock_entries():
+    """STOCK as entries of the queue, at the second 1,000,000."""
+    found = []
+    for queue_id, sender, recipients, age, state in STOCK:
+        envelope = minimta.Envelope(sender, recipients, arrived=1e6 - age)
+        entry = minimta.QueueEntry(queue_id, 1000, envelope)
+        entry.state = state
+        if state == "deferred":
+            entry.reasons = {name: STOCK_REASONS[name] for name in recipients}
+        found.append(entry)
+    return found
+
+
+# Selectors -> the second letters of the ids that they choose from STOCK.
+CHOICES = {
+    "all": "ABCD",
+    "!all": "",
+    "0A": "A",
+    "0AAAAAAAAA": "A",
+    "0AAAAAAAAA1": "",
+    "0A 0C": "AC",
+    "!0A": "BCD",
+    "!0A !0B": "CD",
+    "0": "ABCD",
+    "to:ONE.example": "AB",
+    "to:d@": "C",
+    "to:<>": "",
+    "!to:one.example": "CD",
+    "from:alice": "A",
+    "from:<>": "B",
+    "!from:<>": "ACD",
+    "from:far.example": "AD",
+    "host:one.example": "AB",
+    "host:@one.example": "AB",
+    "host:sub.One.Example": "B",
+    "host:ne.example": "",
+    "host:two.example": "BC",
+    "host:far.example": "",
+    "reason:REFUSED$": "A",
+    "reason:^(host|connect)": "AB",
+    "reason:.": "AB",
+    "!reason:refused": "BCD",
+    "older:1d": "B",
+    "older:2h": "AB",
+    "older:1d12h": "B",
+    "younger:7201": "CD",
+    "younger:1w": "ABCD",
+    "held": "D",
+    "hold": "D",
+    "deferred": "AB",
+    "active": "C",
+    "!held": "ABC",
+    "to:one.example !from:<>": "A",
+    "deferred younger:1d": "A",
+    "deferred held": "",
+    "all !held !active": "AB",
+    "0A 0B older:1d": "B",
+    "0A !deferred": "",
+}
+
+
+def chosen(text, entries=None):
+    """The second letters of the ids that selectors choose."""
+    selectors = [minimta.Selector(word) for word in text.split()]
+    entries = stock_entries() if entries is None else entries
+    found = minimta.select_entries(entries, selectors, 1e6)
+    return "".join(entry.queue_id[1] for entry in found)
+
+
+class TestSelector:
+    """Which messages a queue command means."""
+
+    @pytest.mark.parametrize(("text", "letters"), CHOICES.items(), ids=CHOICES)
+    def test_it_means_the_messages_that_fit(self, text, letters):
+        assert chosen(text) == letters
+
+    def test_none_at_all_means_every_message(self):
+        assert chosen("") == "ABCD"
+
+    def test_who_has_it_already_is_no_recipient_any_more(self):
+        entries = stock_entries()
+        entries[1].done.add("c@sub.one.example")
+        assert chosen("to:one.example", entries) == "A"
+        assert chosen("host:one.example", entries) == "A"
+
+    def test_the_id_of_a_report_is_one(self):
+        entries = stock_entries()
+        entries[2].queue_id = "0CCCCCCCCCB1"
+        assert chosen("0CCCCCCCCCB1", entries) == "C"
+
+    def test_the_queue_is_not_read_to_its_end_before_the_first(self):
+        endless = itertools.cycle(stock_entries())
+        found = minimta.select_entries(endless, [minimta.Selector("0C")], 1e6)
+        assert next(found).queue_id == "0CCCCCCCCC"
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            *("", "!", "nonsense", "0a", "ALL ", "a@b", "*", "../0AAAAAAAAA", "-"),
+            *("to:", "from:", "host:", "reason:", "older:", "younger:", ":", ":x"),
+            *("all:x", "id:", "subject:x", "state:nothing", "older:soon", "older:-1d"),
+            *("younger:1y", "reason:(", "reason:[", "!older:x", "0\n", "0A,0B"),
+        ],
+    )
+    def test_what_is_none_is_named(self, text):
+        with pytest.raises(ValueError, match=".") as failure:
+            minimta.Selector(text)
+        assert minimta.printable(text, 60) in str(failure.value)
+        assert "\n" not in str(failure.value)
+
+    def test_a_word_that_drives_terminals_is_not_repeated_as_it_is(self):
+        with pytest.raises(ValueError, match="not a selector") as failure:
+            minimta.Selector("\x1b[2J")
+        assert "\x1b" not in str(failure.value)
+
+
+class TestShownQueue:
+    """Ages, sizes and sums as exim shows them."""
+
+    @pytest.mark.parametrize(
+        ("seconds", "text"),
+        [
+            *((0, "0m"), (59, "0m"), (60, "1m"), (25 * 60, "25m"), (5459, "90m")),
+            *((91 * 60, "1h"), (119 * 60, "1h"), (26 * 3600, "26h")),
+            *((72 * 3600, "72h"), (73 * 3600, "3d"), (96 * 3600, "4d")),
+        ],
+    )
+    def test_an_age_has_exims_unit(self, seconds, text):
+        assert minimta.shown_age(seconds) == text
+
+    @pytest.mark.parametrize(
+        ("size", "text"),
+        [
+            *((1, "1"), (355, "355"), (1023, "1023"), (1024, "1.0K"), (2970, "2.9K")),
+            *((10 * 1024, "10K"), (17000, "17K"), (1023 * 1024, "1023K")),
+            *((1 << 20, "1.0M"), (1258291, "1.2M"), (50 << 20, "50M")),
+        ],
+    )
+    def test_a_size_has_exims_unit(self, size, text):
+        assert minimta.shown_size(size) == text
+
+    def test_a_sum_has_a_row_for_each_domain_the_fullest_first(self):
+        rows = minimta.summary_text(stock_entries(), 1e6).splitlines()
+        assert rows[0].split() == ["Count", "Volume", "Oldest", "Newest", "Domain"]
+        assert [row.split() for row in rows[1:] if "(" not in row] == [
+            ["2", "2.0K", "72h", "0m", "two.example"],
+            ["1", "1000", "3h", "3h", "one.example"],
+            ["1", "1000", "72h", "72h", "sub.one.example"],
+            ["1", "1000", "60m", "60m", "three.example"],
+        ]
+
+    def test_a_sum_tells_a_domains_own_reason(self):
+        text = minimta.summary_text(stock_entries(), 1e6)
+        for domain, why in (
+            ("one.example", "connect to one.example: Connection refused"),
+            ("sub.one.example", "Greylisted, see you later"),
+        ):
+            row = text[text.index(f"  {domain}\n") :].splitlines()[1]
+            assert row.strip() == f"({why})"
+
+    def test_two_recipients_of_a_domain_are_one_message(self):
+        entry = make_entry(recipients=["a@x.example", "b@X.Example"])
+        rows = minimta.summary_text([entry], ARRIVED).splitlines()
+        assert rows[1].split() == ["1", "473", "0m", "0m", "x.example"]
+
+    def test_an_empty_queue_has_the_title_only(self):
+        assert minimta.summary_text([], 0.0).count("\n") == 1
+
+    def test_what_a_host_said_is_one_line_of_a_sum(self):
+        entry = make_entry()
+        entry.reasons = {"test@gmail.com": "a\x1b[2J\nb"}
+        text = minimta.summary_text([entry], ARRIVED)
+        assert text.count("\n") == 3
+        assert "\x1b" not in text
+
+
+class TestQueueTree:
+    """A message as `postqueue -j` shows it, and as the daemon sends it."""
+
+    KEYS = (
+        *("queue_name", "queue_id", "arrival_time", "message_size"),
+        *("forced_expire", "sender", "recipients"),
+    )
+
+    def test_keys_stand_in_postqueues_order_and_ours_behind(self):
+        keys = list(make_entry().tree())
+        assert keys[: len(self.KEYS)] == list(self.KEYS)
+        assert keys[len(self.KEYS) :] == ["next_attempt", "attempts"]
+
+    def test_values_have_postqueues_types(self):
+        first, second, third, fourth = (entry.tree() for entry in stock_entries())
+        assert first == {
+            "queue_name": "deferred",
+            "queue_id": "0AAAAAAAAA",
+            "arrival_time": 1_000_000 - 3 * 3600,
+            "message_size": 1000,
+            "forced_expire": False,
+            "sender": "alice@far.example",
+            "recipients": [
+                {
+                    "address": "a@one.example",
+                    "delay_reason": STOCK_REASONS["a@one.example"],
+                }
+            ],
+            "next_attempt": 0,
+            "attempts": 0,
+        }
+        assert type(first["arrival_time"]) is int
+        assert second["sender"] == "MAILER-DAEMON"
+        assert third["recipients"] == [{"address": "d@two.example"}]
+        assert (third["queue_name"], fourth["queue_name"]) == ("active", "hold")
+
+    def test_who_has_it_is_not_listed(self):
+        entry = make_entry(recipients=["a@x", "b@x"])
+        entry.done = {"a@x"}
+        assert entry.tree()["recipients"] == [{"address": "b@x"}]
+
+    def test_what_is_to_be_returned_says_so(self):
+        entry = make_entry()
+        entry.is_given_up = True
+        assert entry.tree()["forced_expire"] is True
+        for state, flags in (("active", "*#"), ("deferred", "#"), ("hold", "!#")):
+            entry.state = state
+            assert entry.rows().startswith(f"0123456789{flags}     473 Wed")
+
+    @pytest.mark.parametrize("state", ["active", "deferred", "hold"])
+    def test_each_field_is_read_back(self, state):
+        entry = make_entry(recipients=["a@b", "ü@d", '"x y"@f'])
+        entry.state, entry.reasons = state, {"a@b": "why: x\ty", "ü@d": "späth"}
+        entry.done, entry.due, entry.tries = {'"x y"@f'}, 1.25e9 + 0.5, 7
+        entry.is_given_up = state == "hold"
+        entry.envelope.sender = "" if state == "hold" else "s@t"
+        read = minimta.QueueEntry.parse(bytes(entry))
+        assert vars(read.envelope) == vars(entry.envelope)
+        assert {**vars(read), "envelope": 0} == {**vars(entry), "envelope": 0}
+        assert read.tree() == entry.tree()
+
+
+# == 8 Dialogue: Reply, Client, Transaction, Session ==========================
 
 
 class SessionPeer:
@@ -2540,7 +3096,8 @@ class TestSession:
         reply = make_session(text="message_size_limit = 1000").feed(b"EHLO c.example")
         assert bytes(reply).decode().splitlines() == [
             *("250-host.example", "250-PIPELINING", "250-SIZE 1000", "250-8BITMIME"),
-            *("250-ENHANCEDSTATUSCODES", "250-SMTPUTF8", "250-DSN", "250 HELP"),
+            *("250-ENHANCEDSTATUSCODES", "250-SMTPUTF8", "250-DSN", "250-CHUNKING"),
+            "250 HELP",
         ]
 
     @pytest.mark.parametrize(("client", "recipient", "wanted"), HERE_AND_THERE)
@@ -2694,7 +3251,138 @@ class TestSession:
         assert f" with {proto} id ID".encode() in session.received("ID", 1.5)
 
 
-# == 8 Reports: ReportKind, Event, Report =====================================
+SECURE = "smtpd_tls_cert_file = /cert\nsmtpd_sasl_password_file = /passwords"
+
+
+def sasl(*words):
+    """`words` as AUTH PLAIN says them."""
+    return base64.b64encode(b"\0".join(word.encode() for word in words)).decode()
+
+
+class SecurePeer(SessionPeer):
+    """One that shakes hands at once, and whose only password is `right`."""
+
+    def send(self, line):
+        super().send(line)
+        action = self.replies[-1].action
+        if action == "tls":
+            self.session.secured("TLSv1.3")
+        elif action == "auth":
+            is_right = self.session.credentials == ("bob", b"right")
+            self.replies[-1] = self.session.authenticated(is_right)
+        elif action == "chunk":
+            is_end = self.session.chunk[1] and not self.session.chunk_error
+            done = self.session.stored if is_end else self.session.chunk_taken
+            self.replies[-1] = done("ID") if is_end else done()
+
+
+TLS = f"{HELLO}C: STARTTLS\nS: 220 2.0.0\nC: EHLO c\nS: 250\n"
+RIGHT, WRONG = sasl("", "bob", "right"), sasl("", "bob", "wrong")
+USER, WORD = sasl("bob"), sasl("right")
+FAILS = f"C: AUTH PLAIN {WRONG}\nS: 535 5.7.8\n"
+SECURED = {
+    "TLS comes once": f"{TLS}C: STARTTLS\nS: 503 5.5.1",
+    "STARTTLS takes nothing": f"{HELLO}C: STARTTLS x\nS: 501",
+    "TLS forgets the name": f"{HELLO}C: STARTTLS\nS: 220\nC: MAIL FROM:<a@b>\nS: 503",
+    "TLS forgets the mail": (
+        f"{MAIL}C: STARTTLS\nS: 220\nC: EHLO c\nS: 250\nC: DATA\nS: 503"
+    ),
+    "AUTH needs TLS": f"{HELLO}C: AUTH PLAIN {RIGHT}\nS: 538 5.7.11",
+    "AUTH needs EHLO": "S: 220\nC: HELO c\nS: 250\nC: AUTH PLAIN\nS: 503",
+    "AUTH PLAIN at once": f"{TLS}C: AUTH PLAIN {RIGHT}\nS: 235 2.7.0",
+    "AUTH plain when asked": f"{TLS}C: auth plain\nS: 334\nC: {RIGHT}\nS: 235",
+    "AUTH LOGIN": (
+        f"{TLS}C: AUTH LOGIN\nS: 334 VXNlcm5hbWU6\nC: {USER}\n"
+        f"S: 334 UGFzc3dvcmQ6\nC: {WORD}\nS: 235"
+    ),
+    "AUTH LOGIN with a name": f"{TLS}C: AUTH LOGIN {USER}\nS: 334\nC: {WORD}\nS: 235",
+    "= is an empty answer": f"{TLS}C: AUTH PLAIN =\nS: 535",
+    "= is an empty name": f"{TLS}C: AUTH LOGIN =\nS: 334 UGFz\nC: {WORD}\nS: 535",
+    "* ends it": f"{TLS}C: AUTH LOGIN\nS: 334\nC: *\nS: 501 5.7.0\nC: NOOP\nS: 250",
+    "* ends it later": (
+        f"{TLS}C: AUTH LOGIN {USER}\nS: 334\nC: *\nS: 501\nC: NOOP\nS: 250"
+    ),
+    "no base64": f"{TLS}C: AUTH PLAIN !\nS: 501 5.5.2\nC: NOOP\nS: 250",
+    "an unknown method": f"{TLS}C: AUTH CRAM-MD5\nS: 504 5.5.4",
+    "once is enough": (
+        f"{TLS}C: AUTH PLAIN {RIGHT}\nS: 235\nC: AUTH PLAIN {RIGHT}\nS: 503"
+    ),
+    "not in a transaction": (
+        f"{TLS}C: MAIL FROM:<a@b>\nS: 250\nC: AUTH PLAIN {RIGHT}\nS: 503"
+    ),
+    "three guesses": f"{TLS}{FAILS}{FAILS}C: AUTH PLAIN {WRONG}\nS: 421 4.7.0",
+    "acting for another": f"{TLS}C: AUTH PLAIN {sasl('eve', 'bob', 'right')}\nS: 535",
+    "acting for oneself": f"{TLS}C: AUTH PLAIN {sasl('bob', 'bob', 'right')}\nS: 235",
+    "two words": f"{TLS}C: AUTH PLAIN {sasl('bob', 'right')}\nS: 535",
+}
+
+CHUNKS = {
+    "BDAT needs MAIL": f"{HELLO}C: BDAT 3\nS: 503 5.5.1\nC: NOOP\nS: 250",
+    "BDAT needs RCPT": f"{MAIL}C: BDAT 3 LAST\nS: 503 5.5.1",
+    "one chunk": f"{RCPT}C: BDAT 3 LAST\nS: 250 2.0.0 Ok: queued\nC: DATA\nS: 503",
+    "several": (
+        f"{RCPT}C: BDAT 3\nS: 250 2.0.0 Ok: 3 b\nC: bdat 0 last\nS: 250 2.0.0 Ok: q"
+    ),
+    "no DATA behind BDAT": f"{RCPT}C: BDAT 3\nS: 250\nC: DATA\nS: 503",
+    "no RCPT behind BDAT": f"{RCPT}C: BDAT 3\nS: 250\nC: RCPT TO:<bob>\nS: 503",
+    "no MAIL behind BDAT": f"{RCPT}C: BDAT 3\nS: 250\nC: MAIL FROM:<a@b>\nS: 503",
+    "RSET behind BDAT": f"{RCPT}C: BDAT 3\nS: 250\nC: RSET\nS: 250\nC: BDAT 3\nS: 503",
+    "no size": f"{RCPT}C: BDAT\nS: 501 5.5.4",
+    "a bad size": f"{RCPT}C: BDAT -1\nS: 501 5.5.4",
+    "another word": f"{RCPT}C: BDAT 1 FIRST\nS: 501 5.5.4",
+}
+
+
+class TestSecureSession:
+    """STARTTLS, AUTH and BDAT, without a socket."""
+
+    @pytest.mark.parametrize("dialogue", by_name({**SECURED, **CHUNKS}))
+    def test_commands_have_their_order(self, dialogue):
+        play(SecurePeer(make_session(FAR, SECURE)), dialogue)
+
+    @pytest.mark.parametrize("client", [FAR, LOCAL])
+    def test_nothing_is_offered_that_is_not_there(self, client):
+        session = make_session(client, SECURE if client is LOCAL else "")
+        play(SessionPeer(session), f"{HELLO}C: STARTTLS\nS: 502\nC: AUTH PLAIN\nS: 503")
+
+    def test_auth_is_offered_under_tls_only(self):
+        session = make_session(FAR, SECURE)
+        assert {"STARTTLS"} == {"STARTTLS", "AUTH PLAIN LOGIN"} & set(
+            session.feed(b"EHLO c").lines
+        )
+        session.secured("TLSv1.3")
+        assert {"AUTH PLAIN LOGIN"} == {"STARTTLS", "AUTH PLAIN LOGIN"} & set(
+            session.feed(b"EHLO c").lines
+        )
+
+    def test_who_has_authenticated_may_relay(self):
+        end = "C: MAIL FROM:<a@b>\nS: 250\nC: RCPT TO:<a@other.example>\nS: 250"
+        dialogue = f"{TLS}C: AUTH PLAIN {RIGHT}\nS: 235\n{end}"
+        session = make_session(FAR, SECURE)
+        play(SecurePeer(session), dialogue)
+        received = session.received("ID", 1.5)
+        assert b" with ESMTPSA id ID" in received
+        assert b"(using TLSv1.3)" in received
+        assert b"bob" not in received
+
+    def test_received_tells_of_tls_without_auth(self):
+        session = make_session(FAR, SECURE)
+        play(SecurePeer(session), f"{TLS}C: MAIL FROM:<a@b>\nS: 250")
+        assert session.protocol == "ESMTPS"
+
+    def test_the_summary_counts_good_ones_and_all(self):
+        session = make_session(FAR, SECURE)
+        play(SecurePeer(session), f"{RCPT}C: RCPT TO:<a b>\nS: 501\nC: X\nS: 500")
+        wanted = "ehlo=1 mail=1 rcpt=1/2 unknown=0/1 commands=3/5"
+        assert session.summary() == wanted
+
+    def test_the_summary_counts_a_message_once(self):
+        session = make_session(FAR)
+        play(SecurePeer(session), f"{RCPT}C: BDAT 1\nS: 250\nC: BDAT 0 LAST\nS: 250")
+        assert session.summary() == "ehlo=1 mail=1 rcpt=1 bdat=2 commands=5"
+
+
+# == 9 Reports: ReportKind, Event, Report =====================================
 
 
 def make_report(*events, kind=None, **about):
@@ -2813,7 +3501,7 @@ class TestReport:
         assert fields["Diagnostic-Code"] == "X-Minimta; a?X: y?[2J"
 
 
-# == 9 Trees: Branch ==========================================================
+# == 10 Trees: Branch =========================================================
 
 
 class TestBranch:
@@ -2857,7 +3545,7 @@ class TestBranch:
         assert minimta.Branch("a\nb\x1b").text == "a?b?"
 
 
-# == 10 Names: Record, encode_question, decode_answer =========================
+# == 11 Names: Record, encode_question, decode_answer =========================
 
 
 def wire_name(name):
@@ -2937,7 +3625,7 @@ BAD_PACKETS = {
     "a pointer forward": wire_answer(QUESTION, b"\xc0\x40" + MX_RECORD[11:], count=1),
     "a label of 64": wire_answer(QUESTION, b"\x40" + MX_RECORD, count=1),
     "a line end in a name": wire_answer(
-        QUESTION, wire_record("x.example", "MX", (1, "a\nb.example"))
+        QUESTION, wire_record("x.example", "CNAME", "a\nb.example")
     ),
     "an odd size": wire_answer(QUESTION, wire_record("x.example", "A", b"\1\2\3")),
 }
@@ -2990,13 +3678,987 @@ class TestNames:
         with pytest.raises(ValueError, match="CNAME"):
             answer.follow("x.example", "MX")
 
+    @pytest.mark.parametrize("kind", ["A", "AAAA", "MX", "CNAME"])
+    def test_whatever_is_changed_cut_or_added_is_refused_or_read(self, kind):
+        dice = random.Random(kind)
+        question = minimta.encode_question(0x1234, "x.example", kind)
+        data = {"A": "192.0.2.1", "AAAA": "::1", "MX": (1, "a.b"), "CNAME": "a.b"}[kind]
+        packet = wire_answer(
+            question,
+            *[POINTED + wire_record("", kind, data)[1:]] * 3,
+            wire_record("x.example", "CNAME", "y.example"),
+        )
+        pointers = [b"\xc0" + bytes([place]) for place in range(0, len(packet), 3)]
+        for _ in range(3000):
+            noisy = bytearray(packet[: dice.randrange(20, len(packet) + 40)])
+            for _ in range(dice.randrange(4)):
+                place = dice.randrange(12, len(noisy))
+                noisy[place : place + dice.randrange(3)] = dice.choice(
+                    (dice.randbytes(1), dice.randbytes(2), b"\xff", *pointers)
+                )
+            with contextlib.suppress(ValueError):
+                answer = minimta.decode_answer(bytes(noisy), 0x1234, "x.example", kind)
+                answer.follow("x.example", kind)
+
+    @pytest.mark.parametrize(
+        ("flags", "is_answer"),
+        [
+            (0x8180, True),
+            (0x8000, True),
+            (0x0180, False),  # a question
+            (0x8980, False),  # other opcodes
+            (0xA180, False),
+            (0xF980, False),
+        ],
+    )
+    def test_only_the_answer_to_a_query_is_one(self, flags, is_answer):
+        packet = wire_answer(QUESTION, MX_RECORD, flags=flags)
+        wanted = contextlib.nullcontext() if is_answer else pytest.raises(ValueError)
+        with wanted:
+            minimta.decode_answer(packet, 0x1234, "x.example", "MX")
+
+    @pytest.mark.parametrize("number", [0x1233, 0x3412, 0, 0xFFFF])
+    def test_another_id_is_another_question(self, number):
+        with pytest.raises(ValueError, match="another question"):
+            minimta.decode_answer(
+                wire_answer(QUESTION, MX_RECORD), number, "x.example", "MX"
+            )
+
+    def test_what_is_told_unasked_is_not_heard(self):
+        evil = wire_record("x.example", "MX", (0, "evil.example"))
+        packet = bytearray(wire_answer(QUESTION, MX_RECORD) + evil * 2)
+        packet[9] = packet[11] = 1  # authority, additional
+        answer = minimta.decode_answer(bytes(packet), 0x1234, "x.example", "MX")
+        assert [one.data for one in answer.records] == [(10, "mx.x.example")]
+
+    def test_an_answer_that_was_cut_says_so_whatever_follows(self):
+        packet = wire_answer(QUESTION, MX_RECORD[:5], flags=0x8380, count=9)
+        answer = minimta.decode_answer(packet, 0x1234, "x.example", "MX")
+        assert (answer.is_cut, answer.records) == (True, [])
+
+    def test_a_chain_of_pointers_ends(self):
+        # In the data of another record, each leads to the one before.
+        start = 12 + 15 + 11 + 10
+        places = [12, *(start + 2 * n for n in range(3000))]
+        chain = b"".join((0xC000 | place).to_bytes(2, "big") for place in places[:-1])
+        last = (0xC000 | places[-1]).to_bytes(2, "big")
+        records = wire_record("x.example", "TXT", chain), last + MX_RECORD[11:]
+        packet = wire_answer(QUESTION, *records)
+        with pytest.raises(ValueError, match="pointer"):
+            minimta.decode_answer(packet, 0x1234, "x.example", "MX")
+
+    @pytest.mark.parametrize(
+        "text", ["a b", "a.b c", "a\0b", "a/b", "a\\b", "a;b", "\xe4"]
+    )
+    def test_a_host_with_an_odd_name_is_none_and_spoils_no_other(self, text):
+        label = text.encode("latin-1")
+        name = bytes([len(label)]) + label + b"\0"
+        record = wire_record("x.example", "MX", b"\0\1" + name)
+        packet = wire_answer(QUESTION, record, MX_RECORD)
+        answer = minimta.decode_answer(packet, 0x1234, "x.example", "MX")
+        found = [one.data for one in answer.follow("x.example", "MX")]
+        assert found == [(1, minimta.ODD_NAME), (10, "mx.x.example")]
+
+    def test_a_name_with_a_dot_in_a_label_is_not_another_name(self):
+        record = wire_record("x.example", "CNAME", b"\x04mx.x\x07example\0")
+        with pytest.raises(ValueError, match="odd characters"):
+            minimta.decode_answer(
+                wire_answer(QUESTION, record), 0x1234, "x.example", "MX"
+            )
+
+    @pytest.mark.parametrize(("count", "is_read"), [(1, True), (9, True), (20, False)])
+    def test_aliases_behind_one_another_are_followed_so_far(self, count, is_read):
+        names = ["x.example", *(f"n{n}.example" for n in range(count))]
+        links = [wire_record(old, "CNAME", new) for old, new in zip(names, names[1:])]
+        end = wire_record(names[-1], "MX", (10, "mx.x.example"))
+        packet = wire_answer(QUESTION, end, *reversed(links))
+        answer = minimta.decode_answer(packet, 0x1234, "x.example", "MX")
+        if is_read:
+            (record,) = answer.follow("x.example", "MX")
+            assert record.data == (10, "mx.x.example")
+        else:
+            with pytest.raises(ValueError, match="CNAME"):
+                answer.follow("x.example", "MX")
+
     @pytest.mark.parametrize("name", ["a..b", "", ".", "x" * 64, "a." * 130 + "b"])
     def test_what_is_no_name_is_not_asked_for(self, name):
         with pytest.raises(ValueError, match="."):
             minimta.encode_name(name)
 
 
-# == 11 Log: Log ==============================================================
+def certify(folder, subject, *options):
+    """A certificate, as DER, that openssl made."""
+    if not shutil.which("openssl"):
+        pytest.skip("there is no openssl")
+    path = folder / "cert.der"
+    words = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
+    rest = ("-keyout", "/dev/null", "-outform", "DER", "-out", path, "-days", "30")
+    subprocess.run(
+        [*words.split(), "-subj", subject, *rest, *options],
+        check=True,
+        capture_output=True,
+    )
+    return path.read_bytes()
+
+
+class TestCertificates:
+    """What a certificate says of itself."""
+
+    @pytest.mark.parametrize(
+        ("subject", "names", "wanted"),
+        [
+            ("/CN=mx.example", (), "CN=mx.example, issued by CN=mx.example, "),
+            (
+                "/C=DE/O=Org, Inc./CN=a.example/emailAddress=x@y",
+                ("DNS:a.example", "IP:192.0.2.1", "DNS:*.b.example"),
+                "CN=a.example for a.example *.b.example, issued by CN=a.example, ",
+            ),
+            ("/O=nobody", ("DNS:c.example",), "CN= for c.example, issued by CN=, "),
+            ("/CN=Grüße", (), "CN=Grüße, issued by CN=Grüße, "),
+            ("/CN=a\nb", (), "CN=a?b, issued by CN=a?b, "),
+        ],
+    )
+    def test_its_names_and_dates_are_told(self, tmp_path, subject, names, wanted):
+        more = ("-addext", "subjectAltName=" + ",".join(names)) if names else ()
+        data = certify(tmp_path, subject, "-utf8", *more)
+        facts = minimta.certificate_facts(data)
+        day = time.strftime("%Y-%m-%d", time.gmtime(time.time() + 30 * 86400))
+        assert facts.startswith(f"{wanted}valid from 20")
+        assert facts.endswith(f" to {day}")
+
+    def test_a_date_behind_2049_is_told(self, tmp_path):
+        data = certify(tmp_path, "/CN=x", "-days", "20000")
+        end = time.gmtime(time.time() + 20000 * 86400)
+        assert minimta.certificate_facts(data).endswith(time.strftime("%Y-%m-%d", end))
+
+    def test_noise_is_no_certificate_and_nothing_worse(self, tmp_path):
+        dice = random.Random(10)
+        data = certify(
+            tmp_path, "/CN=mx.example", "-addext", "subjectAltName=DNS:mx.example"
+        )
+        for _ in range(5000):
+            noisy = bytearray(
+                data[: dice.choice((len(data), dice.randrange(len(data))))]
+            )
+            for _ in range(dice.randrange(1, 4)):
+                if noisy:
+                    noisy[dice.randrange(len(noisy))] = dice.choice((0, 0x80, 255, 4))
+            with contextlib.suppress(ValueError):
+                facts = minimta.certificate_facts(bytes(noisy))
+                assert facts.isprintable()
+                assert len(facts) <= 410
+        for size in range(40):
+            with contextlib.suppress(ValueError):
+                minimta.certificate_facts(dice.randbytes(size))
+
+
+# == 12 Routes: NextHop, MapLine, Rewriter ====================================
+
+
+# text -> kind, host, port, by_mx, level; and how it is written
+HOPS = [
+    ("mx.example", ("smtp", "mx.example", 25, True, ""), "mx.example:25"),
+    ("mx.example:587", ("smtp", "mx.example", 587, True, ""), "mx.example:587"),
+    ("[mx.example]", ("smtp", "mx.example", 25, False, ""), "[mx.example]:25"),
+    ("[mx.example]:587", ("smtp", "mx.example", 587, False, ""), "[mx.example]:587"),
+    ("smtp:[mx.example]", ("smtp", "mx.example", 25, False, ""), "[mx.example]:25"),
+    ("smtp://mx.example", ("smtp", "mx.example", 25, True, ""), "mx.example:25"),
+    ("relay:[mx.example]:26", ("smtp", "mx.example", 26, False, ""), "[mx.example]:26"),
+    (
+        "smtps://mx.example",
+        ("smtps", "mx.example", 465, True, ""),
+        "smtps:mx.example:465",
+    ),
+    (
+        "smtps://[mx.example]:466",
+        ("smtps", "mx.example", 466, False, ""),
+        "smtps:[mx.example]:466",
+    ),
+    (
+        "smtps:[mx.example]:465",
+        ("smtps", "mx.example", 465, False, ""),
+        "smtps:[mx.example]:465",
+    ),
+    (
+        "lmtp:[s.example]:24",
+        ("lmtp", "s.example", 24, False, ""),
+        "lmtp:[s.example]:24",
+    ),
+    ("lmtp:/run/lmtp", ("lmtp", "/run/lmtp", 0, False, ""), "lmtp:/run/lmtp"),
+    ("lmtp:unix:/run/lmtp", ("lmtp", "/run/lmtp", 0, False, ""), "lmtp:/run/lmtp"),
+    # an address has no MX
+    ("192.0.2.1", ("smtp", "192.0.2.1", 25, False, ""), "[192.0.2.1]:25"),
+    ("192.0.2.1:26", ("smtp", "192.0.2.1", 26, False, ""), "[192.0.2.1]:26"),
+    ("[2001:db8::1]:26", ("smtp", "2001:db8::1", 26, False, ""), "[2001:db8::1]:26"),
+    ("[::1]", ("smtp", "::1", 25, False, ""), "[::1]:25"),
+    # a name that ends in a digit has
+    ("mx1.example2", ("smtp", "mx1.example2", 25, True, ""), "mx1.example2:25"),
+    # a level of TLS
+    (
+        "[mx.example]:26 encrypt",
+        ("smtp", "mx.example", 26, False, "encrypt"),
+        "[mx.example]:26 encrypt",
+    ),
+    (
+        "smtps:mx.example   verify",
+        ("smtps", "mx.example", 465, True, "verify"),
+        "smtps:mx.example:465 verify",
+    ),
+    (
+        "mx:x.example:25 may",
+        ("mx", "x.example", 25, True, "may"),
+        "mx:x.example:25 may",
+    ),
+]
+
+BAD_HOPS = [
+    *("", "[]", ":25", "[mx.example]:", "[mx.example]:0", "mx.example:smtp"),
+    *("[mx.example]x", "a[mx.example]", "[a]b:25", "uucp:[mx.example]:25"),
+    *("mx.example:65536", "uucp:mx.example", "mx/example", "smtp:", "lmtp:"),
+    *("mx.example sometimes", "mx.example may verify"),
+]
+
+MAPS = [
+    ("a b\n", [("m:1", "a", "b")]),
+    (
+        "# x\n\n  # y\nA.Example  smtp:[B]:25 # why\n",
+        [("m:4", "a.example", "smtp:[B]:25")],
+    ),
+    ("a\t\tb c\n", [("m:1", "a", "b c")]),
+    ("a b\n  c\n# between\n\td\n", [("m:1", "a", "b c d")]),
+    ("a\nb c", [("m:1", "a", ""), ("m:2", "b", "c")]),
+    ("a b\r\nc d\r\n", [("m:1", "a", "b"), ("m:2", "c", "d")]),
+    ("a Name <b@c>\na later\n", [("m:1", "a", "Name <b@c>"), ("m:2", "a", "later")]),
+    ("", []),
+]
+
+TRANSPORTS = """\
+boss@x.example      1
+x.example           2
+.x.example          3
+late@x.example      4
+@at.example         5
+[192.0.2.1]         6
+"""
+
+TRANSPORT_ROWS = [
+    ("boss@x.example", "1"),
+    ("BOSS@X.Example", "1"),
+    ("other@x.example", "2"),
+    ("other@x.example.", "2"),
+    ("a@sub.x.example", "3"),
+    ("a@deep.sub.x.example", "3"),
+    # first match, not best match
+    ("late@x.example", "2"),
+    ("boss@sub.x.example", "3"),
+    ("a@at.example", "5"),
+    ("a@[192.0.2.1]", "6"),
+    # no part of a label
+    ("a@notx.example", None),
+    ("a@example", None),
+    ("a@sub.at.example", None),
+]
+
+SPANS = [
+    ("a@x", ["a@x"]),
+    (" a@x , b@y", ["a@x", "b@y"]),
+    ("A B <a@x>", ["a@x"]),
+    ("<a@x>, <b@y>", ["a@x", "b@y"]),
+    ("a@x (me), (you) b@y (he)", ["a@x", "b@y"]),
+    ("a@x (a (nested, one) <c@d>)", ["a@x"]),
+    ('"A, <b@c>" <a@x>', ["a@x"]),
+    ('"a, b"@x, c', ['"a, b"@x', "c"]),
+    ('"a \\" , b" <a@x>', ["a@x"]),
+    ('<"a>b"@x>', ['"a>b"@x']),
+    ("team: a, B <b@y>;, c", ["a", "b@y", "c"]),
+    ("undisclosed-recipients:;", []),
+    ("undisclosed-recipients: ;, a", ["a"]),
+    ("<@r,@s:a@x>", ["@r,@s:a@x"]),
+    ("a@[192.0.2.1], b@[IPv6:::1]", ["a@[192.0.2.1]", "b@[IPv6:::1]"]),
+    ("a,,b,", ["a", "b"]),
+    ("\n A\n <a@x>,\n b", ["a@x", "b"]),
+    ("<>", [""]),
+    ("", []),
+    ("(only a comment)", []),
+    ("root (Cron Daemon)", ["root"]),
+]
+
+GENERIC = """\
+payam                 chief@x.example
+boss@host.example     The Boss <boss@x.example>
+quiet@host.example    bare
+@other.example        @x.example
+@host.example         all@x.example
+*                     rest@x.example
+"""
+
+GENERIC_ROWS = [
+    # user@domain before user before @domain before *
+    ("boss@host.example", ("The Boss", "boss@x.example")),
+    ("BOSS@Host.Example", ("The Boss", "boss@x.example")),
+    ("payam@host.example", ("", "chief@x.example")),
+    ("payam@localhost", ("", "chief@x.example")),
+    ("else@host.example", ("", "all@x.example")),
+    ("else@localhost", ("", "rest@x.example")),
+    ("a@far.example", ("", "rest@x.example")),
+    ("a@other.example", ("", "a@x.example")),
+    # a bare key means a user of ours
+    ("payam@other.example", ("", "payam@x.example")),
+    ("payam@far.example", ("", "rest@x.example")),
+    # bare addresses, old and new, are completed first
+    ("payam", ("", "chief@x.example")),
+    ("boss", ("The Boss", "boss@x.example")),
+    ("quiet", ("", "bare@host.example")),
+]
+
+GENERIC_FIELDS = [
+    ("From: payam\n", "From: chief@x.example\n"),
+    ("From: payam@host.example\n", "From: chief@x.example\n"),
+    ("From: Payam G. <payam@host.example>\n", "From: Payam G. <chief@x.example>\n"),
+    ("From: payam (Payam, <x>)\n", "From: chief@x.example (Payam, <x>)\n"),
+    ("From:payam\n", "From:chief@x.example\n"),
+    ("from :\tpayam\n", "from :\tchief@x.example\n"),
+    (
+        'From: "Payam, the <first>"\n\t(a comment)\n <payam> (end)\n',
+        'From: "Payam, the <first>"\n\t(a comment)\n <chief@x.example> (end)\n',
+    ),
+    ("Sender: payam\n", "Sender: chief@x.example\n"),
+    ("Resent-From: payam\n", "Resent-From: chief@x.example\n"),
+    ("Resent-Sender: payam\n", "Resent-Sender: chief@x.example\n"),
+    # a name that is set takes the place of the old one
+    ("From: boss\n", "From: The Boss <boss@x.example>\n"),
+    ("From: B <boss@host.example>\n", "From: The Boss <boss@x.example>\n"),
+    # of several each
+    (
+        "From: payam, Else <else@host.example>\n",
+        "From: chief@x.example, Else <all@x.example>\n",
+    ),
+    ("From: boss, payam\n", "From: boss@x.example, chief@x.example\n"),
+    # others' addresses are only completed
+    ("To: payam\n", "To: payam@host.example\n"),
+    ("To: payam@host.example\n", "To: payam@host.example\n"),
+    ("Cc: A <a>, b (c),\n  d@far.example\n",) * 2,
+    ("Reply-To: payam\n", "Reply-To: payam@host.example\n"),
+    ("Resent-To: a, b\n", "Resent-To: a@host.example, b@host.example\n"),
+    ("To: team: a, b@y.example;\n", "To: team: a@host.example, b@y.example;\n"),
+    ("To: undisclosed-recipients:;\n",) * 2,
+    # what is no address list, or no address field, stays
+    ("To: Payam the Great\n",) * 2,
+    ("From: <payam\n",) * 2,
+    ("From: payam@\n",) * 2,
+    ("From: <>\n",) * 2,
+    ("From:\n",) * 2,
+    ("To: @r:a@x, ,, (\n",) * 2,
+    ("Subject: payam\n",) * 2,
+    ("X-From: payam\n",) * 2,
+    ("From: Gr\udcfc\udcdf <payam>\n", "From: Gr\udcfc\udcdf <chief@x.example>\n"),
+]
+GENERIC_FIELDS[16] = (
+    GENERIC_FIELDS[16][0],
+    "Cc: A <a@host.example>, b@host.example (c),\n  d@far.example\n",
+)
+
+
+def make_rewriter(text, origin="host.example"):
+    """A rewriter with that map; two domains are ours."""
+    ours = ("host.example", "localhost")
+    return minimta.Rewriter(minimta.parse_map(text, "g"), origin, ours.__contains__)
+
+
+class TestRoutes:
+    """Next hops, and lines of maps."""
+
+    @pytest.mark.parametrize(("text", "wanted", "shown"), HOPS)
+    def test_a_hop_is_read_and_written(self, text, wanted, shown):
+        hop = minimta.NextHop.parse(text, "relayhost")
+        assert hop.fields() == wanted
+        assert str(hop) == shown
+        assert minimta.NextHop.parse(shown, "relayhost") == hop
+
+    @pytest.mark.parametrize("text", BAD_HOPS)
+    def test_a_bad_hop_is_deferred_and_names_its_setting(self, text):
+        with pytest.raises(minimta.MailError, match="transport_maps") as caught:
+            minimta.NextHop.parse(text, "transport_maps")
+        assert caught.value.status == "4.3.5"
+
+    def test_noise_is_a_hop_or_a_mail_error_and_never_more(self):
+        dice = random.Random(11)
+        for _ in range(3000):
+            kind = dice.choice(("", "", "smtp:", "smtps://", "lmtp:", "lmtp:unix:"))
+            text = kind + "".join(dice.choices("[]: .-a1/\u0661\udce4", k=6))
+            with contextlib.suppress(minimta.MailError):
+                hop = minimta.NextHop.parse(text, "x")
+                if hop.host.startswith("//"):
+                    continue  # no path that anybody has
+                assert minimta.NextHop.parse(str(hop), "x") == hop, text
+
+    def test_a_route_has_its_hops_in_order(self):
+        route = minimta.parse_route("[a]:26 may, smtps:b,, lmtp:/c , mx:d:25", "x")
+        shown = ["[a]:26 may", "smtps:b:465", "lmtp:/c", "mx:d:25"]
+        assert list(map(str, route)) == shown
+        assert minimta.parse_route(", ".join(shown), "x") == route
+        assert minimta.parse_route("", "x") == []
+
+    @pytest.mark.parametrize(("text", "wanted"), MAPS)
+    def test_a_map_has_its_lines_in_order(self, text, wanted):
+        assert [one.fields() for one in minimta.parse_map(text, "m")] == wanted
+
+    @pytest.mark.parametrize(("address", "wanted"), TRANSPORT_ROWS)
+    def test_the_first_line_that_matches_is_the_transport(self, address, wanted):
+        lines = minimta.parse_map(TRANSPORTS, "t")
+        found = minimta.find_transport(lines, minimta.Address.parse(address))
+        assert (found.value if found else None) == wanted
+
+    def test_a_star_matches_whatever_comes_that_far(self):
+        lines = minimta.parse_map("x.example 1\n* 2\ny.example 3\n", "t")
+        found = [
+            minimta.find_transport(lines, minimta.Address.parse(text)).value
+            for text in ("a@x.example", "a@y.example", "a@z.example")
+        ]
+        assert found == ["1", "2", "2"]
+
+    @pytest.mark.parametrize(
+        ("key", "hop", "wanted"),
+        [
+            ("[Mx.Example]:587", "[mx.example]:587", True),
+            ("mx.example:587", "[mx.example]:587", True),
+            ("[mx.example]", "[mx.example]:587", True),
+            ("mx.example", "[mx.example]:587", True),
+            ("mx.example", "smtps://MX.example", True),
+            ("[mx.example]:587", "mx.example:587", True),
+            ("[mx.example]:587", "[mx.example]:25", False),
+            ("mx.example:25", "[mx.example]:587", False),
+            ("example", "[mx.example]:587", False),
+            (".example", "[mx.example]:587", False),
+        ],
+    )
+    def test_a_secret_is_found_by_the_names_of_its_hop(self, key, hop, wanted):
+        lines = minimta.parse_map(f"other x:y\n{key} me:pass:word\n", "s")
+        found = minimta.find_secret(lines, minimta.NextHop.parse(hop, "relayhost"))
+        assert found == (("me", "pass:word") if wanted else ("", ""))
+
+    def test_a_secret_may_leave_the_password_to_a_command(self):
+        lines = minimta.parse_map("mx.example me@x.example\n", "s")
+        hop = minimta.NextHop.parse("mx.example", "relayhost")
+        assert minimta.find_secret(lines, hop) == ("me@x.example", "")
+
+
+class TestRewriter:
+    """Addresses as other hosts see them."""
+
+    @pytest.mark.parametrize(("text", "wanted"), SPANS)
+    def test_addresses_are_found_where_they_are(self, text, wanted):
+        spans = minimta.address_spans(text)
+        assert [text[start:end] for start, end in spans] == wanted
+
+    def test_spans_of_noise_are_inside_it_and_in_order(self):
+        dice = random.Random(12)
+        for _ in range(5000):
+            text = "".join(
+                dice.choices('()<>[]"\\,;:@ab \n\t\udce4', k=dice.randrange(25))
+            )
+            places = [place for span in minimta.address_spans(text) for place in span]
+            assert places == sorted(places), text
+            assert all(0 <= place <= len(text) for place in places), text
+
+    @pytest.mark.parametrize("char", ["(", '"', "<", "[", "\\"])
+    def test_what_is_nested_costs_no_more_than_its_length(self, char):
+        before = time.process_time()
+        minimta.address_spans(char * 50_001)
+        assert time.process_time() - before < 1
+
+    @pytest.mark.parametrize(("address", "wanted"), GENERIC_ROWS)
+    def test_the_best_line_is_used(self, address, wanted):
+        rewriter = make_rewriter(GENERIC)
+        name, new = rewriter.change(minimta.Address.parse(address))
+        assert (name, str(new)) == wanted
+
+    def test_without_a_line_an_address_stays(self):
+        rewriter = make_rewriter("@x.example a@y.example\n")
+        assert rewriter.sender("a@host.example") == "a@host.example"
+        assert rewriter.sender("a") == "a@host.example"
+
+    def test_of_equal_keys_the_first_is_used(self):
+        rewriter = make_rewriter("a one@x.example\nA two@x.example\n")
+        assert rewriter.sender("a") == "one@x.example"
+
+    def test_the_null_sender_stays(self):
+        assert make_rewriter("* all@x.example\n").sender("") == ""
+
+    @pytest.mark.parametrize("value", ["", "b c", "b@", "@", "@@", "@b c", "<>"])
+    def test_a_bad_line_is_deferred_and_named(self, value):
+        with pytest.raises(minimta.MailError, match="g:2") as caught:
+            make_rewriter(f"x y\na {value}\n").sender("a@host.example")
+        assert caught.value.status == "4.3.5"
+
+    @pytest.mark.parametrize(("old", "new"), GENERIC_FIELDS)
+    def test_a_field_is_changed_where_it_must_be(self, old, new):
+        header = minimta.Header.parse(minimta.os_bytes(old))
+        assert bytes(make_rewriter(GENERIC).header(header)) == minimta.os_bytes(new)
+
+    @pytest.mark.parametrize(
+        ("name", "shown"),
+        [
+            ("Payam", "Payam"),
+            ('"Payam"', "Payam"),
+            ("Payam G.", '"Payam G."'),
+            ('"G., Payam"', '"G., Payam"'),
+            ("Grüße", "=?utf-8?B?R3LDvMOfZQ==?="),
+        ],
+    )
+    def test_a_name_that_is_set_is_written_as_it_must_be(self, name, shown):
+        header = minimta.Header.parse(b"From: old <payam>\n")
+        found = make_rewriter(f"payam {name} <p@x.example>\n").header(header)
+        assert bytes(found) == f"From: {shown} <p@x.example>\n".encode()
+
+    def test_without_a_map_nothing_but_bare_addresses_changes(self):
+        text = (
+            b"Received: from payam (payam)\nFrom: A (b) <c@host.example>\n"
+            b"To: d\nSubject: payam\n\tfolded\n"
+        )
+        found = make_rewriter("").header(minimta.Header.parse(text))
+        assert bytes(found) == text.replace(b"To: d\n", b"To: d@host.example\n")
+
+    def test_noise_in_a_field_never_raises_and_keeps_its_lines(self):
+        dice = random.Random(13)
+        for _ in range(3000):
+            noise = "".join(
+                dice.choices('()<>[]"\\,;:@ab \t\udce4', k=dice.randrange(25))
+            )
+            raw = minimta.os_bytes(f"From: {noise}\n")
+            (pair,) = (
+                make_rewriter(GENERIC).header(minimta.Header([("from", raw)])).fields
+            )
+            assert pair[1].startswith(b"From:"), noise
+            assert pair[1].count(b"\n") == 1, noise
+            assert pair[1].endswith(b"\n"), noise
+
+
+# == 13 Conversion: Survey, survey, converted =================================
+
+
+WIDE = "word " * 300  # 1,500 bytes, blank at the end
+GREETING = "Grüße an Jörg"
+
+
+def in_chunks(data, size):
+    """`data` in pieces of `size` bytes."""
+    return [data[place : place + size] for place in range(0, len(data), size)]
+
+
+def convert(data, is_7bit=False, size=1 << 16):
+    """A message as it is sent, if it is not signed."""
+    plan = minimta.Plan(in_chunks(data, size), is_7bit)
+    assert not plan.is_signed
+    return b"".join(minimta.Converter(plan).convert(in_chunks(data, size)))
+
+
+def on_the_wire(data):
+    """Content as a host gets it, with LF: a bare CR is never sent."""
+    return data.replace(b"\r\n", b"\n").replace(b"\r", b" ")
+
+
+def meaning(message):
+    """A message's parts as stdlib has them: (type, parts or decoded bytes)."""
+    if message.is_multipart():
+        return message.get_content_type(), [meaning(p) for p in message.get_payload()]
+    data = message.get_payload(decode=True)
+    return message.get_content_type(), on_the_wire(data)
+
+
+def assert_fits(data, is_7bit):
+    """Whether every host takes these lines."""
+    lines = data.split(b"\n")
+    assert max(map(len, lines)) <= 998
+    if is_7bit:
+        assert [line for line in lines if not line.isascii()] == []
+
+
+def assert_converted(data, is_7bit):
+    """It fits when converted, and says the same; what came out."""
+    found = convert(data, is_7bit)
+    assert_fits(found, is_7bit)
+    assert meaning(message_from_bytes(on_the_wire(found))) == meaning(
+        message_from_bytes(on_the_wire(data))
+    )
+    return found
+
+
+def two_parts(first, second="\nshort\n", head="", before="", after=""):
+    """A multipart of two, each with its header; b begins like bb."""
+    return (
+        f"MIME-Version: 1.0\nContent-Type: multipart/mixed; boundary=b\n{head}\n"
+        f"{before}--b\n{first}\n--bb\n--b\n{second}\n--b--\n{after}"
+    )
+
+
+BASE64 = base64.b64encode(GREETING.encode() * 200).decode()
+HARD_QP = "=C3=A4" * 400
+
+MESSAGES = {
+    "a long line": f"Subject: x\n\n{WIDE}\nshort\n",
+    "a long line without end": f"Subject: x\n\nshort\n{WIDE}",
+    "999 bytes": f"Subject: x\n\n{'a' * 999}\n",
+    "999 bytes without end": f"Subject: x\n\n{'a' * 999}",
+    "8-bit": f"Subject: x\n\n{GREETING}\n",
+    "8-bit and long": f"Subject: x\n\n{GREETING * 100}\n.\n..\nFrom x\n=20\n \t\n",
+    "no header": f"\n{WIDE}\n",
+    "8-bit and no header": f"\n{GREETING}\n",
+    "a header only": "Subject: x\n",
+    "an 8-bit header only": f"Subject: {GREETING}",
+    "an 8-bit header of 8-bit text without end": (
+        f"Subject: {GREETING}\nContent-Transfer-Encoding: 8bit\nX-Last: a"
+    ),
+    "a charset": f"Content-Type: text/html; charset=latin1\n\n{WIDE}\udce4\n",
+    "binary": f"Content-Transfer-Encoding: binary\n\n{WIDE}{GREETING}\r\nx\n",
+    "CR inside": f"Subject: x\n\na\rb\r\n{GREETING}\rc {WIDE}\r\n",
+    "no CR but its other names": f"Subject: x\n\n{GREETING}\x0b\x0c\x1c\x85\n{WIDE}\n",
+    "base64 in one line": f"Content-Transfer-Encoding: BASE64\n\n{BASE64}\n",
+    "base64 in odd lines": (
+        f"Content-Transfer-Encoding: base64\n\n{BASE64[:999]}\n{BASE64[999:]}"
+    ),
+    "quoted-printable in one line": (
+        f"Content-Transfer-Encoding: Quoted-Printable\n\n{HARD_QP}\nx=\ny\n"
+    ),
+    "quoted-printable with 8-bit": (
+        f"Content-Transfer-Encoding: quoted-printable\n\n{GREETING} =C3=A4\n"
+    ),
+    "quoted-printable with a coded line end": (
+        "Content-Transfer-Encoding: quoted-printable\n\n"
+        f"{HARD_QP}=0A\n=0A=0A\nx=0A=\ny\n"
+    ),
+    "quoted-printable with a coded CR": (
+        "Content-Type: image/png\nContent-Transfer-Encoding: quoted-printable\n\n"
+        f"{HARD_QP}=0D=0A=0D\n"
+    ),
+    "an encoding nobody knows": (
+        f"Content-Transfer-Encoding: 8-bit\n\n{GREETING} {WIDE}\n"
+    ),
+    "an encoding with a comment": (
+        f"Content-Transfer-Encoding: 8bit (as it is)\n\n{GREETING} {WIDE}\n"
+    ),
+    "a broken type": f"Content-Type: text\n\n{GREETING} {WIDE}\n",
+    "a multipart without boundary": (
+        f"Content-Type: multipart/mixed\n\n{GREETING} {WIDE}\n"
+    ),
+    "a boundary that never comes": (
+        f"Content-Type: multipart/mixed; boundary=b\n\n{GREETING} {WIDE}\n"
+    ),
+    "a long first part": two_parts(f"\n{WIDE}"),
+    "an 8-bit second part": two_parts(
+        "\nx", f"Content-Type: text/html\n\n{GREETING}\n"
+    ),
+    "an 8-bit multipart": two_parts(
+        f"Content-Transfer-Encoding: 8bit\n\n{GREETING}",
+        head="Content-Transfer-Encoding: 8bit\n",
+    ),
+    "a long preamble": two_parts("\nx", before=f"{WIDE}\n"),
+    "an 8-bit preamble": two_parts("\nx", before=f"{GREETING}\n"),
+    "a long epilogue": two_parts("\nx", after=f"{WIDE}\n"),
+    "an 8-bit epilogue": two_parts("\nx", after=f"{GREETING}"),
+    "a part without header and empty line": two_parts(f"{GREETING} {WIDE}\nmore"),
+    "an empty part": two_parts("", f"\n{GREETING}"),
+    "a header-only part before an 8-bit one": two_parts("X-A: b\n", f"\n{GREETING}"),
+    "no end": two_parts("\nx", f"\n{WIDE}").replace("--b--\n", ""),
+    "an odd boundary": (
+        'Content-Type: multipart/mixed;\n\tcharset=x; BOUNDARY="a; b \\"="\n\n'
+        f'--a; b "=  \n\n{GREETING} {WIDE}\n--a; b "=--\n'
+    ),
+    "a boundary inside a boundary": two_parts(
+        "Content-Type: multipart/alternative; boundary=b--\n\n"
+        f"--b--\n\n{GREETING} {WIDE}\n--b----\n"
+    ),
+    "an inner one without end": two_parts(
+        f"Content-Type: multipart/mixed; boundary=c\n\n--c\n\n{GREETING} {WIDE}"
+    ),
+    "a digest": (
+        "Content-Type: multipart/digest; boundary=b\n\n"
+        f"--b\n\nSubject: x\n\n{GREETING} {WIDE}\n--b--\n"
+    ),
+    "a message": f"Content-Type: message/rfc822\n\nSubject: in\n\n{GREETING} {WIDE}\n",
+    "a message in a multipart in a message": (
+        "Content-Type: message/rfc822\n\n"
+        + two_parts(
+            f"Content-Type: Message/RFC822; x=y\n\nSubject: z\n\n{GREETING} {WIDE}"
+        )
+    ),
+    "a message with a long header": (
+        f"Content-Type: message/rfc822\n\nSubject: {WIDE}{GREETING}\n\nx\n"
+    ),
+    "base64 with a footer": (
+        f"Content-Transfer-Encoding: base64\n\n{BASE64[:76]}\n\n-- \n{GREETING}\n"
+    ),
+    "a latin-1 text": "Subject: x\n\nGr\udcfc\udcdfe\n",
+}
+
+
+def random_text(dice):
+    """Lines as a part may have them, those that are odd among them."""
+    lines = (
+        *("", ".", "..", "From x", "--", "--bx", "-- ", "=", "=20", "a\tb ", " c\t"),
+        *(
+            WIDE,
+            GREETING,
+            GREETING * 90,
+            "x" * 998,
+            "x" * 1000,
+            "Gr\udcfc\udcdfe",
+            "a\rb",
+        ),
+        *("ends in CR\r", "a: b", "\0", "plain text"),
+    )
+    text = "\n".join(dice.choices(lines, k=dice.randrange(5)))
+    return text + dice.choice(("", "\n", "\n\n"))
+
+
+def random_leaf(dice):
+    """A part that has no parts."""
+    kind = dice.choice(
+        ("", "text/plain", "text/html; charset=latin1", "image/png", "text", "x/y;=;")
+    )
+    code = dice.choice(("", "7bit", "8BIT", "binary", "base64", "quoted-printable"))
+    body = random_text(dice)
+    if code == "base64":
+        body = base64.b64encode(minimta.os_bytes(body)).decode()
+        width = dice.choice((76, 60, 1000, 10_000))
+        body = "\n".join(body[n : n + width] for n in range(0, len(body), width))
+    elif code == "quoted-printable":
+        width = dice.choice((76, 30, 10_000))
+        codes = [f"={byte:02X}" for byte in minimta.os_bytes(body.replace("\r", ""))]
+        codes = [word if word != "=0A" else "\n" for word in codes]
+        body = "".join(
+            word
+            + ("=\n" if n % (width // 3) == width // 3 - 1 and word != "\n" else "")
+            for n, word in enumerate(codes)
+        )
+    head = f"Content-Type: {kind}\n" if kind else dice.choice(("", "X-Odd: 1\n"))
+    return head + (f"Content-Transfer-Encoding: {code}\n" if code else "") + "\n" + body
+
+
+def random_entity(dice, depth=0):
+    """A part, with parts down to a depth."""
+    form = dice.choice(("leaf", "multipart", "multipart", "message"))
+    if form == "leaf" or depth > 3:
+        return random_leaf(dice)
+    if form == "message":
+        head = dice.choice(("", "Content-Transfer-Encoding: 8bit\n"))
+        inner = random_entity(dice, depth + 1)
+        return f"Content-Type: message/rfc822\n{head}\nSubject: in\n{inner}"
+    edge = f"b{'b' * depth}{dice.choice(('', '=', '--'))}"
+    parts = [random_entity(dice, depth + 1) for _ in range(dice.randrange(1, 4))]
+    end = dice.choice((f"--{edge}--\n", f"--{edge}--  \nafter\n", f"--{edge}--", ""))
+    before = dice.choice(("", "before\n", "\n"))
+    kind = dice.choice(("mixed", "alternative", "related"))
+    head = f'Content-Type: multipart/{kind};\n boundary="{edge}"\n'
+    middle = "".join(f"--{edge}\n{part}\n" for part in parts)
+    return f"{head}\n{before}{middle}{end}"
+
+
+LONG_FIELDS = [
+    ("Subject", WIDE),
+    ("Subject", "x" * 3000),
+    ("Subject", "x" * 3000 + " short " + "ä" * 900),
+    ("Subject", f"{WIDE}\n {WIDE}\n\t{GREETING}"),
+    ("References", " ".join(f"<{n}@x.example>" for n in range(200))),
+    ("To", ", ".join(f'"A, {n}" <a{n}@x.example>' for n in range(100))),
+    ("X-Odd", f"({WIDE}) {WIDE}"),
+]
+
+ODD_FIELDS = [
+    ("Subject", GREETING, GREETING),
+    ("Subject", f"{GREETING}, {GREETING}", f"{GREETING}, {GREETING}"),
+    ("Subject", "plain ä plain ö ü end", "plain ä plain ö ü end"),
+    ("Subject", "=?utf-8?q?=C3=A4?= ö", "ä ö"),
+    ("Subject", "日本語" * 100, "日本語" * 100),
+    ("Subject", "ä\n ö\n\tü", "ä ö ü"),
+    ("Subject", 'das "schöne" Wort', 'das "schöne" Wort'),
+    ("From", "Jörg <j@x.example>", "Jörg <j@x.example>"),
+    ("From", '"Müller, Jörg" <j@x.example>', "Müller, Jörg <j@x.example>"),
+    ("From", "j@x.example (Jörg)", "j@x.example (Jörg)"),
+    ("From", "j@x.example (der Jörg (selbst))", "j@x.example (der Jörg (selbst))"),
+    ("To", "Ä <a@x>, b@y, Ö Ü <o@z>", "Ä <a@x>, b@y, Ö Ü <o@z>"),
+]
+
+
+def shown(value):
+    """A field's value as a reader shows it, blanks made equal."""
+    text = str(email.header.make_header(email.header.decode_header(value)))
+    return " ".join(text.split()).replace("( ", "(").replace(" )", ")")
+
+
+class TestSurvey:
+    """What a message needs of a host."""
+
+    @pytest.mark.parametrize("size", [1, 2, 7, 1000])
+    @pytest.mark.parametrize(
+        ("data", "wanted"),
+        [
+            (b"", (0, True, 0)),
+            (b"\n", (0, True, 2)),
+            (b"abc\nd\n", (3, True, 8)),
+            (b"a\nbcde", (4, True, 7)),
+            ("ä\n".encode(), (2, False, 4)),
+            (b"a" * 999 + b"\n" + b"b" * 998, (999, True, 1999)),
+        ],
+    )
+    def test_it_is_the_same_however_it_is_read(self, data, wanted, size):
+        assert minimta.survey(in_chunks(data, size)).fields() == wanted
+
+
+class TestConversion:
+    """Messages that hosts cannot take as they are."""
+
+    @pytest.mark.parametrize("is_7bit", [False, True])
+    @pytest.mark.parametrize("text", MESSAGES.values(), ids=MESSAGES)
+    def test_it_fits_and_says_the_same(self, text, is_7bit):
+        data = minimta.os_bytes(text)
+        found = assert_converted(data, is_7bit)
+        for size in (1, 7):
+            assert convert(data, is_7bit, size) == found
+
+    @pytest.mark.parametrize("text", MESSAGES.values(), ids=MESSAGES)
+    def test_what_fits_already_stays_as_it_is(self, text):
+        once = convert(minimta.os_bytes(text), True)
+        assert convert(once, True) == once
+        assert convert(once, False) == once
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_whatever_is_nested_fits_and_says_the_same(self, seed):
+        dice = random.Random(seed)
+        for _ in range(30):
+            text = f"Subject: x\n{random_entity(dice)}"
+            data = minimta.os_bytes(text)
+            is_7bit = dice.random() < 0.7
+            found = assert_converted(data, is_7bit)
+            for size in (1, 7):
+                assert convert(data, is_7bit, size) == found
+            if minimta.survey([data]).longest <= 998:
+                assert convert(data) == data
+
+    def test_only_what_must_be_is_encoded(self):
+        head = "Content-Type: text/plain; charset=utf-8\n"
+        text = two_parts(f"{head}\nkeep = this", f"{head}\n{GREETING}")
+        found = convert(text.encode(), True).decode()
+        assert found == two_parts(
+            f"{head}\nkeep = this",
+            f"{head}Content-Transfer-Encoding: quoted-printable\n\n"
+            "Gr=C3=BC=C3=9Fe an J=C3=B6rg",
+        )
+
+    def test_a_plain_message_becomes_mime(self):
+        found = convert(f"Subject: x\n\n{GREETING}\n".encode(), True).decode()
+        assert found == (
+            "Subject: x\nMIME-Version: 1.0\n"
+            "Content-Type: text/plain; charset=utf-8\n"
+            "Content-Transfer-Encoding: quoted-printable\n\n"
+            "Gr=C3=BC=C3=9Fe an J=C3=B6rg\n"
+        )
+
+    def test_text_that_is_not_utf_8_is_not_called_so(self):
+        found = message_from_bytes(convert(b"Subject: x\n\nGr\xfc\xdfe\n", True))
+        assert found.get_content_charset() not in ("utf-8", "us-ascii")
+        assert found.get_payload(decode=True) == b"Gr\xfc\xdfe\n"
+
+    def test_a_message_in_a_message_becomes_mime_too(self):
+        text = f"Content-Type: message/rfc822\n\nSubject: x\n\n{GREETING}\n"
+        found = message_from_bytes(convert(text.encode(), True))
+        assert found.get_payload()[0]["MIME-Version"] == "1.0"
+
+    @pytest.mark.parametrize(
+        ("text", "wanted"),
+        [
+            ("DKIM-Signature: x\n\nx\n", True),
+            ("Content-Type: multipart/signed; boundary=b\n\n--b\n\nx\n--b--\n", True),
+            (two_parts("Content-Type: Multipart/Signed; boundary=c\n\n--c\n"), True),
+            ("Subject: x\n\nDKIM-Signature: x\n", False),
+            ("Content-Type: message/rfc822\n\nDKIM-Signature: x\n\nx\n", False),
+            (two_parts("DKIM-Signature: x\n\nx"), False),
+            (two_parts("\nx", "DKIM-Signature: x\n\nx"), False),
+        ],
+    )
+    def test_what_a_change_would_break_is_known(self, text, wanted):
+        assert minimta.Plan([text.encode()], True).is_signed == wanted
+
+    @pytest.mark.parametrize("is_cut", [False, True])
+    @pytest.mark.parametrize(
+        ("code", "unit"),
+        [
+            ("", b"lorem ipsum "),
+            ("8bit", "äö€".encode()),
+            ("base64", b"TWFu"),
+            ("quoted-printable", b"=C3=A4=3D"),
+        ],
+    )
+    def test_a_line_of_megabytes_is_sent(self, code, unit, is_cut):
+        head = f"Content-Transfer-Encoding: {code}\n" if code else ""
+        data = (
+            f"Subject: x\n{head}\n".encode() + unit * (3_000_000 // len(unit)) + b"\n"
+        )
+        found = convert(data, True, 65_537 if is_cut else len(data))
+        assert_fits(found, True)
+        wanted, got = map(meaning, map(message_from_bytes, (data, found)))
+        is_same = got == wanted  # a difference of megabytes takes minutes to show
+        assert is_same
+
+    def test_a_large_message_needs_little_memory(self):
+        block = (WIDE + "\n" + GREETING + "\n").encode() * 43
+
+        def chunks():
+            yield b"Subject: x\n\n"
+            for _ in range(10_000_000 // len(block)):
+                yield block
+
+        tracemalloc.start()
+        try:
+            plan = minimta.Plan(chunks(), True)
+            size = sum(
+                len(piece) for piece in minimta.Converter(plan).convert(chunks())
+            )
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert size > 10_000_000
+        assert peak < 5_000_000
+
+    @pytest.mark.parametrize("is_7bit", [False, True])
+    @pytest.mark.parametrize(
+        ("name", "value"), LONG_FIELDS, ids=range(len(LONG_FIELDS))
+    )
+    def test_a_long_field_is_folded_and_has_the_same_words(self, name, value, is_7bit):
+        found = convert(f"{name}: {value}\nX-Next: y\n\nx\n".encode(), is_7bit)
+        assert_fits(found, is_7bit)
+        message = message_from_string(found.decode())
+        assert shown(message[name]).split() == shown(value).split()
+        assert message["X-Next"] == "y"
+        assert message.get_payload() == "x\n"
+
+    @pytest.mark.parametrize(("name", "value", "wanted"), ODD_FIELDS)
+    def test_odd_words_are_encoded_where_they_must_be(self, name, value, wanted):
+        data = f"{name}: {value}\n\nx\n".encode()
+        assert convert(data) == data
+        found = convert(data, True)
+        assert_fits(found, True)
+        assert max(map(len, found.split(b"\n"))) <= 78
+        assert shown(message_from_bytes(found)[name]) == wanted
+
+    @pytest.mark.parametrize("text", ["Grüße, Jörg!", "(äh) so; ä: b", "<ä> ,ö"])
+    def test_an_encoded_word_of_a_subject_stands_alone(self, text):
+        found = convert(f"Subject: {text}\n\nx\n".encode(), True).decode()
+        words = message_from_bytes(found.encode())["Subject"].split()
+        assert [word for word in words if "=?" in word] != []
+        for word in words:  # RFC 2047 section 5
+            assert "=?" not in word or re.fullmatch(r"=\?[^?]+\?[BbQq]\?[^?]+\?=", word)
+
+    def test_the_addresses_of_a_field_stay_what_they_are(self):
+        value = "Jörg <j@x.example>, k@y.example (Käthe), team: Ö <o@z.example>;"
+        found = message_from_bytes(convert(f"To: {value}\n\nx\n".encode(), True))
+        pairs = email.utils.getaddresses([found["To"]])
+        assert [address for _, address in pairs if address] == [
+            *("j@x.example", "k@y.example", "o@z.example"),
+        ]
+
+
+# == 14 Log: Log ==============================================================
 
 
 @pytest.fixture
@@ -3028,6 +4690,13 @@ def delivered(where, recipient="bob@host.example", when=1.5, outcome="sent"):
     return minimta.Attempt(when, outcome, "2.0.0", *words)
 
 
+def taken_up(header):
+    """A message that the runner has taken up, as far as the log looks."""
+    file = types.SimpleNamespace(envelope=LETTER, size=321)
+    parsed = minimta.Header.parse(header.encode())
+    return types.SimpleNamespace(queue_id="ID", file=file, header=parsed)
+
+
 LOG_ROWS = [
     (
         lambda log: log.accepted("ID", FAR, LETTER),
@@ -3042,33 +4711,39 @@ LOG_ROWS = [
         "minimta/pickup ID: uid=1000 from=<alice@far.example>",
     ),
     (
-        lambda log: log.active("ID", 321, LETTER),
+        lambda log: log.active(taken_up("")),
+        "minimta/cleanup ID: message-id=<>\n"
+        "minimta/qmgr ID: from=<alice@far.example>, size=321, nrcpt=1 (queue active)",
+    ),
+    (
+        lambda log: log.active(taken_up("Message-ID: <1@far.example>\n")),
+        "minimta/cleanup ID: message-id=<1@far.example>\n"
         "minimta/qmgr ID: from=<alice@far.example>, size=321, nrcpt=1 (queue active)",
     ),
     (
         lambda log: log.attempt("ID", delivered("mailbox bob@host.example"), 0.0),
-        "minimta/local ID: to=<bob@host.example>, relay=local, delay=1.5, "
-        "dsn=2.0.0, status=sent (delivered to mailbox)",
+        "minimta/local ID: to=<bob@host.example>, relay=local, "
+        "delay=1.5, delays=1.5/0/0/0, dsn=2.0.0, status=sent (delivered to mailbox)",
     ),
     (
         lambda log: log.attempt("ID", delivered("mailbox bob@x", "team@x"), 0.0),
-        "minimta/local ID: to=<bob@x>, orig_to=<team@x>, relay=local, delay=1.5, "
-        "dsn=2.0.0, status=sent (delivered to mailbox)",
+        "minimta/local ID: to=<bob@x>, orig_to=<team@x>, relay=local, "
+        "delay=1.5, delays=1.5/0/0/0, dsn=2.0.0, status=sent (delivered to mailbox)",
     ),
     (
         lambda log: log.attempt("ID", delivered("remote a@b", "a@b"), 0.0),
-        "minimta/smtp ID: to=<a@b>, relay=local, delay=1.5, "
-        "dsn=2.0.0, status=sent (delivered to mailbox)",
+        "minimta/smtp ID: to=<a@b>, relay=local, "
+        "delay=1.5, delays=1.5/0/0/0, dsn=2.0.0, status=sent (delivered to mailbox)",
     ),
     (
         lambda log: log.attempt("ID", delivered("pipe 65534 cat x", "a@b"), 0.0),
-        "minimta/local ID: to=<a@b>, relay=local, delay=1.5, "
-        "dsn=2.0.0, status=sent (delivered to mailbox)",
+        "minimta/local ID: to=<a@b>, relay=local, "
+        "delay=1.5, delays=1.5/0/0/0, dsn=2.0.0, status=sent (delivered to mailbox)",
     ),
     (
         lambda log: log.attempt("ID", delivered("lmtp a@b", "a@b"), 0.0),
-        "minimta/lmtp ID: to=<a@b>, relay=local, delay=1.5, "
-        "dsn=2.0.0, status=sent (delivered to mailbox)",
+        "minimta/lmtp ID: to=<a@b>, relay=local, "
+        "delay=1.5, delays=1.5/0/0/0, dsn=2.0.0, status=sent (delivered to mailbox)",
     ),
     (
         lambda log: log.reported("ID", "sender non-delivery notification", "IDB1"),
@@ -3085,7 +4760,7 @@ class TestLog:
     @pytest.mark.parametrize(("event", "wanted"), LOG_ROWS)
     def test_an_event_has_its_line(self, tmp_path, event, wanted):
         event(make_log(tmp_path / "log"))
-        assert logged(tmp_path / "log") == [wanted]
+        assert logged(tmp_path / "log") == wanted.split("\n")
 
     @pytest.mark.parametrize(
         ("delay", "wanted"),
@@ -3094,11 +4769,11 @@ class TestLog:
     def test_a_delay_is_a_plain_number(self, tmp_path, delay, wanted):
         attempt = delivered("mailbox bob@x", when=1000.0 + delay)
         make_log(tmp_path / "log").attempt("ID", attempt, 1000.0)
-        assert f", delay={wanted}, dsn=" in logged(tmp_path / "log")[0]
+        assert f", delay={wanted}, delays=" in logged(tmp_path / "log")[0]
 
     def test_a_clock_that_was_set_back_makes_no_negative_delay(self, tmp_path):
         make_log(tmp_path / "log").attempt("ID", delivered("mailbox bob@x"), 1000.0)
-        assert ", delay=0, dsn=" in logged(tmp_path / "log")[0]
+        assert ", delay=0, delays=0/0/0/0, dsn=" in logged(tmp_path / "log")[0]
 
     @pytest.mark.parametrize(
         "end", ["\n", "\r", "\x0b", "\x0c", "\x85", "\u2028", "\0"]
@@ -3137,7 +4812,7 @@ class TestLog:
         assert (tmp_path / "log").stat().st_mode & 0o137 == 0
 
 
-# == 12 Users: User, Users, Rights, find_root, read_settings ==================
+# == 15 Users: User, Users, Passwords, Rights, find_root, read_settings =======
 
 
 PASSWD = """root:x:0:0:root:/root:/bin/sh
@@ -3228,6 +4903,52 @@ class TestUsers:
         assert minimta.Users().caller(environ, 54321).uid == 54321
 
 
+class TestPasswords:
+    """Who may authenticate."""
+
+    @pytest.fixture
+    def passwords(self, tmp_path):
+        made = minimta.Passwords(str(tmp_path / "passwords"))
+        made.change("bob", b"right", os.getgid())
+        return made
+
+    @pytest.mark.parametrize(
+        ("user", "word", "wanted"),
+        [
+            ("bob", b"right", True),
+            ("bob", b"wrong", False),
+            ("bob", b"", False),
+            ("eve", b"right", False),
+            ("", b"", False),
+            ("Bob", b"right", False),
+        ],
+    )
+    def test_a_user_has_one_password(self, passwords, user, word, wanted):
+        assert passwords.check(user, word) is wanted
+
+    def test_a_change_counts_at_once_and_for_one_user(self, passwords):
+        passwords.change("eve", b"apple", os.getgid())
+        passwords.change("bob", b"new", os.getgid())
+        found = [passwords.check("bob", word) for word in (b"right", b"new")]
+        assert (found, passwords.check("eve", b"apple")) == ([False, True], True)
+
+    def test_the_file_is_no_business_of_others(self, passwords):
+        assert os.stat(passwords.path).st_mode & 0o007 == 0
+        assert os.listdir(os.path.dirname(passwords.path)) == ["passwords"]
+
+    @pytest.mark.parametrize(
+        "row", ["bob", "bob:", "bob:right", "#bob:right", "bob:$5$a$b", "\udcff:\udcff"]
+    )
+    def test_what_is_no_hash_opens_nothing(self, passwords, row):
+        Path(passwords.path).write_bytes(os.fsencode(row) + b"\n")
+        assert not passwords.check("bob", b"right")
+
+    def test_a_file_that_is_not_there_is_a_failure_for_now(self, tmp_path):
+        with pytest.raises(minimta.MailError) as caught:
+            minimta.Passwords(str(tmp_path / "none")).check("bob", b"right")
+        assert caught.value.status == "4.3.0"
+
+
 @pytest.fixture
 def stranger():
     """A user of no name, whom only root can become."""
@@ -3311,7 +5032,244 @@ class TestReadSettings:
         assert caught.value.code == 78
 
 
-# == 13 Spool: Spool, Draft, QueueFile, Maildrop ==============================
+# == 16 Maps: MapFiles, Secrets, read_secrets =================================
+
+
+def map_settings(root, **values):
+    """Settings of a private instance with these maps."""
+    rows = (f"{name} = {value}\n" for name, value in values.items())
+    return make_settings("".join(rows), str(root))
+
+
+def map_error(call, status):
+    """What a map's failure says."""
+    with pytest.raises(minimta.MailError) as caught:
+        call()
+    assert caught.value.status == status
+    return caught.value.text
+
+
+class TestMapFiles:
+    """Files of lines that settings name."""
+
+    @pytest.fixture
+    def files(self, tmp_path):
+        """transport_maps of two files, and both paths."""
+        one, two = tmp_path / "one", tmp_path / "two"
+        one.write_text("a 1\nb 2\n")
+        two.write_text("a 3\n")
+        settings = map_settings(tmp_path, transport_maps=f"{one}, hash:{two}")
+        return minimta.MapFiles(settings, "transport_maps"), one, two
+
+    def test_all_files_are_read_in_their_order(self, files):
+        maps, one, two = files
+        assert [line.fields() for line in maps.lines()] == [
+            (f"{one}:1", "a", "1"),
+            (f"{one}:2", "b", "2"),
+            (f"{two}:1", "a", "3"),
+        ]
+
+    @pytest.mark.parametrize("kind", ["", "hash:", "texthash:", "lmdb:", "btree:"])
+    def test_every_kind_of_map_is_the_text_file(self, tmp_path, kind):
+        path = tmp_path / "map"
+        path.write_text("a 1\n")
+        settings = map_settings(tmp_path, smtp_generic_maps=f"{kind}{path}")
+        (line,) = minimta.MapFiles(settings, "smtp_generic_maps").lines()
+        assert (line.where, line.value) == (f"{path}:1", "1")
+
+    def test_without_a_map_there_are_no_lines(self, tmp_path):
+        maps = minimta.MapFiles(map_settings(tmp_path), "transport_maps")
+        assert maps.lines() == []
+
+    @pytest.mark.parametrize("way", ["written", "replaced", "same size and time"])
+    def test_a_file_that_changes_is_read_again(self, files, way):
+        maps, one, _ = files
+        maps.lines()
+        before = one.stat()
+        path = one if way == "written" else one.with_suffix(".new")
+        path.write_text("a 9\nb 2\n")
+        if way == "same size and time":
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        path.replace(one)
+        assert maps.lines()[0].value == "9"
+
+    def test_a_file_that_stays_is_not_read_again(self, files):
+        maps, _, _ = files
+        assert maps.lines() is maps.lines()
+
+    def test_a_file_that_goes_and_comes_is_noticed(self, files):
+        maps, one, two = files
+        maps.lines()
+        two.unlink()
+        for _ in range(2):
+            text = map_error(maps.lines, "4.3.5")
+            assert text.startswith(f"transport_maps: {two}: No such file")
+        two.write_text("c 4\n")
+        assert maps.lines()[-1].value == "4"
+        assert str(one) not in text
+
+    def test_what_is_no_file_is_named(self, tmp_path):
+        settings = map_settings(tmp_path, transport_maps=str(tmp_path))
+        text = map_error(minimta.MapFiles(settings, "transport_maps").lines, "4.3.5")
+        assert str(tmp_path) in text
+
+    def test_a_fifo_is_not_waited_for(self, tmp_path):
+        os.mkfifo(tmp_path / "map")
+        settings = map_settings(tmp_path, transport_maps=tmp_path / "map")
+        with contextlib.suppress(minimta.MailError):
+            assert minimta.MapFiles(settings, "transport_maps").lines() == []
+
+    @pytest.mark.skipif(AS_ROOT, reason="root reads everything")
+    def test_a_file_that_may_not_be_read_is_named(self, files):
+        maps, one, _ = files
+        one.chmod(0)
+        assert f"{one}: Permission denied" in map_error(maps.lines, "4.3.5")
+
+    def test_bytes_that_are_no_utf_8_are_kept(self, tmp_path):
+        (tmp_path / "map").write_bytes(b"a Gr\xfc\xdfe <a@x>\n")
+        settings = map_settings(tmp_path, smtp_generic_maps=tmp_path / "map")
+        (line,) = minimta.MapFiles(settings, "smtp_generic_maps").lines()
+        assert minimta.os_bytes(line.value) == b"Gr\xfc\xdfe <a@x>"
+
+
+HOP = minimta.NextHop.parse("[mx.example]:587", "relayhost")
+
+SECRET_ROWS = [
+    # what the map says, what the command prints -> who logs in, or None
+    ("", "me:pass", ("me", "pass")),
+    ("", "me:pa:ss\nmore", ("me", "pa:ss")),
+    ("mx.example me", "pass", ("me", "pass")),
+    ("mx.example me", "ya29.token", ("me", "ya29.token")),
+    ("mx.example me", "pa:ss", ("me", "pa:ss")),
+    ("mx.example me:own", "pass", ("me", "own")),
+    ("mx.example me", "  pass\t", ("me", "pass")),
+    ("other.example you", "me:pass", ("me", "pass")),
+    # the file alone
+    ("mx.example me:own", None, ("me", "own")),
+    ("mx.example me:", None, ("me", "")),
+    ("other.example you:own", None, None),
+    ("", None, None),
+]
+
+
+class TestSecrets:
+    """Passwords of relays."""
+
+    @pytest.fixture
+    def read(self, tmp_path):
+        """Reads the secrets of a map's text and a command."""
+
+        def read(text, command, mode=0o600):
+            path = tmp_path / "secrets"
+            path.write_text(text)
+            path.chmod(mode)
+            values = {"smtp_sasl_password_maps": path, "relayhost": "[mx.example]:587"}
+            if command is not None:
+                values["smtp_sasl_password_command"] = command
+            return minimta.read_secrets(map_settings(tmp_path, **values))
+
+        return read
+
+    @pytest.mark.parametrize(("text", "printed", "wanted"), SECRET_ROWS)
+    def test_file_and_command_together_say_who_logs_in(
+        self, read, tmp_path, text, printed, wanted
+    ):
+        command = None
+        if printed is not None:
+            (tmp_path / "printed").write_text(printed)
+            command = f"cat {tmp_path}/printed"
+        assert read(text, command).find(HOP) == wanted
+
+    @pytest.mark.parametrize(
+        ("line", "wanted"), [("", None), ("else.example you", ("you", "me:pass"))]
+    )
+    @pytest.mark.parametrize("text", ["else.example", "mx.example", "[mx.example]:25"])
+    def test_a_command_is_for_the_relayhosts_unless_a_line_says_so(
+        self, read, text, line, wanted
+    ):
+        hop = minimta.NextHop.parse(text, "transport_maps")
+        wanted = wanted if hop.host == "else.example" else None
+        assert read(line, "echo me:pass").find(hop) == wanted
+
+    def test_a_password_may_have_anything_in_it(self, read):
+        text = '# ours\n\nmx.example\tme:a #b" c\td\n'
+        assert read(text, None).find(HOP) == ("me", 'a #b" c\td')
+
+    def test_the_command_is_the_shells(self, read):
+        secrets = read("", "printf 'me:%s\\n' \"a b\" | tr a x; true")
+        assert secrets.find(HOP) == ("me", "x b")
+
+    @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644, 0o610, 0o601])
+    def test_a_file_that_others_can_read_is_not_used(self, read, tmp_path, mode):
+        secrets = read("mx.example me:own", None, mode)
+        text = map_error(lambda: secrets.find(HOP), "4.7.8")
+        assert f"chmod 600 {tmp_path}/secrets" in text
+        assert "own" not in text
+
+    @pytest.mark.parametrize("mode", [0o600, 0o400, 0o700])
+    def test_a_file_of_ones_own_is_used(self, read, mode):
+        assert read("mx.example me:own", None, mode).find(HOP) == ("me", "own")
+
+    @pytest.mark.parametrize(
+        ("command", "words"),
+        [
+            ("echo me:pass; echo no such key >&2; exit 3", "exit code 3: no such key"),
+            ("exit 1", "exit code 1"),
+            ("true", "printed nothing"),
+            ("echo", "printed nothing"),
+            ("echo; echo me:pass", "printed nothing"),
+            ("/nosuch/program", "exit code 127"),
+            ("kill -9 0", "exit code -9"),
+        ],
+    )
+    def test_a_command_that_fails_says_why(self, read, command, words):
+        secrets = read("", command)
+        text = map_error(lambda: secrets.find(HOP), "4.7.8")
+        assert "smtp_sasl_password_command" in text
+        assert words in text
+        assert "me:pass" not in text
+
+    def test_a_password_without_user_is_refused_and_not_shown(self, read):
+        secrets = read("", "echo hunter2")
+        text = map_error(lambda: secrets.find(HOP), "4.7.8")
+        assert "user:password" in text
+        assert "hunter2" not in text
+
+    def test_a_command_is_not_waited_for_too_long(self, read, tmp_path, monkeypatch):
+        monkeypatch.setattr(minimta, "SECRET_TIME", 0.5)
+        script = tmp_path / "script"
+        script.write_text(f"echo me:pass; echo $$ >{tmp_path}/pid; sleep 60; true")
+        before = time.monotonic()
+        secrets = read("", f". {script}")
+        assert time.monotonic() - before < 10
+        text = map_error(lambda: secrets.find(HOP), "4.7.8")
+        assert "smtp_sasl_password_command" in text
+        group = (tmp_path / "pid").read_text().strip()
+        try:
+            wait_for(lambda: not members(group), 2)
+        finally:
+            for pid in members(group):
+                os.kill(int(pid), signal.SIGKILL)
+
+    def test_a_failure_holds_for_every_host(self, read):
+        secrets = read("other.example you:own", "exit 1")
+        map_error(lambda: secrets.find(HOP), "4.7.8")
+
+
+def members(group):
+    """The processes of a process group that still run."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            state, _, rest = (
+                Path("/proc", pid, "stat").read_text().rpartition(") ")[2].split(" ", 2)
+            )
+            if rest.split()[0] == group and state != "Z":
+                found.append(pid)
+    return found
+
+
+# == 17 Spool: Spool, Draft, QueueFile, Maildrop ==============================
 
 
 ME = minimta.User("me", os.getuid(), os.getgid(), "", "/")
@@ -3343,7 +5301,8 @@ def content(spool, queue_id):
 def left_in(spool):
     """The files in a queue directory, as folder/name."""
     top = Path(spool.directory)
-    return sorted(str(p.relative_to(top)) for p in top.glob("*/*"))
+    found = (str(p.relative_to(top)) for p in top.glob("*/*"))
+    return sorted(name for name in found if not name.startswith("trace/"))
 
 
 def open_files():
@@ -3582,6 +5541,143 @@ class TestSpool:
             assert content(small, commit(small)) == MESSAGE
 
 
+LOCK_MESSAGE = """
+import fcntl, os, sys
+try:
+    fcntl.lockf(os.open(sys.argv[1], os.O_RDWR), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    print("locked", flush=True)
+except OSError:
+    print("refused", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def lock_elsewhere(path):
+    """Another process locks a message to deliver it; what became of that."""
+    words = [sys.executable, "-IS", "-c", LOCK_MESSAGE, path]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(words, **pipes) as other:
+        yield other.stdout.readline().decode().strip()
+        other.stdin.close()
+
+
+def spool_entry(spool):
+    """The one message of a queue, as mailq has it."""
+    (entry,) = spool.entries()
+    return entry
+
+
+class TestSpoolActs:
+    """What a queue command does with one file of the queue."""
+
+    def place_of(self, spool, queue_id):
+        found = left_in(spool)
+        return [name.partition("/")[0] for name in found if name.endswith(queue_id)]
+
+    def test_what_is_held_is_in_another_folder_and_comes_back(self, spool):
+        queue_id = commit(spool)
+        spool.act("hold", queue_id)
+        assert self.place_of(spool, queue_id) == ["hold"]
+        assert [entry.state for entry in spool.entries()] == ["hold"]
+        spool.act("release", queue_id)
+        assert self.place_of(spool, queue_id) == ["queue"]
+        assert content(spool, queue_id) == MESSAGE
+
+    def test_a_held_messages_past_is_kept(self, spool):
+        queue_id = commit(spool)
+        spool.note(queue_id, [make_attempt(recipient="bob@host.example")])
+        spool.act("hold", queue_id)
+        spool.sweep(time.time() + 1e6)
+        entry = spool_entry(spool)
+        assert entry.reasons == {"bob@host.example": "w"}
+
+    @pytest.mark.parametrize("folder", ["queue", "hold"])
+    def test_what_is_removed_leaves_nothing(self, spool, folder):
+        queue_id = commit(spool)
+        spool.note(queue_id, [make_attempt()])
+        if folder == "hold":
+            spool.act("hold", queue_id)
+        spool.act("remove", queue_id)
+        assert left_in(spool) == []
+
+    @pytest.mark.parametrize("action", ["run", "requeue", "bounce"])
+    def test_it_is_due_now(self, spool, action):
+        queue_id = commit(spool)
+        spool.wait_until(queue_id, time.time() + 5000)
+        spool.act(action, queue_id)
+        assert spool.due(queue_id) <= time.time()
+
+    @pytest.mark.parametrize("is_held", [False, True])
+    def test_what_is_given_up_is_marked_and_due(self, spool, is_held):
+        queue_id = commit(spool)
+        if is_held:
+            spool.act("hold", queue_id)
+        spool.act("bounce", queue_id)
+        entry = spool_entry(spool)
+        assert (entry.is_given_up, entry.state) == (True, "active")
+        assert self.place_of(spool, queue_id) == ["queue"]
+
+    @pytest.mark.parametrize("action", minimta.ACTIONS)
+    def test_what_is_not_there_is_said(self, spool, action):
+        with pytest.raises(FileNotFoundError):
+            spool.act(action, "0AAAAAAAAA")
+        assert left_in(spool) == []
+
+    @pytest.mark.parametrize("action", minimta.ACTIONS)
+    def test_no_descriptor_stays_open(self, spool, action):
+        queue_id = commit(spool)
+        before = open_files()
+        with contextlib.suppress(minimta.MailError):  # it is not on hold
+            spool.act(action, queue_id)
+        assert open_files() == before
+
+    @pytest.mark.parametrize("action", ["hold", "remove", "requeue", "bounce"])
+    def test_what_is_being_delivered_is_left_alone(self, spool, action):
+        queue_id = commit(spool)
+        before = left_in(spool)
+        with lock_elsewhere(spool.path("queue", queue_id)):
+            with pytest.raises(minimta.MailError, match="being delivered"):
+                spool.act(action, queue_id)
+            assert left_in(spool) == before
+            assert not spool_entry(spool).is_given_up
+        spool.act(action, queue_id)
+
+    def test_an_attempt_can_be_asked_for_meanwhile(self, spool):
+        queue_id = commit(spool)
+        with lock_elsewhere(spool.path("queue", queue_id)):
+            spool.act("run", queue_id)
+
+    def test_a_lock_ends_with_its_file(self, spool):
+        path = spool.path("queue", commit(spool))
+        fd = os.open(path, os.O_RDWR)
+        assert minimta.lock_file(fd, True)
+        with lock_elsewhere(path) as said:
+            assert said == "refused"
+        os.close(fd)
+        with lock_elsewhere(path) as said:
+            assert said == "locked"
+
+    @pytest.mark.parametrize("action", ["bounce", "requeue", "release"])
+    def test_a_command_that_is_late_leaves_the_next_message_alone(
+        self, spool, action, monkeypatch
+    ):
+        """The message is delivered between the look at it and the lock."""
+        spool.keeps_spares = True
+        first = commit(spool)
+
+        def deliver_first(fd, is_ours):
+            spool.remove(first)
+            return True
+
+        monkeypatch.setattr(minimta, "lock_file", deliver_first)
+        with contextlib.suppress(minimta.MailError, OSError):
+            spool.act(action, first)
+        commit(spool, b"Subject: other\n\n")
+        commit(spool, b"Subject: next\n\n")
+        assert [entry.is_given_up for entry in spool.entries()] == [False, False]
+
+
 def make_drop(kind, folder):
     """Leave something in a maildrop, and return its name."""
     path, target = Path(folder, "0123456789"), Path(folder, ".target")
@@ -3634,7 +5730,7 @@ class TestMaildrop:
         assert open_files() == before
 
 
-# == 14 Alias database: AliasDatabase, AliasMaps, TargetFiles =================
+# == 18 Alias database: AliasDatabase, AliasMaps, TargetFiles =================
 
 
 def backends():
@@ -3667,6 +5763,7 @@ def aliases(tmp_path):
 
 def value_of(database, name):
     """The value of one alias, or None."""
+    database.renew()
     found = database.lookup([name.lower()])
     return found and found[1]
 
@@ -3963,7 +6060,7 @@ class TestTargetFiles:
         assert (text, why) == ("", f"{path}: Permission denied")
 
 
-# == 15 Mailboxes: MailboxLock, Mailbox, FileBox, MaildirBox ==================
+# == 19 Mailboxes: MailboxLock, Mailbox, FileBox, MaildirBox ==================
 
 
 HOLD_LOCK = """
@@ -4299,7 +6396,7 @@ class TestRedelivery:
             assert mailbox.find({QUEUE_ID}) == {}
 
 
-# == 16 Folders: Folder, FolderMessage ========================================
+# == 20 Folders: Folder, FolderMessage ========================================
 
 
 def mail(subject, *lines, status=""):
@@ -4448,7 +6545,7 @@ class TestFolder:
             assert (box.is_read_only, len(box.messages)) == (True, 1)
 
 
-# == 18 Relay: NextHop, Parcel, Relay =========================================
+# == 23 Relay: NextHop, Parcel, Relay =========================================
 
 
 HOST_ROWS = [
@@ -4490,6 +6587,13 @@ REPLY_ROWS = [
 ]
 
 
+def make_relay():
+    """A relay to mx.example that is not connected."""
+    hop = minimta.NextHop.parse("[mx.example]:587", "relayhost")
+    host = minimta.FarHost(hop, "mx.example", "192.0.2.1")
+    return minimta.Relay(make_settings(), host, "none")
+
+
 class TestRelayReplies:
     """What a relay host's answers mean."""
 
@@ -4501,7 +6605,7 @@ class TestRelayReplies:
     @pytest.mark.parametrize(("text", "wanted"), STORE_ROWS)
     def test_a_mail_store_is_read(self, text, wanted):
         hop = minimta.NextHop.parse(text, "mailbox_transport", "lmtp")
-        assert hop.fields() == wanted
+        assert hop.fields()[:3] == wanted
         assert minimta.NextHop.parse(str(hop), "x") == hop
 
     @pytest.mark.parametrize("port", ["0", "65536", "x", "-1", "\u0662"])
@@ -4512,21 +6616,76 @@ class TestRelayReplies:
 
     @pytest.mark.parametrize(("code", "text", "status"), REPLY_ROWS)
     def test_a_reply_has_its_status(self, code, text, status):
-        hop = minimta.NextHop.parse("[mx.example]:587", "relayhost")
-        relay = minimta.Relay(make_settings(), hop)
+        relay = make_relay()
         assert relay.refusal("DATA command", code, text).status == status
 
     def test_a_refusal_is_told_in_the_hosts_words(self):
-        hop = minimta.NextHop.parse("[mx.example]:587", "relayhost")
-        relay = minimta.Relay(make_settings(), hop)
+        relay = make_relay()
         error = relay.refusal("RCPT TO command", 550, b"5.1.1 no\nsuch \x1buser")
         assert error.text == (
-            "host mx.example[mx.example]:587 said: 550 5.1.1 no such ?user "
+            "host mx.example[192.0.2.1]:587 said: 550 5.1.1 no such ?user "
             "(in reply to RCPT TO command)"
         )
 
 
-# == 19 Resolver: MailHost, Resolver ==========================================
+class FakeMessage:
+    """A queue file in memory, read in blocks."""
+
+    def __init__(self, data, block):
+        self.data = data
+        self.block = block
+
+    def chunks(self):
+        return iter(in_chunks(self.data, self.block))
+
+
+MANY_FIELDS = "".join(f"X-{n}: {'x' * 990}\n\tfolded\n" for n in range(2500))
+
+
+class TestParcel:
+    """A message as other hosts see it."""
+
+    @pytest.mark.parametrize("block", [1, 7, 1 << 18])
+    @pytest.mark.parametrize(
+        ("text", "wanted"),
+        [
+            (
+                "From: payam\nTo: b\n\nFrom: payam\n",
+                "From: c@x.y\nTo: b@h.z\n\nFrom: payam\n",
+            ),
+            ("From: payam\n", "From: c@x.y\n"),
+            ("\nFrom: payam\n", "\nFrom: payam\n"),
+            ("Subject: x\nno field\nFrom: payam\n\nx\n",) * 2,
+            ("X: y\n\n\n\nx", "X: y\n\n\n\nx"),
+            ("", ""),
+        ],
+    )
+    def test_only_the_header_is_rewritten(self, text, wanted, block):
+        lines = minimta.parse_map("payam c@x.y\n", "g")
+        rewriter = minimta.Rewriter(lines, "h.z", {"h.z"}.__contains__)
+        message = FakeMessage(text.encode(), block)
+        parcel = minimta.Parcel(message, "payam@h.z", b"", rewriter)
+        assert b"".join(parcel.chunks()) == wanted.encode()
+        assert parcel.sender == "c@x.y"
+        assert parcel.survey.size == len(wanted) + wanted.count("\n")
+
+    def test_a_header_of_any_length_is_sent_whole(self):
+        rewriter = minimta.Rewriter([], "h.z", {"h.z"}.__contains__)
+        data = f"{MANY_FIELDS}From: a@x.y\n\nbody\n".encode()
+        parcel = minimta.Parcel(FakeMessage(data, 1 << 18), "a@x.y", b"", rewriter)
+        is_same = b"".join(parcel.chunks()) == data
+        assert is_same
+
+    def test_without_a_rewriter_nothing_changes(self):
+        data = b"From: payam\n\nx\n"
+        parcel = minimta.Parcel(
+            FakeMessage(data, 4), "payam", b"Delivered-To: a\n", None
+        )
+        assert b"".join(parcel.chunks()) == b"Delivered-To: a\n" + data
+        assert parcel.sender == "payam"
+
+
+# == 22 Resolver: MailHost, Resolver ==========================================
 
 
 class NameServer:
@@ -4588,6 +6747,23 @@ class NameServer:
         self.thread.join()
         for one in (self.udp, self.tcp, self.end, self.stop):
             one.close()
+
+
+@pytest.fixture
+def make_names():
+    """Has an instance ask a NameServer, and read a hosts file of its own."""
+    made = []
+
+    def make(instance, rows, hosts=""):
+        made.append(NameServer(rows))
+        text = f"nameserver [127.0.0.1]:{made[-1].port}\noptions timeout:1 attempts:1\n"
+        instance.write("etc/resolv.conf", text)
+        instance.write("etc/hosts", hosts)
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.close()
 
 
 @pytest.fixture
@@ -4683,6 +6859,62 @@ class TestResolver:
         assert caught.value.status == "4.4.3"
         assert len(server.asked) == 1
 
+    def test_of_mail_hosts_those_with_odd_names_are_left_out(self, make_resolver):
+        odd = wire_record("x.example", "MX", b"\0\1\x03a b\0")
+        rows = {
+            ("x.example", "MX"): lambda packet, way: [wire_answer(packet, odd, good)],
+            ("mx.x.example", "A"): [("A", "192.0.2.1")],
+            ("y.example", "MX"): lambda packet, way: [wire_answer(packet, other)],
+        }
+        good, other = MX_RECORD, wire_record("y.example", "MX", b"\0\1\x03a b\0")
+        resolver, _ = make_resolver(rows)
+        assert [host.name for host in resolver.mail_hosts("x.example")] == [
+            "mx.x.example"
+        ]
+        with pytest.raises(minimta.MailError, match="unexpected name server reply"):
+            resolver.mail_hosts("y.example")
+
+    @pytest.mark.parametrize("has_question", [True, False])
+    def test_a_server_without_edns_is_asked_in_the_old_way(
+        self, make_resolver, has_question
+    ):
+        def old(packet, way):
+            if packet[11]:  # RFC 6891 section 7
+                answer = wire_answer(packet, flags=0x8181)
+                return [answer if has_question else answer[:4] + bytes(8)]
+            return [wire_answer(packet, MX_RECORD)]
+
+        resolver, server = make_resolver({("x.example", "MX"): old})
+        assert len(resolver.lookup("x.example", "MX")) == 1
+        assert [way for _, _, way in server.asked] == ["udp", "udp"]
+
+    def test_use_vc_asks_by_tcp_only(self, make_resolver):
+        rows = {("x.example", "MX"): [("MX", (1, "a"))]}
+        resolver, server = make_resolver(rows, "options use-vc")
+        assert len(resolver.lookup("x.example", "MX")) == 1
+        assert [way for _, _, way in server.asked] == ["tcp"]
+
+    @pytest.mark.parametrize(("options", "wanted"), [("rotate", 2), ("ndots:1", 4)])
+    def test_rotate_asks_the_servers_by_turns(self, make_resolver, options, wanted):
+        rows = {(f"{name}.example", "MX"): [("MX", (1, "a"))] for name in "abcd"}
+        resolver, one = make_resolver(rows)
+        _, other = make_resolver(rows, f"options {options}")
+        servers = "".join(f"nameserver [127.0.0.1]:{s.port}\n" for s in (one, other))
+        path = Path(resolver.files["resolv.conf"])
+        path.write_text(f"{servers}options {options}\n")
+        for name in "abcd":
+            resolver.renew()
+            resolver.lookup(f"{name}.example", "MX")
+        assert (len(one.asked), len(other.asked)) == (wanted, 4 - wanted)
+
+    def test_what_is_kept_is_bounded(self, make_resolver, monkeypatch):
+        monkeypatch.setattr(minimta, "MAX_ANSWERS", 3)
+        names = [f"n{number}.example" for number in range(10)]
+        resolver, _ = make_resolver({(name, "MX"): [] for name in names})
+        for name in names:
+            resolver.lookup(name, "MX")
+        assert len(resolver.kept) <= 3
+
     def test_a_server_that_is_not_there_is_passed_over(self, make_resolver):
         resolver, _ = make_resolver({("x.example", "MX"): [("MX", (1, "a"))]})
         resolver.servers.insert(0, ("127.0.0.1", free_port()))
@@ -4715,6 +6947,211 @@ class TestResolver:
         assert resolver.addresses("NEAR") == ["192.0.2.7"]
         assert server.asked == []
 
+    def test_equals_come_in_varying_order_behind_the_better_ones(self, make_resolver):
+        hosts = [f"h{n}.example" for n in range(6)]
+        records = [("MX", (10 if n else 5, name), 9) for n, name in enumerate(hosts)]
+        rows = {(name, "A"): [("A", "192.0.2.1", 9)] for name in hosts}
+        rows.update({(name, "AAAA"): [("AAAA", "::1", 9)] for name in hosts})
+        resolver, _ = make_resolver({**rows, ("x.example", "MX"): records})
+        seen = set()
+        for _ in range(20):
+            names = [host.name for host in resolver.mail_hosts("x.example")]
+            assert names[0] == hosts[0]
+            assert sorted(names) == hosts
+            seen.add(tuple(names))
+        assert len(seen) > 5
+        assert len({names[1] for names in seen}) > 1
+
+    @pytest.mark.parametrize("code", [2, 3, 5, 4])
+    def test_a_host_that_cannot_be_found_spoils_no_other(self, make_resolver, code):
+        rows = {
+            ("x.example", "MX"): [("MX", (1, "a.example")), ("MX", (2, "b.example"))],
+            ("a.example", "A"): code,
+            ("a.example", "AAAA"): code,
+            ("b.example", "A"): [("A", "192.0.2.2")],
+        }
+        resolver, _ = make_resolver(rows)
+        hosts = resolver.mail_hosts("x.example")
+        assert [(one.name, one.addresses) for one in hosts] == [
+            ("a.example", []),
+            ("b.example", ["192.0.2.2"]),
+        ]
+
+    @pytest.mark.parametrize("other", [2, 3, []])
+    def test_one_failure_for_now_among_failures_is_for_now(self, make_resolver, other):
+        rows = {
+            ("x.example", "MX"): [("MX", (1, "a.example")), ("MX", (2, "b.example"))],
+            ("a.example", "A"): other,
+            ("b.example", "A"): 2,
+        }
+        resolver, _ = make_resolver(rows)
+        with pytest.raises(minimta.MailError, match="name=[ab].example") as caught:
+            resolver.mail_hosts("x.example")
+        assert caught.value.status == "4.4.3"
+
+    def test_an_address_of_one_kind_is_enough(self, make_resolver):
+        rows = {("a.example", "A"): [("A", "192.0.2.1")], ("a.example", "AAAA"): 3}
+        rows.update({("b.example", "A"): [], ("b.example", "AAAA"): [("AAAA", "::2")]})
+        resolver, _ = make_resolver(rows)
+        assert resolver.addresses("a.example") == ["192.0.2.1"]
+        assert resolver.addresses("b.example") == ["::2"]
+
+    def test_an_answer_about_ipv6_that_fails_does_not_spoil_ipv4(self, make_resolver):
+        rows = {("a.example", "A"): [("A", "192.0.2.1")], ("a.example", "AAAA"): 2}
+        resolver, _ = make_resolver(rows)
+        assert resolver.addresses("a.example") == ["192.0.2.1"]
+
+    def test_ipv4_is_asked_for_first(self, make_resolver):
+        rows = {("a.example", "A"): [("A", "192.0.2.1")]}
+        rows["a.example", "AAAA"] = [("AAAA", "2001:db8::1")]
+        resolver, server = make_resolver(rows)
+        assert resolver.addresses("a.example") == ["192.0.2.1", "2001:db8::1"]
+        assert [kind for _, kind, _ in server.asked] == ["A", "AAAA"]
+
+    def test_a_host_in_brackets_is_asked_for_by_address_only(self, make_resolver):
+        resolver, server = make_resolver({("a.example", "A"): [("A", "192.0.2.1")]})
+        (host,) = resolver.host("a.example")
+        assert host.fields() == (-1, "a.example", ["192.0.2.1"])
+        assert "MX" not in [kind for _, kind, _ in server.asked]
+        for address in ("192.0.2.9", "2001:db8::9"):
+            (host,) = resolver.host(address)
+            assert host.addresses == [address]
+        assert len(server.asked) == 2
+
+    def test_what_is_endless_is_cut(self, make_resolver):
+        hosts = [f"h{n}.example" for n in range(100)]
+        many = [wire_record("x.example", "MX", (n, one)) for n, one in enumerate(hosts)]
+        rows = {
+            (name, "A"): cut_by_udp(
+                *(wire_record(name, "A", f"10.0.{n}.{m}") for m in range(100))
+            )
+            for n, name in enumerate(hosts)
+        }
+        resolver, server = make_resolver(
+            {**rows, ("x.example", "MX"): cut_by_udp(*many)}
+        )
+        found = resolver.mail_hosts("x.example")
+        assert [one.name for one in found] == hosts[: len(found)]
+        assert 5 <= len(found) <= 20
+        assert all(5 <= len(one.addresses) <= 20 for one in found)
+        assert len(server.asked) < 100
+
+    def test_a_refusal_makes_the_next_server_asked(self, make_resolver):
+        for code in (2, 4, 5, 9):
+            resolver, first = make_resolver({("x.example", "MX"): code})
+            _, second = make_resolver({("x.example", "MX"): [("MX", (1, "a"))]})
+            resolver.servers = [("127.0.0.1", one.port) for one in (first, second)]
+            assert len(resolver.lookup("x.example", "MX")) == 1
+            assert (len(first.asked), len(second.asked)) == (1, 1)
+
+    def test_a_server_that_says_no_such_name_is_believed(self, make_resolver):
+        resolver, first = make_resolver({})
+        _, second = make_resolver({("x.example", "MX"): [("MX", (1, "a"))]})
+        resolver.servers = [("127.0.0.1", one.port) for one in (first, second)]
+        with pytest.raises(minimta.MailError, match="Host not found$"):
+            resolver.lookup("x.example", "MX")
+        assert second.asked == []
+
+    def test_an_answer_larger_than_was_asked_for_is_none(self, make_resolver):
+        filler = [wire_record("x.example", "TXT", b"\xff" + b"x" * 255)] * 5
+
+        def oversized(packet, way):
+            return [wire_answer(packet, MX_RECORD, *filler)]
+
+        more = "options timeout:1 attempts:1"
+        resolver, server = make_resolver({("x.example", "MX"): oversized}, more)
+        with pytest.raises(minimta.MailError) as caught:
+            resolver.lookup("x.example", "MX")
+        assert caught.value.status == "4.4.3"
+        assert len(server.asked) == 1
+
+    def test_a_tcp_answer_of_any_size_is_read(self, make_resolver):
+        filler = [wire_record("x.example", "TXT", b"\xff" + b"x" * 255)] * 200
+        resolver, _ = make_resolver(
+            {("x.example", "MX"): cut_by_udp(*filler, MX_RECORD)}
+        )
+        (record,) = resolver.lookup("x.example", "MX")
+        assert record.data == (10, "mx.x.example")
+
+    def test_an_answer_that_is_cut_by_tcp_too_is_none(self, make_resolver):
+        def cut(packet, way):
+            return [wire_answer(packet, flags=0x8380)]
+
+        more = "options timeout:1 attempts:1"
+        resolver, server = make_resolver({("x.example", "MX"): cut}, more)
+        with pytest.raises(minimta.MailError) as caught:
+            resolver.lookup("x.example", "MX")
+        assert caught.value.status == "4.4.3"
+        assert len(server.asked) == 2
+
+    def test_questions_have_ids_and_ports_of_no_pattern(self, make_resolver):
+        seen = []
+
+        def notice(packet, way):
+            seen.append(int.from_bytes(packet[:2], "big"))
+            return [wire_answer(packet)]
+
+        resolver, _ = make_resolver({("x.example", "MX"): notice})
+        for _ in range(20):
+            resolver.lookup("x.example", "MX")
+        assert len(set(seen)) > 15
+        steps = [b - a for a, b in zip(seen, seen[1:])]
+        assert len(set(steps)) > 15
+
+    def test_aliases_in_a_ring_are_a_failure(self, make_resolver):
+        rows = {("x.example", kind): [("CNAME", "x.example")] for kind in ("MX", "A")}
+        resolver, _ = make_resolver(rows)
+        with pytest.raises(minimta.MailError):
+            resolver.mail_hosts("x.example")
+
+    def test_an_alias_for_a_mail_host_is_followed(self, make_resolver):
+        answer = [
+            wire_record("mx.example", "CNAME", "real.example"),
+            wire_record("real.example", "A", "192.0.2.1"),
+        ]
+        rows = {
+            ("x.example", "MX"): [("MX", (1, "mx.example"))],
+            ("mx.example", "A"): lambda packet, way: [wire_answer(packet, *answer)],
+        }
+        resolver, _ = make_resolver(rows)
+        (host,) = resolver.mail_hosts("x.example")
+        assert host.addresses == ["192.0.2.1"]
+
+    @pytest.mark.parametrize(
+        "name", ["a..b", "x" * 64 + ".example", ".example", "xn--\udce4", "a." * 130]
+    )
+    def test_no_server_is_asked_for_what_is_no_name(self, make_resolver, name):
+        resolver, server = make_resolver({})
+        with pytest.raises(minimta.MailError) as caught:
+            resolver.mail_hosts(name)
+        assert not caught.value.is_temporary
+        assert server.asked == []
+
+    def test_an_international_name_is_asked_for_in_ascii(self, make_resolver):
+        rows = {("xn--bcher-kva.example", "MX"): [("MX", (1, "a.example"))]}
+        resolver, _ = make_resolver({**rows, ("a.example", "A"): [("A", "192.0.2.1")]})
+        assert resolver.mail_hosts("BÜCHER.example.")[0].name == "a.example"
+
+    @pytest.mark.parametrize("ask", ["mail_hosts", "host"])
+    def test_resolv_conf_that_changes_is_read_again(self, make_resolver, ask):
+        rows = {("x.example", "A"): [("A", "192.0.2.1")], ("x.example", "MX"): []}
+        resolver, first = make_resolver(dict.fromkeys(rows, 5), "options attempts:1")
+        with pytest.raises(minimta.MailError):
+            getattr(resolver, ask)("x.example")
+        _, second = make_resolver(rows)  # writes another resolv.conf
+        (host,) = getattr(resolver, ask)("x.example")
+        assert host.addresses == ["192.0.2.1"]
+        assert second.asked != []
+        assert resolver.attempts == 2  # what the new one does not say is as usual
+
+    def test_a_hosts_file_that_changes_is_read_again(self, make_resolver, tmp_path):
+        resolver, server = make_resolver({}, hosts="192.0.2.1 a.example\n")
+        assert resolver.addresses("a.example") == ["192.0.2.1"]
+        hosts = "192.0.2.2 b a.example\n::3 A.EXAMPLE # x\n192.0.2.4 #a.example\n"
+        (tmp_path / "etc/hosts").write_text(hosts)
+        assert resolver.addresses("a.example") == ["192.0.2.2", "::3"]
+        assert server.asked == []
+
     def test_resolv_conf_has_its_forms(self, make_resolver):
         more = "nameserver 192.0.2.53 ; x\nnameserver\nsearch a b\noptions timeout:3 x"
         resolver, _ = make_resolver({}, more)
@@ -4722,7 +7159,7 @@ class TestResolver:
         assert (resolver.timeout, resolver.attempts) == (3, 2)
 
 
-# == 20 Routing: Destination, Trail, Router, TargetCheck ======================
+# == 24 Routing: Destination, Trail, Router, TargetCheck ======================
 
 
 class FakeAliases:
@@ -4732,6 +7169,9 @@ class FakeAliases:
         self.rows = rows
 
     problem = ""
+
+    def renew(self):
+        """Nothing changes."""
 
     def lookup(self, names):
         if "broken" in names:
@@ -5087,7 +7527,112 @@ class TestRouter:
         assert found == status
 
 
-# == 21 Delivery: Task, ActiveMessage, Delivery, RelayJob, PipeJob, Lanes =====
+TRANSPORT_MAP = """\
+boss@map.example    error:5.7.1 not by mail
+map.example         smtp:[a.example]:26
+.map.example        smtp:b.example encrypt
+lmtp.example        lmtp:unix:/run/lmtp
+smtps.example       smtps:[a.example]
+local.example       local:
+usual.example       smtp:
+colon.example       :
+level.example       smtp: encrypt
+bare.example        [a.example]:26
+word.example        a.example
+uucp.example        uucp:a.example
+port.example        smtp:[a.example]:0
+odd.example         smtp:[a.example] perhaps
+gone.example        discard:
+later.example       retry:4.3.2 wait
+no.example          error:gone away
+empty.example
+"""
+
+HOP_ROWS = [
+    ("x@map.example", ["remote x@map.example"], "[a.example]:26"),
+    ("x@sub.map.example", ["remote x@sub.map.example"], "b.example:25 encrypt"),
+    ("boss@map.example", ["5.7.1 boss@map.example"], "not by mail"),
+    ("x@lmtp.example", ["remote x@lmtp.example"], "lmtp:/run/lmtp"),
+    ("x@smtps.example", ["remote x@smtps.example"], "smtps:[a.example]:465"),
+    ("x@usual.example", ["remote x@usual.example"], "[mx.example]:25 check"),
+    ("x@colon.example", ["remote x@colon.example"], "[mx.example]:25 check"),
+    ("x@level.example", ["remote x@level.example"], "[mx.example]:25 encrypt"),
+    ("x@bare.example", ["remote x@bare.example"], "[a.example]:26"),
+    ("x@else.example", ["remote x@else.example"], "[mx.example]:25 check"),
+    ("bob@local.example", ["mailbox bob"], None),
+    ("noone@local.example", ["5.1.1 noone@local.example"], None),
+    ("x@gone.example", ["null /dev/null"], None),
+    ("x@later.example", ["4.3.2 x@later.example"], "wait"),
+    ("x@no.example", ["5.0.0 x@no.example"], "gone away"),
+    # what cannot be meant is deferred, and named
+    ("x@word.example", ["4.3.5 x@word.example"], "transport_maps"),
+    ("x@uucp.example", ["4.3.5 x@uucp.example"], "transport_maps"),
+    ("x@port.example", ["4.3.5 x@port.example"], "transport_maps"),
+    ("x@odd.example", ["4.3.5 x@odd.example"], "transport_maps"),
+    ("x@empty.example", ["4.3.5 x@empty.example"], "transport_maps"),
+    # our own domains are in no transport map
+    ("bob@host.example", ["mailbox bob"], None),
+]
+
+
+class TestTransports:
+    """Where mail for other hosts is handed over."""
+
+    @pytest.fixture
+    def path(self, tmp_path):
+        """The map's file."""
+        path = tmp_path / "transport"
+        path.write_text(TRANSPORT_MAP + "host.example error:5.1.2 never\n")
+        return path
+
+    @pytest.mark.parametrize(("address", "wanted", "place"), HOP_ROWS)
+    def test_a_line_says_where_to(self, path, address, wanted, place):
+        router = make_router(text=f"transport_maps = {path}")
+        assert routed(router, address) == wanted
+        (found,) = router.resolve(minimta.Address.parse(address), frozenset())
+        if place is not None:
+            assert place in (found.error.text if found.error else found.place)
+
+    def test_a_map_that_cannot_be_read_is_deferred_and_named(self, path):
+        router = make_router(text=f"transport_maps = {path}")
+        path.unlink()
+        (found,) = router.resolve(minimta.Address.parse("x@y.example"), frozenset())
+        assert found.error.status == "4.3.5"
+        assert f"transport_maps: {path}" in found.error.text
+        assert routed(router, "bob@host.example") == ["mailbox bob"]
+
+    @pytest.mark.parametrize(
+        ("text", "wanted"),
+        [
+            ("", "mx:x.example:25 may"),
+            ("smtp_tls_security_level = none", "mx:x.example:25 none"),
+            ("smtp_tls_security_level = secure", "mx:x.example:25 verify"),
+            (
+                "relayhost = a, [b]:587, smtps://c, lmtp:[d]",
+                "a:25 check, [b]:587 check, smtps:c:465 check, lmtp:[d]:24 check",
+            ),
+            ("relayhost = a\nsmtp_tls_security_level = may", "a:25 may"),
+        ],
+    )
+    def test_without_a_line_it_is_relayhost_or_mx(self, text, wanted):
+        router = make_router()
+        router.settings = make_settings(text)
+        hops = router.hops(minimta.Address.parse("a@X.example."), "")
+        assert ", ".join(map(str, hops)) == wanted
+        assert minimta.parse_route(wanted, "x") == hops
+
+    @pytest.mark.parametrize(
+        ("domain", "wanted"),
+        [("[192.0.2.1]", "[192.0.2.1]:25 may"), ("[IPv6:::2]", "[::2]:25 may")],
+    )
+    def test_an_address_literal_is_its_own_host(self, domain, wanted):
+        router = make_router()
+        router.settings = make_settings("")
+        (hop,) = router.hops(minimta.Address.parse(f"a@{domain}"), "")
+        assert str(hop) == wanted
+
+
+# == 25 Delivery: Task, ActiveMessage, Delivery, RelayJob, PipeJob, Lanes =====
 
 
 def planned(spool, *recipients, journal=(), text=MESSAGE, aliases=()):
@@ -5174,7 +7719,170 @@ class TestActiveMessage:
         ]
 
 
-# == 22 Queue runner: QueueRunner, take_lock ==================================
+# == 26 Outbox: Errand, Line, Outbox, RelayJob, Outgoing, Lanes ===============
+
+
+class FakeResolver:
+    """Names in memory: a domain's MX as (preference, name, address)."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def mail_hosts(self, domain):
+        return [
+            minimta.MailHost(rank, name, [address] if address else [])
+            for rank, name, address in self.rows
+        ]
+
+    def host(self, name):
+        return [minimta.MailHost(-1, name, [name])]
+
+
+def make_outbox(rows, text="", root=""):
+    """An outbox of mail.x.example that has these mail hosts."""
+    settings = make_settings(
+        f"myhostname = mail.x.example\nmydestination = x.example\n{text}", root
+    )
+    spool = minimta.Spool("/nosuch", minimta.User("nobody", 2, 2, "", "/"))
+    outbox = minimta.Outbox(None, settings, spool, None)
+    outbox.resolver = FakeResolver(rows)
+    return outbox
+
+
+BEST, BACKUP = (10, "a.example", "192.0.2.1"), (30, "c.example", "192.0.2.3")
+PRIVATE = "smtpd_port = 25\ninet_interfaces = 127.0.0.2"
+
+WAY_ROWS = [
+    ([BEST, BACKUP], "192.0.2.1 192.0.2.3"),
+    # by name
+    ([BEST, (20, "mail.x.example", "192.0.2.2"), BACKUP], "192.0.2.1"),
+    ([BEST, (20, "MAIL.x.example.", "192.0.2.2"), BACKUP], "192.0.2.1"),
+    ([BEST, (20, "x.example", "192.0.2.2"), BACKUP], "192.0.2.1"),
+    ([(10, "mail.x.example", ""), BACKUP], None),
+    # equals of ours are no better
+    ([(10, "mail.x.example", "192.0.2.2"), BEST], None),
+    ([(10, "mail.x.example", "192.0.2.2"), BACKUP], None),
+    ([(10, "mail.x.example", "192.0.2.2"), (9, "b", "192.0.2.4")], "192.0.2.4"),
+    # by address
+    ([BEST, (20, "b.example", "127.0.0.1"), BACKUP], "192.0.2.1"),
+    ([(5, "b.example", "127.0.0.1"), BEST, BACKUP], None),
+    ([(5, "b.example", "::1"), BEST], None),
+    ([(5, "b.example", "0.0.0.0"), BEST], None),
+    ([(5, "b.example", "0.1.2.3"), BEST], None),
+    ([(5, "b.example", "::"), BEST], None),
+    ([(5, "b.example", "224.0.0.1"), BEST], None),
+    ([(5, "b.example", "ff02::1"), BEST], None),
+    ([(5, "b.example", "::ffff:127.0.0.1"), BEST], None),
+    ([(5, "b.example", "255.255.255.255"), BEST], None),
+    ([(0, "x.other.example", "127.9.9.9")], None),
+    # a host without address spoils nothing
+    ([(5, "b.example", ""), BEST], "192.0.2.1"),
+]
+
+
+class TestTargets:
+    """The addresses that are tried for a hop."""
+
+    @pytest.mark.parametrize(("rows", "wanted"), WAY_ROWS)
+    def test_ourselves_and_what_is_no_better_is_cut(self, rows, wanted):
+        outbox = make_outbox(sorted(rows))
+        hop = minimta.NextHop.parse("mx:far.example:25", "x")
+        if wanted is None:
+            with pytest.raises(minimta.MailError, match="far.example loops") as caught:
+                outbox.targets(hop)
+            assert caught.value.status == "5.4.6"
+        else:
+            found = [target.address for target in outbox.targets(hop)]
+            assert found == wanted.split()
+
+    def test_what_is_our_own_address_is_asked_of_the_system(self):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect(("192.0.2.1", 9))
+            except OSError:
+                pytest.skip("this host has no other address")
+            address = probe.getsockname()[0]
+        assert minimta.is_own_address(address)
+        assert not minimta.is_own_address("192.0.2.1")
+
+    @pytest.mark.parametrize(
+        ("text", "port", "address", "is_cut"),
+        [
+            (PRIVATE, 25, "127.0.0.2", True),
+            (PRIVATE, 25, "127.0.0.3", False),
+            (PRIVATE, 26, "127.0.0.2", False),
+            ("smtpd_port = 2525", 25, "127.0.0.1", False),
+            ("smtpd_port = 25", 25, "127.0.0.1", True),
+        ],
+    )
+    def test_private_instances_share_a_host(
+        self, tmp_path, text, port, address, is_cut
+    ):
+        outbox = make_outbox([(5, "b.example", address)], text, str(tmp_path))
+        hop = minimta.NextHop.parse(f"mx:far.example:{port}", "x")
+        wanted = (
+            pytest.raises(minimta.MailError) if is_cut else contextlib.nullcontext()
+        )
+        with wanted:
+            assert [one.address for one in outbox.targets(hop)] == [address]
+
+    def test_a_host_in_brackets_is_what_was_asked_for(self):
+        hop = minimta.NextHop.parse("[127.0.0.1]:2525", "relayhost")
+        (target,) = make_outbox([]).targets(hop)
+        assert str(target) == "127.0.0.1[127.0.0.1]:2525"
+
+    def test_without_any_address_there_is_no_target(self):
+        outbox = make_outbox([(5, "b.example", ""), (6, "c.example", "")])
+        with pytest.raises(minimta.MailError, match="far.example") as caught:
+            outbox.targets(minimta.NextHop.parse("mx:far.example:25", "x"))
+        assert caught.value.status == "5.4.4"
+
+
+@pytest.fixture
+def outgoing():
+    """Tasks for other hosts, 600 at most, that no process takes."""
+    made = minimta.Outgoing(make_settings(), ME, None, {})
+    made.EVERYBODY = 600
+    return made
+
+
+def tasks_for(place, count=300):
+    """Tasks for one destination, each of a message of its own."""
+    messages = [types.SimpleNamespace(queue_id=str(number)) for number in range(count)]
+    where = types.SimpleNamespace(place=place)
+    return [
+        types.SimpleNamespace(destination=where, message=message, error=None)
+        for message in messages
+    ]
+
+
+class TestOutgoing:
+    """Who has a place in the line of a destination."""
+
+    def placed(self, outgoing, place):
+        return sum(map(outgoing.add, tasks_for(place)))
+
+    def test_a_host_that_has_never_answered_has_20_places(self, outgoing):
+        assert self.placed(outgoing, "silent") == 20
+
+    def test_a_host_that_has_answered_has_256(self, outgoing):
+        outgoing.look_back("known", tasks_for("known")[0])
+        assert self.placed(outgoing, "known") == 256
+
+    def test_a_host_that_answers_no_more_has_20_again(self, outgoing):
+        (task,) = tasks_for("known", 1)
+        outgoing.look_back("known", task)
+        task.error = minimta.MailError("4.4.1", "no answer", "none")
+        outgoing.look_back("known", task)
+        assert self.placed(outgoing, "known") == 20
+
+    def test_when_all_places_are_taken_each_host_has_2(self, outgoing):
+        for number in range(30):
+            assert self.placed(outgoing, f"silent {number}") == 20
+        assert [self.placed(outgoing, name) for name in ("one", "other")] == [2, 2]
+
+
+# == 27 Queue runner: QueueRunner, take_lock ==================================
 
 
 class QuietHouse:
@@ -5191,7 +7899,7 @@ class QuietHouse:
             os.chown(place / "home" / name, uid, gid)
         (place / "etc").mkdir()
         (place / "etc/passwd").write_text("".join(rows))
-        text = f"myhostname = host.example\nrelayhost =\n{settings}\n"
+        text = f"myhostname = host.example\nrelayhost = [127.0.0.1]:9\n{settings}\n"
         (place / "etc/minimta.conf").write_text(text)
         environ = {"MINIMTA_ROOT": str(place), "LOGNAME": "bob"}
         self.house = minimta.House(environ)
@@ -5241,7 +7949,7 @@ class TestQueueRunner:
         queue_id = quiet.commit(UNREACHABLE)
         quiet.run()
         (attempt,) = quiet.spool.journal(queue_id)
-        assert (attempt.outcome, attempt.status) == ("deferred", "4.4.4")
+        assert (attempt.outcome, attempt.status) == ("deferred", "4.4.1")
 
     def test_what_is_deferred_is_due_after_the_shortest_wait(self, quiet):
         before = time.time()
@@ -5272,7 +7980,7 @@ class TestQueueRunner:
         quiet.run()
         quiet.run()
         (report,) = quiet.box("bob")
-        assert f"<{UNREACHABLE}>: no route to far.example" in report
+        assert f"<{UNREACHABLE}>: connect to 127.0.0.1[127.0.0.1]:9:" in report
         assert "Subject: hello" in report
         assert re.search(rf"Message-ID: <{queue_id}B\d+\.report@host", report)
         assert left_in(quiet.spool) == []
@@ -5379,16 +8087,17 @@ class TestQueueRunner:
         assert [a for a in quiet.spool.journal(queue_id) if not a.is_final] == []
 
     def test_a_busy_mailbox_has_no_other_recipient_tried_again_and_again(self, quiet):
+        (quiet.place / "etc/aliases").write_text("late: error:450 4.2.0 not now\n")
         quiet.commit("bob@host.example")
         quiet.run()
-        queue_id = quiet.commit("bob@host.example", UNREACHABLE)
+        queue_id = quiet.commit("bob@host.example", "late@host.example")
         runner = quiet.runner()
         runner.scan()
         with locked(quiet.place / "var/mail/bob"):
             for _ in range(5):
                 runner.run_due(time.time() + 60)
         found = [a.recipient for a in quiet.spool.journal(queue_id)]
-        assert found.count(UNREACHABLE) == 1
+        assert found.count("late@host.example") == 1
 
     def test_a_report_whose_note_fails_keeps_no_run_waiting(self, quiet):
         queue_id = quiet.commit(NOWHERE, UNREACHABLE)
@@ -5475,7 +8184,7 @@ class TestQueueRunner:
         assert lock > 2
 
 
-# == 23 SMTP server: Stream, Conversation, WorkerPool, SmtpServer =============
+# == 28 SMTP server: Arrival, Conversation, Crew, SmtpServer ==================
 
 
 class FakeStream:
@@ -5506,7 +8215,7 @@ def desk(spool, tmp_path):
 def converse(desk, pieces, client=NEAR):
     """(what the server sent, the texts of the messages it took)."""
     stream = FakeStream(pieces)
-    minimta.Conversation(desk, stream, client).run()
+    minimta.Conversation(desk, client).run(stream)
     texts = [content(desk.spool, queue_id) for queue_id in desk.spool.ids()]
     return stream.sent, texts
 
@@ -5613,49 +8322,61 @@ class TestConversation:
         (line,) = logged(tmp_path / "log")
         assert line.startswith("minimta/smtpd NOQUEUE: reject: RCPT from unknown[")
 
+    @pytest.mark.parametrize("size", [200_000, 262_144, 300_000, 900_000])
+    @pytest.mark.parametrize("by_chunk", [False, True])
+    def test_no_line_is_added_to_a_long_message(self, desk, size, by_chunk):
+        desk.settings = make_settings("message_size_limit = 9M\nqueue_minfree = 0")
+        text = b"Subject: x\r\n\r\n" + b"y" * (size - 18) + b"\r\n"
+        data = ENVELOPE + text + b".\r\n"
+        if by_chunk:
+            data = ENVELOPE[:-6] + b"BDAT %d LAST\r\n" % len(text) + text
+        _, (found,) = converse(desk, [data])
+        assert found.endswith(b"y\n")
+        assert not found.endswith(b"\n\n")
 
-class TestWorkerPool:
-    """A bounded number of threads."""
+    def test_a_line_too_long_ends_auth(self, desk):
+        desk.settings = make_settings(SECURE)
+        talk = minimta.Conversation(desk, FAR)
+        talk.session.secured("TLSv1.3")
+        talk.take(b"EHLO c\r\nAUTH PLAIN\r\n" + b"x" * 13000 + b"\r\nNOOP\r\n")
+        assert codes([bytes(talk.output)]) == [250, 334, 500, 250]
 
-    def test_it_serves_so_many_and_no_more(self):
-        gate, names = threading.Event(), ["one", "two", "three"]
-        pool = minimta.WorkerPool(2, lambda name, address: gate.wait(PATIENCE))
-        assert [pool.submit((name, None)) for name in names] == [True, True, False]
+
+class TestCrew:
+    """A few threads for what may take long."""
+
+    def test_no_more_than_so_many_work_at_once(self):
+        gate, at_work = threading.Event(), queue.SimpleQueue()
+
+        def work(item):
+            at_work.put(item)
+            gate.wait(PATIENCE)
+
+        crew = minimta.Crew(2, work)
+        for item in range(5):
+            crew.submit(item)
+        assert {at_work.get(timeout=PATIENCE) for _ in range(2)} == {0, 1}
+        assert (crew.threads, at_work.empty()) == (2, True)
         gate.set()
-        assert pool.wait(PATIENCE)
+        assert {at_work.get(timeout=PATIENCE) for _ in range(3)} == {2, 3, 4}
 
-    def test_one_client_gets_no_more_than_its_share(self):
-        gate = threading.Event()
-        pool = minimta.WorkerPool(5, lambda name, address: gate.wait(PATIENCE))
-        got = [pool.submit((name, None), "uid=7", 2) for name in "abc"]
-        others = [pool.submit((name, None), "uid=8", 2) for name in "de"]
-        assert (got, others) == ([True, True, False], [True, True])
-        gate.set()
-        assert pool.wait(PATIENCE)
+    def test_a_thread_does_one_thing_after_the_other(self):
+        done = queue.SimpleQueue()
+        crew = minimta.Crew(8, done.put)
+        for item in range(5):
+            crew.submit(item)
+            assert done.get(timeout=PATIENCE) == item
+            wait_for(lambda: crew.busy == 0)
+        assert crew.threads == 1
 
-    def test_who_is_trusted_has_no_share(self):
-        gate = threading.Event()
-        pool = minimta.WorkerPool(3, lambda name, address: gate.wait(PATIENCE))
-        assert all(pool.submit((name, None), "", 1) for name in "abc")
-        gate.set()
-        assert pool.wait(PATIENCE)
+    def test_without_threads_the_work_is_done_nevertheless(self, monkeypatch):
+        def start(thread):
+            raise RuntimeError("can't start new thread")
 
-    def test_a_thread_serves_one_connection_after_the_other(self):
-        served = []
-        pool = minimta.WorkerPool(1, lambda name, address: served.append(name))
-        for name in range(5):
-            assert pool.submit((name, None))
-            assert pool.wait(PATIENCE)
-        assert (served, pool.threads) == ([0, 1, 2, 3, 4], 1)
-
-    def test_to_hang_up_ends_reading(self):
-        ours, theirs = socket.socketpair()
-        pool = minimta.WorkerPool(1, lambda connection, address: connection.recv(1))
-        pool.submit((ours, None))
-        pool.hang_up()
-        assert pool.wait(PATIENCE)
-        ours.close()
-        theirs.close()
+        monkeypatch.setattr(threading.Thread, "start", start)
+        done = []
+        minimta.Crew(2, done.append).submit("item")
+        assert done == ["item"]
 
 
 NETWORK_ROWS = [
@@ -5695,7 +8416,7 @@ class TestNetworks:
         assert caught.value.code == 78
 
 
-# == 24 Submission: House, SubmitSocket, Letter, Submission ===================
+# == 29 Submission: House, SubmitSocket, Letter, Submission ===================
 
 
 def make_letter(*recipients, body=b"text\n"):
@@ -5722,7 +8443,7 @@ def daemon_of(quiet):
         connection, _ = listener.accept()
         calls.append(connection)
         connection.settimeout(PATIENCE)
-        minimta.Conversation(desk, connection, LOCAL).run()
+        minimta.Conversation(desk, LOCAL).run(connection)
 
     calls = []
     with socket.socket(socket.AF_UNIX) as listener:
@@ -5838,7 +8559,7 @@ class TestSubmission:
         assert not minimta.SubmitSocket(quiet.spool.directory).connect()
 
 
-# == 25 Daemon: Daemon, SignalPipe ============================================
+# == 30 Daemon: Daemon, SignalPipe ============================================
 
 
 class TestChild:
@@ -5864,7 +8585,7 @@ class TestChild:
         assert child.due == 1.0
 
 
-# == 26 Mail reader: Terminal, Composer, MailReader ===========================
+# == 33 Mail reader: MailReader, MAIL_COMMANDS ================================
 
 
 class FakeTerminal:
@@ -5877,14 +8598,28 @@ class FakeTerminal:
         self.shown = ""
         self.complaints = []
 
+    rows = 24
+
     def say(self, text):
         self.shown += text
+
+    def page(self, text, pager, limit):
+        self.say(text)
 
     def complain(self, text):
         self.complaints.append(text)
 
     def read_line(self, prompt):
         return self.lines.pop(0).encode() if self.lines else None
+
+    def read_command(self, prompt, names):
+        return self.read_line(prompt)
+
+    def read_all(self):
+        return "".join(f"{self.lines.pop(0)}\n" for _ in self.lines[:]).encode()
+
+    def ask(self, prompt, usual=""):
+        return usual
 
 
 @pytest.fixture
@@ -5895,7 +8630,10 @@ def session(folder, quiet):
         status = ["RO", "RO", "O", "", ""]
         texts = texts or [mail(f"s{n}", status=s) for n, s in enumerate(status, 1)]
         terminal = FakeTerminal(*lines)
-        return minimta.MailReader(quiet.house, terminal, folder(*texts))
+        variables = minimta.Variables({})
+        rows = minimta.MAIL_COMMANDS
+        begun = minimta.MailSession(quiet.house, terminal, variables, rows)
+        return minimta.MailReader(begun, folder(*texts), rows)
 
     return make
 
@@ -5916,16 +8654,31 @@ LIST_ROWS = [
     ("^", [1]),
     ("+", [5]),
     ("-", [3]),
+    ("4-2", [2, 3, 4]),
+    (":n", [4, 5]),
+    (":u", [3, 4, 5]),
+    (":o", [1, 2, 3]),
+    (":r", [1, 2]),
+    (":rn", [1, 2, 4, 5]),
+    ("1-4 :u", [3, 4]),
+    ("/S3", [3]),
+    ("/subject:s3", [3]),
+    ("/body:text", [1, 2, 3, 4, 5]),
+    ("EVE", [1, 2, 3, 4, 5]),
+    ("2 3 eve", [2, 3]),
 ]
 
 BAD_LIST_ROWS = [
     ("0", "0: Invalid message number"),
     ("6", "6: Invalid message number"),
     ("4-6", "6: Invalid message number"),
-    ("1-99999999999", "6: Invalid message number"),
-    ("x", "x: Invalid message list"),
-    ("\u0662", "\u0662: Invalid message list"),
-    ("3-2", "No applicable messages"),
+    ("1-99999999999", "99999999999: Invalid message number"),
+    ("zz", "No applicable messages from {zz}"),
+    ("\u0662", "No applicable messages from {\u0662}"),
+    ("2-", "2-: Invalid message list"),
+    (":d", "No messages satisfy :d"),
+    (":x", ":x: Invalid message list"),
+    ("/nothing", "No applicable messages"),
 ]
 
 COMMAND_ROWS = [
@@ -5936,7 +8689,7 @@ COMMAND_ROWS = [
     (["d *"], dict.fromkeys(range(1, 6), "deleted"), 0),
     (["d 1", "u"], {}, 1),
     (["d 1 2", "u 2"], {1: "deleted"}, 2),
-    (["d*", "u *"], dict.fromkeys(range(1, 6), "deleted"), 0),
+    (["d*", "u *"], {}, 5),
     (["delete 1"], {1: "deleted"}, 2),
     # printing makes a message the current one
     (["2"], {}, 2),
@@ -5997,8 +8750,8 @@ class TestMailReader:
             ("xyzzy", 'Unknown command: "xyzzy"\n'),
             ("d 9", "9: Invalid message number\n"),
             ("u", "0: Invalid message number\n"),
-            ("s", "No file specified\n"),
-            ("\x1b[2J", "␛[2J: Invalid message list\n"),
+            ("w", "No file specified\n"),
+            ("\x1b[2J", 'Unknown command: "␛["\n'),
         ],
     )
     def test_a_mistake_is_told_in_mailxs_words(self, session, line, shown):
@@ -6010,15 +8763,20 @@ class TestMailReader:
         ("word", "name"),
         [
             *[
-                ("", "next"),
-                ("n", "next"),
-                ("ne", "next"),
+                ("", "print_next"),
+                ("n", "print_next"),
+                ("ne", "print_next"),
                 ("p", "show"),
                 ("t", "show"),
             ],
-            *[("hea", "headers"), ("d", "delete"), ("del", "delete"), ("?", "help")],
+            *[("hea", "list_headers"), ("del", "delete"), ("?", "give_help")],
             *[("u", "undelete"), ("r", "reply"), ("s", "save"), ("w", "write")],
-            *[("q", "quit"), ("x", "exit"), ("ex", "exit"), ("exit", "exit")],
+            *[
+                ("q", "quit_session"),
+                ("x", "leave"),
+                ("ex", "leave"),
+                ("exit", "leave"),
+            ],
         ],
     )
     def test_a_command_may_be_cut_short(self, session, word, name):
@@ -6064,43 +8822,154 @@ class TestMailReader:
 
     def test_no_control_reaches_the_terminal(self, session):
         reader = session(texts=[mail("s\x1b[2J", "\x1b]0;x\x07")])
-        reader.headers("")
+        minimta.list_headers(reader, "")
         reader.obey("1")
         assert not set("\x1b\x07") & set(reader.terminal.shown)
 
     def test_quit_drops_what_is_deleted(self, session, tmp_path):
         reader = session("d 1-3", "q")
-        assert reader.run() == 0
+        assert minimta.run_session(reader) == 0
         assert (tmp_path / "box").read_text() == mail("s4", status="O") + mail(
             "s5", status="O"
         )
         assert reader.terminal.shown.endswith(f"Held 2 messages in {tmp_path}/box\n")
 
     def test_the_end_of_the_input_is_quit(self, session, tmp_path):
-        session("d *").run()
+        minimta.run_session(session("d *"))
         assert (tmp_path / "box").read_text() == ""
 
     def test_exit_leaves_everything_as_it_was(self, session, tmp_path):
         reader = session("d *", "x")
         before = (tmp_path / "box").read_text()
-        reader.run()
+        minimta.run_session(reader)
         assert (tmp_path / "box").read_text() == before
 
     def test_a_saved_message_is_whole_and_leaves(self, session, tmp_path):
-        session(f"s 4 {tmp_path}/saved", "q").run()
+        minimta.run_session(session(f"s 4 {tmp_path}/saved", "q"))
         assert (tmp_path / "saved").read_text() == mail("s4")
         assert "s4" not in (tmp_path / "box").read_text()
 
     def test_a_written_message_has_no_header_and_stays(self, session, tmp_path):
-        session(f"w 4 {tmp_path}/written", "q").run()
+        minimta.run_session(session(f"w 4 {tmp_path}/written", "q"))
         assert (tmp_path / "written").read_text().strip() == "text"
         assert "s4" in (tmp_path / "box").read_text()
 
     @pytest.mark.parametrize(("header", "wanted"), REPLY_FIELD_ROWS)
-    def test_an_answer_goes_to_everybody_else(self, quiet, header, wanted):
+    def test_an_answer_goes_to_everybody_else(self, session, header, wanted):
         parsed = minimta.Header.parse(header.encode())
-        found = {k: v for k, v in minimta.reply_fields(parsed, quiet.house) if v}
+        found = {k: v for k, v in minimta.reply_fields(parsed, session()) if v}
         assert found == {"Subject": "Re: ", **wanted}
+
+
+# What is typed -> text, subject, recipients, what is shown.
+ESCAPE_ROWS = [
+    (["a", "."], "a\n", {}, "EOT\n"),
+    (["a", "~."], "a\n", {}, "EOT\n"),
+    (["~~a"], "~a\n", {}, "EOT\n"),
+    (["~s new subject"], "", {"Subject": "new subject"}, "EOT\n"),
+    (["~t b@x c@x"], "", {"To": "a@x, b@x, c@x"}, "EOT\n"),
+    (["~c b@x", "~b c@x"], "", {"Cc": "b@x", "Bcc": "c@x"}, "EOT\n"),
+    (["~r FILE"], "one\ntwo\n", {}, '"FILE" 2/8\nEOT\n'),
+    (["~< FILE"], "one\ntwo\n", {}, '"FILE" 2/8\nEOT\n'),
+    (["~r !echo x"], "x\n", {}, '"!echo x" 1/2\nEOT\n'),
+    (["~d"], "dead\n", {}, '"DEAD" 1/5\nEOT\n'),
+    (["a", "~| tr a b"], "b\n", {}, "(continue)\nEOT\n"),
+    (["a", "~| false"], "a\n", {}, '"false" failed: exit code 1\nEOT\n'),
+    (["a", "~| true"], "a\n", {}, "(continue)\nEOT\n"),
+    (["~! true"], "", {}, "!\nEOT\n"),
+    (["a", "~w OUT"], "a\n", {}, '"OUT" 1/2\nEOT\n'),
+    (["~e"], "edited\n", {}, "(continue)\nEOT\n"),
+    (["~v"], "edited\n", {}, "(continue)\nEOT\n"),
+    (["~i sign"], "yours\n", {}, "yours\nEOT\n"),
+    (["~a"], "yours\n", {}, "yours\nEOT\n"),
+    (["~zz"], "", {}, "Unknown tilde escape.\nEOT\n"),
+    (["~r /no/such"], "", {}, "/no/such: No such file or directory\nEOT\n"),
+    (["~f 1"], "", {}, "No messages to send from.\nEOT\n"),
+    (
+        ["a", "~p"],
+        "a\n",
+        {},
+        "-------\nMessage contains:\nTo: a@x\nSubject: s\n\na\n(continue)\nEOT\n",
+    ),
+]
+
+
+class TestComposer:
+    """Letters as they are typed."""
+
+    @pytest.fixture
+    def composer(self, quiet, tmp_path):
+        """Makes a composer for somebody who types these lines."""
+
+        def make(*lines, reader=None):
+            (tmp_path / "FILE").write_text("one\ntwo\n")
+            (tmp_path / "DEAD").write_text("dead\n")
+            editor = tmp_path / "editor"
+            editor.write_text('#!/bin/sh\necho edited >"$1"\n')
+            editor.chmod(0o755)
+            dead = {"DEAD": f"{tmp_path}/DEAD"}
+            names = {"EDITOR": str(editor), "VISUAL": str(editor)}
+            variables = minimta.Variables({**dead, **names})
+            variables.set("sign=yours")
+            terminal = FakeTerminal(*lines)
+            terminal.is_interactive = True
+            return minimta.Composer(quiet.house, terminal, variables, reader)
+
+        return make
+
+    @pytest.mark.parametrize(("lines", "text", "rows", "shown"), ESCAPE_ROWS)
+    def test_an_escape_does_its_work(
+        self, composer, tmp_path, lines, text, rows, shown
+    ):
+        for name in ("FILE", "OUT"):
+            lines = [line.replace(name, f"{tmp_path}/{name}") for line in lines]
+        one, sheet = composer(*lines), minimta.Sheet(["a@x"], "s")
+        minimta.write_letter(one, sheet)
+        assert sheet.text.decode() == text
+        assert dict(sheet.fields()) == {"To": "a@x", "Subject": "s", **rows}
+        assert one.terminal.shown.replace(f"{tmp_path}/", "") == shown
+        if lines[-1].startswith("~w"):
+            assert (tmp_path / "OUT").read_text() == text
+
+    @pytest.mark.parametrize(("word", "is_kept"), [("~q", True), ("~x", False)])
+    def test_who_gives_up_sends_nothing(self, composer, tmp_path, word, is_kept):
+        one = composer("text", word)
+        with pytest.raises(minimta.Killed):
+            minimta.write_letter(one, minimta.Sheet(["a@x"], "s"))
+        kept = (tmp_path / "DEAD").read_text()
+        assert ("Subject: s\n" in kept and kept.endswith("text\n\n")) == is_kept
+        assert kept.startswith("dead\n")
+
+    def test_messages_are_put_in(self, composer, session):
+        one = composer("~m 1", "~f 2", reader=session())
+        sheet = minimta.Sheet(["a@x"])
+        minimta.write_letter(one, sheet)
+        text = sheet.text.decode()
+        assert text == "> Subject: s1\n> \n> text\nSubject: s2\n\ntext\n"
+        assert "Interpolating: 1\n(continue)\n" in one.terminal.shown
+
+    def test_commands_of_the_session_may_be_given(self, composer, session):
+        reader = session()
+        one = composer("~: d 1", reader=reader)
+        minimta.write_letter(one, minimta.Sheet(["a@x"]))
+        assert reader.messages[0].state == "deleted"
+
+    def test_the_list_of_escapes_is_shown(self, composer):
+        one = composer("~?")
+        minimta.write_letter(one, minimta.Sheet(["a@x"]))
+        for letter in "qxstcbhrdwep@fFmMi:":
+            assert f"~{letter}" in one.terminal.shown
+
+    def test_an_attachment_comes_out_byte_for_byte(self, composer, tmp_path):
+        (tmp_path / "d\u00e4ta.bin").write_bytes(bytes(range(256)) * 99)
+        one, sheet = composer(f"~@ {tmp_path}/d\u00e4ta.bin"), minimta.Sheet(["a@x"])
+        minimta.write_letter(one, sheet)
+        header = one.header(sheet)
+        raw = bytes(header) + b"\n" + minimta.mail_body(sheet)
+        text, part = email.message_from_bytes(raw).get_payload()
+        assert part.get_payload(decode=True) == bytes(range(256)) * 99
+        assert part.get_filename() == "d\u00e4ta.bin"
+        assert text.get_content_type() == "text/plain"
 
 
 DECODED_ROWS = [
@@ -6156,13 +9025,15 @@ class TestShown:
         assert minimta.sender_name(header, line) == wanted
 
 
-# == 27 Programs: SendmailOptions, cmd_sendmail, cmd_mail, cmd_serve ... ======
+# == 35 Programs: SendmailOptions, cmd_sendmail, cmd_mail, cmd_serve ... ======
 
 
 def letters_of(kind):
     """sendmail's letters of one kind, each with a value that makes sense."""
     values = {"B": "8bitmime", "N": "never", "R": "full", "b": "m", "h": "5"}
-    rows = sorted(minimta.SENDMAIL_FLAGS.items())
+    values.update({"q": "30m", "M": "rm"})
+    options = minimta.SendmailOptions.OPTIONS
+    rows = sorted((letter, row[0]) for letter, row in options.items())
     return [(letter, values.get(letter, "x")) for letter, k in rows if k == kind]
 
 
@@ -6204,7 +9075,7 @@ OPTION_ROWS = [
     ([], "mode", "m"),
     (["-bs"], "mode", "s"),
     (["-b", "s"], "mode", "s"),
-    (["-bl"], "mode", "d"),
+    (["-bl"], "mode", "l"),
     (["-I"], "mode", "i"),
     (["-q"], "mode", "q"),
     (["-q30m"], "mode", "q"),
@@ -6320,7 +9191,7 @@ class TestPeople:
         assert caught.value.code == code
 
 
-# == 28 Dispatch: PROGRAMS, main ==============================================
+# == 34 Dispatch: PROGRAMS, main ==============================================
 
 
 VERSION = f"minimta {minimta.__version__}\n"
@@ -6341,7 +9212,7 @@ MAIN_ROWS = [
     (["minimta.py", "sendmail", "-Z"], 64, "", "sendmail: illegal option -- Z: "),
     (["mail", "-Z"], 64, "", "mail: option -Z not recognized: "),
     (["sendmail"], 64, "", "sendmail: no recipients: "),
-    (["mailq", "x\n"], 64, "", "mailq: unknown argument x?: "),
+    (["mailq", "x\n"], 64, "", "mailq: x?: not a queue id: "),
     (["serve", "-C"], 64, "", "serve: unknown argument -C: "),
     (["config", "-C", "/no/such"], 78, "", "config: /no/such: no such file"),
 ]
@@ -6512,15 +9383,15 @@ class TestStart:
         mode = cache.stat().st_mode
         stamp = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
         for path in stamp:
-            path.rename(path.with_suffix(".kept"))
+            path.rename(f"{path}.kept")
         cache.chmod(0o777)
         try:
             assert instance.run("sendmail", "--version").code == 0
-            assert not list(cache.glob("*.pyc"))
+            assert {path.suffix for path in cache.iterdir()} <= {".kept"}
         finally:
             cache.chmod(mode)
             for path in stamp:
-                path.with_suffix(".kept").rename(path)
+                Path(f"{path}.kept").rename(path)
 
 
 class TestServe:
@@ -6640,6 +9511,189 @@ class TestServe:
             assert peak < 60_000, status
         (message,) = instance.messages("payam")
         assert message.count(LOREM) == text.count("\n")
+
+
+@pytest.fixture
+def notified():
+    """A socket on which a supervisor hears of the daemon."""
+    place = open_directory("minimta-notify-")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(place / "notify"))
+        listener.settimeout(PATIENCE)
+        yield types.SimpleNamespace(path=str(place / "notify"), recv=listener.recv)
+    shutil.rmtree(place)
+
+
+def hear(notified, word):
+    """What the daemon says next that has this word in it."""
+    said = notified.recv(1000).decode()
+    while word not in said:
+        said = notified.recv(1000).decode()
+    return said.split("\n")
+
+
+HAND_OVER = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class TestControl:
+    """Supervisors, health, passwords."""
+
+    def test_a_supervisor_hears_of_start_reload_and_stop(self, instance, notified):
+        instance.start(env={"NOTIFY_SOCKET": notified.path}.items())
+        pid = instance.process.pid
+        assert f"MAINPID={pid}" in hear(notified, "READY=1")
+        instance.process.send_signal(signal.SIGHUP)
+        usec = hear(notified, "RELOADING=1")[1].partition("MONOTONIC_USEC=")[2]
+        assert 0 <= time.monotonic() - int(usec) / 1e6 < PATIENCE
+        hear(notified, "READY=1")
+        instance.stop()
+        hear(notified, "STOPPING=1")
+
+    def test_a_supervisor_hears_of_bad_settings(self, instance, notified):
+        instance.start(env={"NOTIFY_SOCKET": notified.path}.items())
+        instance.write("etc/minimta.conf", "nonsense = 1\n")
+        instance.process.send_signal(signal.SIGHUP)
+        hear(notified, "RELOADING=1")
+        assert "STATUS=the new settings are wrong" in hear(notified, "READY=1")
+
+    def test_the_watchdog_hears_of_life(self, instance, notified):
+        env = {"NOTIFY_SOCKET": notified.path, "WATCHDOG_USEC": "500000"}
+        instance.start(env=env.items())
+        for _ in range(3):
+            hear(notified, "WATCHDOG=1")
+
+    def test_a_socket_that_is_handed_over_is_listened_on(self, instance):
+        with socket.create_server(("127.0.0.1", 0)) as given:
+            port = given.getsockname()[1]
+            words = [sys.executable, "-c", HAND_OVER, str(given.fileno())]
+            instance.process = subprocess.Popen(
+                [*words, instance.bin / "minimta.py", "serve"],
+                env=instance.env("root"),
+                pass_fds=[given.fileno()],
+                stderr=(instance.root / "serve.stderr").open("wb"),
+                start_new_session=True,
+            )
+        instance.port = port
+        wait_for(instance.is_ready)
+        token = new_token()
+        instance.send(["payam"], letter(token))
+        instance.wait_message("payam", token)
+
+    def test_what_is_handed_over_and_no_socket_is_refused(self, instance):
+        script = f'LISTEN_PID=$$ LISTEN_FDS=1 exec "{instance.bin}/minimta.py" serve'
+        result = subprocess.run(
+            ["sh", "-c", f"exec 3</dev/null; {script}"],
+            env=instance.env("root"),
+            capture_output=True,
+            check=False,
+        )
+        assert result.returncode == 78
+        assert b"descriptor 3" in result.stderr
+
+    @needs_root
+    def test_as_process_1_it_buries_strangers_and_ends_when_told(self, instance):
+        unshare = shutil.which("unshare")
+        probe = [unshare or "false", "--pid", "--fork", "--mount-proc", "true"]
+        if subprocess.run(probe, capture_output=True, check=False).returncode:
+            pytest.skip("no process namespace can be made here")
+        mark = open_folder(instance) / "told"
+        orphan = f"(sh -c 'echo end >>{mark}' &) & exit 0"
+        instance.aliases(f'prog: "|{orphan}"\n')
+        instance.process = subprocess.Popen(
+            [*probe[:-1], instance.bin / "minimta.py", "serve"],
+            env=instance.env("root"),
+            stdin=subprocess.DEVNULL,
+            stderr=(instance.root / "serve.stderr").open("wb"),
+            start_new_session=True,
+        )
+        wait_for(instance.is_ready)
+        instance.send("prog@localhost", letter("orphans"))
+        wait_text(mark)
+        instance.wait_empty()
+
+        def status(pid):
+            text = Path("/proc", pid, "status").read_text()
+            return dict(
+                line.split(":\t") for line in text.splitlines() if ":\t" in line
+            )
+
+        children = Path(f"/proc/{instance.process.pid}/task/{instance.process.pid}")
+        (first,) = (children / "children").read_text().split()
+        assert status(first)["NSpid"].split()[-1] == "1"
+        kids = Path(f"/proc/{first}/task/{first}/children")
+        wait_for(
+            lambda: (
+                not [
+                    pid
+                    for pid in kids.read_text().split()
+                    if status(pid)["State"][0] == "Z"
+                ]
+            )
+        )
+        os.kill(int(first), signal.SIGTERM)
+        assert instance.process.wait(PATIENCE) == 0
+
+    @pytest.mark.skipif(os.path.exists("/dev/log"), reason="syslog takes the lines")
+    def test_the_journal_gets_levels_and_no_times(self, instance):
+        instance.configure(maillog_file="")
+        instance.start(env={"JOURNAL_STREAM": "8:1"}.items())
+        instance.sendmail("user1", stdin=letter("x"))
+        instance.wait_message("user1", "x")
+        instance.stop()
+        lines = instance.stderr().splitlines()
+        assert re.match(r"<6>minimta/master\[\d+\]: daemon started", lines[0])
+        assert [line for line in lines if not re.match(r"<[46]>minimta/", line)] == []
+
+    def test_health_says_that_all_is_well_and_logs_nothing(self, server):
+        before = server.log()
+        result = server.run("minimta.py", "health")
+        assert (result.code, result.out) == (0, "ok: the daemon answers\n")
+        # The fixture has connected too, from localhost.
+        new = server.log()[len(before) :].splitlines()
+        assert [line for line in new if "from localhost" not in line] == []
+
+    def test_health_says_that_nobody_answers(self, instance):
+        result = instance.run("minimta.py", "health")
+        assert (result.code, result.out) == (1, "the daemon does not answer\n")
+
+    def test_health_says_that_the_disk_is_full(self, instance):
+        instance.configure(queue_minfree="1000000G")
+        result = instance.start().run("minimta.py", "health")
+        assert (result.code, "disk is full" in result.out) == (1, True)
+
+    def test_a_process_that_does_not_beat_is_named(self):
+        pulse = minimta.Pulse()
+        assert pulse.ails() == ""
+        pulse.memory[8:16] = struct.pack("d", time.monotonic() - 1000)
+        assert pulse.ails() == "process qmgr does not answer"
+
+    def test_a_password_is_kept_as_a_hash(self, instance):
+        path = instance.root / "etc/passwords"
+        instance.configure(smtpd_sasl_password_file=path)
+        for user in ("payam", "other"):
+            words = ("config", "passwd", user)
+            result = instance.run("minimta.py", *words, stdin="secret\n")
+            assert (result.code, result.out, result.err) == (0, "", "")
+        passwords = minimta.Passwords(str(path))
+        assert passwords.check("payam", b"secret")
+        assert not passwords.check("payam", b"other")
+        assert b"secret" not in path.read_bytes()
+        assert path.stat().st_mode & 0o007 == 0
+
+    def test_a_password_needs_a_file(self, instance):
+        result = instance.run("minimta.py", "config", "passwd", "u", stdin="x\n")
+        assert_one_clear_line(result, 78)
+
+    @pytest.mark.parametrize("stdin", ["", "\n"])
+    def test_no_password_is_none(self, instance, stdin):
+        instance.configure(smtpd_sasl_password_file=instance.root / "etc/passwords")
+        result = instance.run("minimta.py", "config", "passwd", "u", stdin=stdin)
+        assert_one_clear_line(result, 65)
 
 
 class TestWalkThrough:
@@ -6831,6 +9885,142 @@ class TestSendmail:
         message = shared.wait_message("payam", token)
         for name, value in kept.items():
             assert fields(message, name) == [value]
+
+    @pytest.mark.parametrize(
+        ("words", "code"),
+        [
+            (["-oem", "a b@@c"], 65),
+            (["-oem"], 64),
+            (["-oee", "a b@@c"], 0),
+            (["-e", "-oem", "-t"], 64),
+            (["-h", "99", "-O", "ErrorMode=m", "payam"], 69),
+        ],
+        ids=str,
+    )
+    def test_an_error_is_mailed_to_the_caller_who_wants_it(self, shared, words, code):
+        token = new_token()
+        text = f"Subject: {token}\n\nunsent text\n"
+        result = shared.run("sendmail", *words, stdin=text, user="payam")
+        assert result.code == code
+        assert bool(result.err) == bool(code)
+        message = shared.wait_message("payam", token)
+        assert message.startswith("From MAILER-DAEMON ")
+        assert fields(message, "Subject") == ["Returned mail: it was not sent"]
+        assert f"Subject: {token}\n\n" in message
+        assert message.rstrip().endswith("unsent text")
+
+    @pytest.mark.parametrize("flags", [[], ["-oep"], ["-oeq"], ["-oew"]], ids=str)
+    def test_an_error_is_else_told_on_standard_error_only(self, instance, flags):
+        result = instance.run("sendmail", *flags, "a b@@c", stdin=letter("unsent"))
+        assert_one_clear_line(result, 65)
+        assert instance.queued() == []
+
+    @pytest.mark.parametrize(
+        ("lines", "sender"),
+        [
+            ("From bob Tue Nov 24 10:00:00 2026 remote from far.example\n", "bob@far"),
+            ("From far.example!bob Tue Nov 24 10:00:00 2026\n", "bob@far"),
+            (
+                "From uucp Tue Nov 24 10:00 2026 remote from hub\n"
+                ">From eve Tue Nov 24 09:00 2026 remote from far.example\n",
+                "eve@far",
+            ),
+            ("From bob@far.example Tue Nov 24 10:00 2026 remote from hub\n", "bob@far"),
+            ("From hub!bob@far.example Tue Nov 24 10:00 2026\n", "bob@far"),
+        ],
+    )
+    def test_rmail_takes_the_sender_from_its_lines(self, shared, lines, sender):
+        token = new_token()
+        text = lines + letter(token)
+        result = shared.run("minimta.py", "rmail", "payam", stdin=text)
+        assert (result.code, result.err) == (0, "")
+        message = shared.wait_message("payam", token)
+        assert message.startswith(f"From {sender}.example ")
+        assert "remote from" not in message
+
+    @pytest.mark.parametrize("path", ["<>", "a!b@@c", "!", "far!"])
+    def test_rmail_takes_mail_whatever_its_lines_name(self, shared, path):
+        token = new_token()
+        text = f"From {path} Tue Nov 24 10:00 2026 remote from far\n{letter(token)}"
+        result = shared.run("minimta.py", "rmail", "payam", stdin=text)
+        assert (result.code, result.err) == (0, "")
+        assert shared.wait_message("payam", token)
+
+    def test_what_may_succeed_later_is_no_error_to_mail(self, instance):
+        def small():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+        text = letter("full", LOREM * 4000)
+        for words in (
+            ["sendmail", "-oee"],
+            ["sendmail", "-oem"],
+            ["minimta.py", "rmail"],
+        ):
+            result = instance.run(*words, "payam", stdin=text, preexec_fn=small)
+            assert_one_clear_line(result, 75)
+        assert instance.queued() == []
+
+    @pytest.mark.parametrize("flag", ["-oem", "-oee", "-oep"])
+    def test_the_dot_ends_a_message_that_is_refused_too(self, shared, flag):
+        words = [shared.bin / "sendmail", flag, "nosuch"]
+        how = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(words, env=shared.env("payam"), **how) as client:
+            client.stdin.write(letter("dot").encode() + b".\n")
+            client.stdin.flush()
+            assert client.wait(PATIENCE) == (0 if flag == "-oee" else 67)
+
+    def test_of_the_headers_recipients_the_good_get_it(self, shared):
+        token = new_token()
+        text = f"To: payam, foo@, a b c\nSubject: {token}\n\nx\n"
+        result = shared.run("sendmail", "-t", stdin=text)
+        assert result.code == 0
+        assert len(result.err.splitlines()) == 2
+        assert shared.wait_message("payam", token)
+
+    @pytest.mark.parametrize("extra", range(6))
+    def test_a_header_that_is_too_long_is_refused(self, instance, extra):
+        head = "X-P: p\n" * extra + "To: payam\n" + "X-A: y\n" * 200_000
+        result = instance.run("sendmail", "-t", stdin=head + "Bcc: user2\n\nb\n")
+        assert_one_clear_line(result, 65)
+        assert instance.queued() == []
+
+    def test_a_transcript_that_cannot_be_made_is_told_first(self, instance):
+        result = instance.run("sendmail", "-X", "/no/such", "payam", stdin=letter("x"))
+        assert_one_clear_line(result, 73)
+        assert instance.queued() == []
+
+    def test_by_any_other_name_it_is_sendmail(self, instance):
+        os.symlink(instance.bin / "sendmail", instance.root / "smail")
+        words = [instance.root / "smail", "payam"]
+        text = letter("smail").encode()
+        subprocess.run(words, input=text, env=instance.env("payam"), check=True)
+        assert len(instance.queued()) + len(instance.messages("payam")) == 1
+
+    def test_without_an_id_exims_commands_do_nothing(self, instance):
+        put_stock(instance)
+        for flag in ("-M", "-Mrm", "-Mt", "-Mg"):
+            assert instance.run("sendmail", flag).code == 64
+        assert in_queue(instance) == "ABC D"
+
+    @pytest.mark.parametrize("words", [["payam"], ["-t"]], ids=str)
+    def test_a_bare_recipient_is_local_whatever_the_origin(self, make_instance, words):
+        one = make_instance(myorigin="elsewhere.example")
+        text = f"To: payam\n{letter('bare')}"
+        one.sendmail(*words, stdin=text)
+        message = one.wait_message("payam", "bare")
+        assert message.startswith("From payam@elsewhere.example ")
+
+    def test_hops_that_are_few_hinder_nothing(self, shared):
+        token = new_token()
+        shared.sendmail("-h", "3", "payam", stdin=letter(token))
+        assert shared.wait_message("payam", token)
+
+    def test_exims_commands_are_known_to_sendmail(self, instance):
+        put_stock(instance)
+        result = instance.run("sendmail", "-Mrm", "0AAAAAAAAA")
+        assert result.out == "Message 0AAAAAAAAA has been removed\n"
+        assert in_queue(instance) == "BC D"
+        assert instance.run("sendmail", "-Mx", "0BBBBBBBBB").code == 64
 
     def test_text_without_a_header_is_a_body(self, shared):
         token = new_token()
@@ -7047,6 +10237,449 @@ class TestSendmailT:
         result = shared.run("sendmail", "-t", stdin=text)
         assert_one_clear_line(result, 67)
         assert "nosuchuser" in result.err
+
+
+# Options that change nothing that arrives, beside those of HISTORICAL.
+IGNORED = """
+    -A c|-B 8bitmime|-B7bit|-c|-d|-d0.1|-E|-Ex|-J|-Jx|-ez|-oez|-oep|-oew|-s|-psmtp
+    -p smtp:host|-O Foo=bar|-OFoo=bar|-ODeliveryMode=i|-o7|-o8|-or1h|-oQ/x|-oT3d
+    -os|-odd|-odqs|-bq|-Rheaders|-R full|-Vabc+2B|-Nsuccess,failure,delay
+    -h5|-OIgnoreDots
+""".strip().replace("\n", "|")
+
+# Options that do what another sendmail would do, and this one does not.
+REFUSED = """
+    -ba|-be|-bem|-bfx|-bF|-bI:x|-bmalware|-bnq|-brt|-brw|-bS|-bw|-bx|-bz|-bpa|-D x|-D
+    -Q|-Qx|-S|-Sx|-T 1h|-x|-qp|-qp1h|-qG|-qGx|-qQ|-qL|-Mx|-Bfoo|-hfoo|-h -1|-Nfoo
+    -N payam|-Rx|-Vx+|-Z|-iZ
+""".strip().replace("\n", "|")
+
+# What is typed -> exit code and stdout; nothing is read, nothing is sent.
+OPTION_ANSWERS = {
+    "sendmail -bC": (0, ""),
+    "sendmail -bV": (0, VERSION),
+    "sendmail -bP": (0, "0\n"),
+    "sendmail -bpc": (0, "0\n"),
+    "sendmail -bp": (0, "Mail queue is empty\n"),
+    "sendmail -bp -Ac": (0, "Mail queue is empty\n"),
+    "sendmail -bh": (0, "Count  Volume  Oldest  Newest  Domain\n"),
+    "hoststat": (0, "Count  Volume  Oldest  Newest  Domain\n"),
+    "sendmail -bH": (0, ""),
+    "purgestat": (0, ""),
+    **{f"sendmail -q{arg}": (0, "") for arg in ("", "f", "ff", "30m", "1h30m")},
+    **{f"sendmail -q{arg}": (0, "") for arg in ("Ix", "Rx", "Sx", "!Ix", "!Rx", "!Sx")},
+    "runq": (0, ""),
+    "mailq": (0, "Mail queue is empty\n"),
+    "mailq -v": (0, "Mail queue is empty\n"),
+    "mailq -Ac": (0, "Mail queue is empty\n"),
+    "mailq -qRx": (0, "Mail queue is empty\n"),
+    "mailq -q": (0, ""),
+    "mailq -j": (0, ""),
+    "mailq --json": (0, ""),
+    "mailq word": (64, ""),
+    "mailq -bs": (64, ""),
+    "mailq --watch": (64, ""),
+    "newaliases -q": (64, ""),
+    "newaliases -bp": (64, ""),
+    "newaliases word": (64, ""),
+    "sendmail -bi word": (64, ""),
+    "sendmail -bv": (64, ""),
+    "sendmail -bt": (64, ""),
+    "sendmail -C /no/such -bC": (78, ""),
+    "newaliases -oA/no/such": (66, ""),
+    "sendmail -bi -oA /no/such": (66, ""),
+}
+
+# A header that -t reads -> exit code, and who gets the message.
+MORE_HEADERS = {
+    "a semicolon between": ("To: payam; user2", 0, "payam user2"),
+    "several fields": ("To: payam\nTo: user2", 0, "payam user2"),
+    "a first line that is empty": ("Cc:  \n payam", 0, "payam"),
+    "a blank before the colon": ("To : payam", 0, "payam"),
+    "a quoted ; in a group": ('To: x: "b; c" <user2>; , user1', 0, "user1 user2"),
+    "a coded name": ("To: =?utf-8?q?J=C3=B6rg=2C?= <payam>", 0, "payam"),
+    "an empty group beside Bcc": (
+        "To: undisclosed-recipients:;\nBcc: payam",
+        0,
+        "payam",
+    ),
+    "Resent-From alone": ("Resent-From: x@y.example\nTo: payam", 0, "payam"),
+    "an empty group": ("To: undisclosed-recipients:;", 64, ""),
+    "an empty field": ("To:", 64, ""),
+    "a comma": ("To: ,", 64, ""),
+    "Apparently-To": ("Apparently-To: payam", 64, ""),
+    "To in the body": ("Bcc:\n\nTo: payam", 64, ""),
+    "two words": ("To: payam user2", 65, ""),
+    "no domain": ("To: foo@", 65, ""),
+    "two domains": ("To: a@b@c", 65, ""),
+    "an empty part of a domain": ("To: foo@bar..com", 65, ""),
+}
+
+# -F -> what stands before the address in From.
+FULL_NAMES = {
+    "Full Name": "Full Name",
+    "A & B": "A & B",
+    "J. Doe": '"J. Doe"',
+    "a,b": '"a,b"',
+    'A "q" B': r'"A \"q\" B"',
+    "Joe (x) y": '"Joe (x) y"',
+    r"back\slash": r'"back\\slash"',
+    "Jörg": "=?utf-8?B?SsO2cmc=?=",
+    "a\nBcc: user2": '"a Bcc: user2"',
+}
+
+# A full name in the passwd file -> the same, of a user who is called user2.
+GECOS = {
+    "A B,room,1": "A B",
+    '& Q. "Zed" Public;x': r'"User2 Q. \"Zed\" Public"',
+    "A%x": "A",
+    "J. Doe": '"J. Doe"',
+    "Jörg": "=?utf-8?B?SsO2cmc=?=",
+}
+
+# -f -> Return-Path, or exit code.
+SENDERS = {
+    "Bob <b@x.example>": "<b@x.example>",
+    "b@x.example (Bob)": "<b@x.example>",
+    "<b@x.example>": "<b@x.example>",
+    "": "<>",
+    "bob smith": 65,
+    "bob@@x": 65,
+    "root@": 65,
+    "a@b, c@d": 65,
+}
+
+# What is on standard input -> the header field X-A, and the body.
+OPTION_INPUTS = {
+    "From_ lines": ("From a\n>From b\n>>From c\nX-A: x\n\nb\n", "x", "b\n"),
+    "a quoted From_ line": (">From a\nX-A: x\n\nb\n", "x", "b\n"),
+    "a carriage return within": ("X-A: x\n\na\rb\n", "x", "a b\n"),
+    "NUL": ("X-\0A: x\0y\n\na\0b\n", "xy", "ab\n"),
+    "a dot in the header": ("X-A: x\n.\nTo: y\n\nb\n", "x", ""),
+    "a dot with CRLF": ("X-A: x\r\n\r\na\r\n.\r\nb\r\n", "x", "a\n"),
+    "a dot without an end": ("X-A: x\n\nb\n.", "x", "b\n"),
+    "other dots": ("X-A: x\n\n..x\n...\n..\n.y\n", "x", "..x\n...\n..\n.y\n"),
+    "an address of the web": ("http://x.example/ y\nX-A: x\n\nb\n", "x", "b\n"),
+    "no field in the middle": ("X-A: x\nno field\nTo: y\n", "x", "no field\nTo: y\n"),
+    "white space first": (" a\nX-A: x\n\nb\n", None, " a\nX-A: x\n\nb\n"),
+    "an empty line first": ("\nX-A: x\n\nb\n", None, "X-A: x\n\nb\n"),
+    "a colon first": (": v\nX-A: x\n\nb\n", None, ": v\nX-A: x\n\nb\n"),
+    "a header without an end": ("X-A: x", "x", ""),
+    "an empty field": ("X-A:\n\nb\n", "", "b\n"),
+    "a long line": (f"X-A: x\n\n{'l' * 3000}\n", "x", f"{'l' * 3000}\n"),
+    "a long field": (f"X-A: {'y ' * 2000}z\n\nb\n", f"{'y ' * 2000}z", "b\n"),
+    "nothing": ("", None, ""),
+}
+
+# A recipient on the command line -> exit code.
+WORDS = {
+    **dict.fromkeys(("", "<>", "-", "-x"), 64),
+    **dict.fromkeys(("foo@", "@bar", "a@b@c", "foo@bar..com", "a b"), 65),
+    **dict.fromkeys(("<a", "a>", '"a'), 65),
+    **dict.fromkeys(("a%b@localhost", "h!u", "|cat", "/etc/passwd"), 67),
+    ":include:/etc/passwd": 67,
+    **dict.fromkeys((r"\payam", "payam (x)", "payam@[127.0.0.1]", "payam+x"), 0),
+}
+
+# What -bs reads -> the codes of its answers.
+SESSIONS = {
+    "nothing": ("", "220"),
+    "QUIT": ("QUIT\r\n", "220 221"),
+    "an end within DATA": (
+        "MAIL FROM:<a@b>\r\nRCPT TO:<payam>\r\nDATA\r\nSubject: TOKEN\r\n",
+        "220 250 250 354",
+    ),
+    "an unknown user": (
+        "HELO a\r\nMAIL FROM:<a@b>\r\nRCPT TO:<nosuch>\r\nFOO\r\nQUIT\r\n",
+        "220 250 250 550 500 221",
+    ),
+    "a relay": ("MAIL FROM:<a@b>\r\nRCPT TO:<a@far.example>\r\n", "220 250 250"),
+    "a size over the limit": ("MAIL FROM:<a@b> SIZE=999999\r\n", "220 552"),
+}
+
+# What -bv is asked -> exit code and what it prints.
+DELIVERABLE = "deliverable: mailer local, user"
+VERDICTS = {
+    "alias1": (0, f"payam@{HOST}... {DELIVERABLE} payam\n"),
+    "PAYAM": (0, f"payam@{HOST}... {DELIVERABLE} payam\n"),
+    "nosuch payam": (
+        67,
+        f"nosuch@{HOST}... User unknown\npayam@{HOST}... {DELIVERABLE} payam\n",
+    ),
+}
+
+# An aliases file -> exit code, stdout, and what stderr says behind "line ".
+ALIAS_FILES = {
+    "a: user1\na: payam\n": (0, "1 aliases, longest 5", "2: warning: duplicate"),
+    "a: payam; user2\n": (0, "1 aliases, longest 12", "1: warning: a: write commas"),
+    "a: payam user2\n": (0, "1 aliases, longest 12", "1: warning: a: write commas"),
+    "a b: payam\n": (0, "1 aliases, longest 5", "1: warning: a b: a name of two"),
+    "a@b: payam\n": (0, "1 aliases, longest 5", "1: warning: a@b: the domain is"),
+    "a: nosuch\n": (0, "1 aliases, longest 6", "1: warning: a: nosuch: no such"),
+    "a: :include:/no/x\n": (0, "1 aliases, longest 16", "1: warning: a: "),
+    "a@localhost: payam\n@localhost: user1\n": (0, "2 aliases, longest 5", ""),
+    "  # x\na: payam # y\r\nb: user2\r\n": (0, "2 aliases, longest 5", ""),
+    "a: |cat x 0\n": (0, "1 aliases, longest 10 bytes, 11 bytes", ""),
+    "a: :fail: no\nb: :defer: x\nc: :blackhole:\n": (0, "3 aliases, ", ""),
+    "d: error:550 x\n": (0, "1 aliases, ", ""),
+    "": (0, "0 aliases, longest 0 bytes, 0 bytes total", ""),
+    'a: ""\n': (65, "", '1: not an address: ""'),
+    "a: ,\n": (65, "", "1: a: missing value"),
+}
+
+# In what a user's process finds itself, by setpriv and sh.
+SURROUNDINGS = {
+    "umask 0": ("--reuid=5001", "umask 0"),
+    "umask 777": ("--reuid=5001", "umask 777"),
+    "no new privileges": ("--reuid=5001 --no-new-privs", ":"),
+    "a uid without a name": ("--reuid=7777", ":"),
+    "a directory that it cannot read": ("--reuid=5001", ":"),
+    "a wrong HOME": ("--reuid=5001", "HOME=/no/such"),
+    "a wrong name": ("--reuid=5001", "USER=zz LOGNAME=zz"),
+    "no variables": ("--reuid=5001", "unset HOME USER LOGNAME PATH TZ TERM"),
+    "an empty PATH": ("--reuid=5001", "PATH="),
+}
+
+
+class TestOptionTable:
+    """sendmail's options and input, row by row of what is promised of them."""
+
+    @pytest.mark.parametrize("words", IGNORED.split("|"), ids=str.strip)
+    def test_an_option_is_ignored(self, shared, words):
+        token = new_token()
+        words = (*words.split(), "payam")
+        shared.sendmail(*words, stdin=letter(token), user="user1")
+        assert shared.wait_message("payam", token).count("\ntext\n") == 1
+
+    @pytest.mark.parametrize("words", REFUSED.split("|"), ids=str.strip)
+    def test_an_option_is_refused(self, shared, words):
+        token = new_token()
+        words = (*words.split(), "payam")
+        assert_one_clear_line(shared.run("sendmail", *words, stdin=letter(token)), 64)
+        shared.wait_empty()
+        assert shared.with_token("payam", token) == []
+
+    @pytest.mark.parametrize("line", OPTION_ANSWERS)
+    def test_what_reads_no_message_answers(self, instance, line):
+        code, out = OPTION_ANSWERS[line]
+        result = instance.run("minimta.py", *line.split(), user="root")
+        assert (result.code, result.out) == (code, out)
+        if code:
+            assert_one_clear_line(result, code)
+        else:
+            assert result.err == ""
+
+    @pytest.mark.parametrize("name", MORE_HEADERS)
+    def test_who_is_named_in_a_header_gets_it(self, shared, name):
+        header, code, wanted = MORE_HEADERS[name]
+        token = new_token()
+        result = shared.run("sendmail", "-t", stdin=f"{header}\nX-T: {token}\n\nb\n")
+        if code:
+            assert_one_clear_line(result, code)
+        else:
+            assert (result.code, result.err) == (0, "")
+        shared.wait_empty()
+        got = [user for user in LOCAL_USERS if shared.with_token(user, token)]
+        assert sorted(got) == sorted(wanted.split())
+
+    def test_arguments_are_added_to_those_of_the_header(self, shared):
+        token = new_token()
+        shared.sendmail("-t", "payam", stdin=f"To: user2\n{letter(token)}")
+        for user in ("payam", "user2"):
+            assert shared.wait_message(user, token)
+
+    def test_fields_that_are_the_mailers_go_without_t_too(self, shared):
+        token = new_token()
+        gone = "Bcc: user2\nResent-Bcc: a@b\nReturn-Path: <a@b>\nContent-Length: 5\n"
+        shared.sendmail("payam", stdin=gone + letter(token))
+        message = shared.wait_message("payam", token)
+        assert [fields(message, one) for one in ("Bcc", "Resent-Bcc")] == [[], []]
+        assert fields(message, "Content-Length") == []
+        assert fields(message, "Return-Path") == [f"<payam@{HOST}>"]
+        assert shared.with_token("user2", token) == []
+
+    def test_malformed_and_foreign_fields_stay(self, shared):
+        token = new_token()
+        kept = (
+            "Date: junk\nMessage-ID: junk\nSender: s@x.example\nFull-Name: q\n"
+            "Envelope-to: e@x.example\nDelivered-To: f@x.example\nStatus: RO\n"
+        )
+        shared.sendmail("payam", stdin=kept + letter(token))
+        assert kept in shared.wait_message("payam", token)
+
+    def test_what_is_missing_comes_behind_the_header(self, shared):
+        token = new_token()
+        shared.sendmail("payam", stdin=letter(token))
+        head, _ = head_and_body(shared.wait_message("payam", token))
+        names = [line.split(":")[0] for line in head.splitlines()]
+        assert names[-4:] == ["Subject", "Message-ID", "Date", "From"]
+
+    def test_a_resent_message_gets_resent_fields(self, shared):
+        token = new_token()
+        given = "Resent-To: payam\nFrom: a@b.example\nDate: d\nMessage-ID: <m>\n"
+        shared.sendmail("-t", stdin=given + letter(token))
+        head, _ = head_and_body(shared.wait_message("payam", token))
+        names = [line.split(":")[0] for line in head.splitlines()]
+        assert names[-3:] == ["Subject", "Resent-Message-ID", "Resent-Date"]
+
+    @pytest.mark.parametrize("name", FULL_NAMES)
+    def test_a_full_name_is_quoted_where_it_must_be(self, shared, name):
+        token = new_token()
+        shared.sendmail("-F", name, "payam", stdin=letter(token), user="user1")
+        message = shared.wait_message("payam", token)
+        assert fields(message, "From") == [f"{FULL_NAMES[name]} <user1@{HOST}>"]
+        assert fields(message, "Bcc") == []
+
+    @pytest.mark.parametrize("gecos", GECOS)
+    def test_a_full_name_comes_from_the_passwd_file(self, instance, gecos):
+        rows = (instance.root / "etc/passwd").read_text(encoding="utf-8")
+        rows = rows.replace(":user2:", f":{gecos}:")
+        instance.write("etc/passwd", rows)
+        instance.sendmail("-odi", "payam", stdin=letter("named"), user="user2")
+        (message,) = instance.with_token("payam", "named")
+        assert fields(message, "From") == [f"{GECOS[gecos]} <user2@{HOST}>"]
+
+    @pytest.mark.parametrize("sender", SENDERS)
+    def test_a_sender_is_an_address_or_nobody(self, shared, sender):
+        token, wanted = new_token(), SENDERS[sender]
+        words = ("-f", sender, "payam")
+        result = shared.run("sendmail", *words, stdin=letter(token))
+        if wanted == 65:
+            assert_one_clear_line(result, wanted)
+        else:
+            message = shared.wait_message("payam", token)
+            assert fields(message, "Return-Path") == [wanted]
+
+    @pytest.mark.parametrize("name", OPTION_INPUTS)
+    def test_input_of_any_shape_is_a_message(self, instance, name):
+        text, value, wanted = OPTION_INPUTS[name]
+        instance.sendmail("-odi", "payam", stdin=text)
+        (message,) = instance.messages("payam")
+        _, body = head_and_body(message)
+        assert fields(message, "X-A") == ([] if value is None else [value])
+        assert body == wanted + "\n"
+
+    @pytest.mark.parametrize("word", WORDS)
+    def test_a_recipient_is_an_address_and_nothing_else(self, shared, word):
+        token, code = new_token(), WORDS[word]
+        result = shared.run("sendmail", "--", word, stdin=letter(token))
+        if code:
+            assert_one_clear_line(result, code)
+            assert shared.queued() == []
+        else:
+            assert (result.code, result.err) == (0, "")
+            assert shared.wait_message("payam", token)
+
+    def test_one_who_is_named_in_many_ways_gets_one(self, shared):
+        token = new_token()
+        words = ("payam", "payam", "PAYAM", f"payam@{HOST}", "payam@localhost")
+        shared.sendmail(*words, stdin=letter(token))
+        assert shared.wait_message("payam", token)
+
+    @pytest.mark.parametrize("reads_header", [False, True], ids=["words", "-t"])
+    def test_10_000_recipients_are_taken(self, instance, reads_header):
+        names = [f"u{number}@far.example" for number in range(10_000)]
+        header = f"To: {','.join(names)}\n".replace(",", ",\n ")
+        words = ["-t"] if reads_header else names
+        text = (header if reads_header else "") + letter("many")
+        instance.sendmail("-odq", *words, stdin=text)
+        shown = instance.mailq()
+        assert shown.count("@far.example\n") == 10_000
+        assert shown.endswith("in 1 Request.\n")
+
+    def test_51_received_fields_are_a_loop_that_bounces(self, server):
+        text = "Received: by x.example\n" * 51 + letter("round")
+        server.sendmail("user1", stdin=text, user="payam")
+        report = server.wait_message("payam", "Status: 5.4.6")
+        assert fields(report, "Return-Path") == ["<>"]
+        assert server.messages("user1") == []
+
+    @pytest.mark.parametrize("end", ["\r\n", "\n"], ids=["CRLF", "LF"])
+    @pytest.mark.parametrize("is_up", [False, True], ids=["no daemon", "daemon"])
+    def test_bs_takes_a_message(self, instance, is_up, end):
+        if is_up:
+            instance.start()
+        lines = ("MAIL FROM:<a@b>", "RCPT TO:<payam>", "DATA", "X-A: x", "", "one", ".")
+        text = end.join((*lines, "QUIT", ""))
+        result = instance.run("sendmail", "-bs", stdin=text)
+        assert (result.code, result.err) == (0, "")
+        codes = [line[:3] for line in result.out.splitlines()]
+        assert codes == "220 250 250 354 250 221".split()
+        _, body = head_and_body(instance.wait_message("payam", "X-A: x"))
+        assert body == "one\n\n"
+
+    @pytest.mark.parametrize("name", SESSIONS)
+    def test_bs_answers_and_ends_well(self, shared, name):
+        text, codes = SESSIONS[name]
+        token = new_token()
+        result = shared.run("sendmail", "-bs", stdin=text.replace("TOKEN", token))
+        assert (result.code, result.err) == (0, "")
+        assert [line[:3] for line in result.out.splitlines()] == codes.split()
+        shared.wait_empty()
+        assert shared.with_token("payam", token) == []
+
+    @pytest.mark.parametrize("words", VERDICTS)
+    def test_bv_prints_sendmails_words(self, shared, words):
+        result = shared.run("sendmail", "-bv", *words.split())
+        assert (result.code, result.out) == VERDICTS[words]
+
+    @pytest.mark.parametrize("text", ALIAS_FILES)
+    @pytest.mark.parametrize("program", ["newaliases", "sendmail -bi"])
+    def test_newaliases_says_what_it_made_of_a_file(self, instance, program, text):
+        code, out, err = ALIAS_FILES[text]
+        path = instance.root / "etc/aliases"
+        path.write_bytes(text.encode())
+        result = instance.run(*program.split())
+        assert result.code == code
+        assert result.out.startswith(f"{path}: {out}" if out else "")
+        assert bool(result.out) == bool(out)
+        assert (f"{path}, line {err}" in result.err) if err else not result.err
+
+    @pytest.mark.parametrize("words", ["-oA{}", "-oA {}", "-OAliasFile={}"])
+    def test_bi_builds_the_file_that_is_named(self, instance, words):
+        path = instance.write("etc/others", "z: payam\n")
+        result = instance.run("sendmail", "-bi", *words.format(path).split())
+        assert (result.code, result.err) == (0, "")
+        assert result.out == f"{path}: 1 aliases, longest 5 bytes, 6 bytes total\n"
+
+    @pytest.mark.parametrize("words", ["sendmail -bd", "sendmail -bD", "smtpd"])
+    @needs_root
+    def test_a_user_is_no_daemon(self, instance, public_bin, words):
+        how = {"user": "user1", "preexec_fn": become("user1"), "bin_dir": public_bin}
+        result = instance.run("minimta.py", *words.split(), **how)
+        assert_one_clear_line(result, 77)
+
+    @pytest.mark.parametrize("words", ["mailq", "mailq -j", "sendmail -q"])
+    @needs_root
+    def test_without_a_daemon_a_user_learns_that_it_is_down(
+        self, server, public_bin, words
+    ):
+        assert server.stop() == 0
+        how = {"user": "user1", "preexec_fn": become("user1"), "bin_dir": public_bin}
+        assert_one_clear_line(server.run("minimta.py", *words.split(), **how), 69)
+
+    @pytest.mark.skipif(not shutil.which("setpriv"), reason="no setpriv here")
+    @pytest.mark.parametrize("name", SURROUNDINGS)
+    @needs_root
+    def test_mail_goes_out_of_any_surroundings(self, server, public_bin, name):
+        flags, first = SURROUNDINGS[name]
+        folder = server.root / "closed"
+        folder.mkdir(mode=0o700)
+        command = f'{first}; exec "$0" payam'
+        words = ["setpriv", *flags.split(), "--regid=5001", "--clear-groups"]
+        done = subprocess.run(
+            [*words, "/bin/sh", "-c", command, public_bin / "sendmail"],
+            input=letter("out").encode(),
+            capture_output=True,
+            env=server.env("user1"),
+            cwd=folder if "directory" in name else "/",
+            timeout=PATIENCE,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+        uid = re.search(r"=(\d+)", flags).group(1)
+        message = server.wait_message("payam", "out")
+        assert f"from userid {uid})" in fields(message, "Received")[0]
+        assert f": uid={uid} from=<" in server.log()
 
 
 # A few names of every kind that aliases(5) knows, and who gets their mail.
@@ -7614,6 +11247,7 @@ class TestSmtp:
             "ENHANCEDSTATUSCODES",
             "SMTPUTF8",
             "DSN",
+            "CHUNKING",
             "HELP",
         }
 
@@ -7664,9 +11298,10 @@ class TestSmtp:
         one = letter(token).replace("\n", "\r\n").encode() + b".\r\n"
         start = b"MAIL FROM:<>\r\nRCPT TO:<payam>\r\nDATA\r\n"
         with Wire(shared.port) as wire:
+            assert wire.answer()[:3] == "220"
             wire.send(b"EHLO client.example\r\n" + (start + one) * 2 + b"QUIT\r\n")
-            codes = [wire.answer()[:3] for _ in range(11)]
-        assert codes == "220 250 250 250 354 250 250 250 354 250 221".split()
+            codes = [wire.answer()[:3] for _ in range(10)]
+        assert codes == "250 250 250 354 250 250 250 354 250 221".split()
         wait_for(lambda: len(shared.with_token("payam", token)) == 2)
 
     @pytest.mark.parametrize("cut", [in_one, byte_by_byte])
@@ -7788,6 +11423,317 @@ class TestSmtp:
         assert errors == []
         for number in range(40):
             shared.wait_message("payam", f"{token}.{number}.")
+
+
+@pytest.fixture(scope="session")
+def certificate():
+    """The path of a certificate with its key."""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl here")
+    folder = open_directory("minimta-cert-")
+    path = folder / "cert.pem"
+    words = "req -x509 -newkey rsa:2048 -nodes -days 9 -subj /CN=localhost".split()
+    made = ["openssl", *words, "-keyout", folder / "key", "-out", folder / "cert"]
+    subprocess.run(made, check=True, capture_output=True)
+    path.write_text((folder / "key").read_text() + (folder / "cert").read_text())
+    yield path
+    shutil.rmtree(folder)
+
+
+CERTIFICATES = {
+    # name: (subject, names, year of its end)
+    "good": ("mx.far.example", "DNS:*.far.example,DNS:localhost,IP:127.0.0.1", 2049),
+    "expired": ("mx.far.example", "DNS:*.far.example,DNS:localhost", 2021),
+    "wrong name": ("other.example", "DNS:other.example", 2049),
+}
+AUTHORITY = """
+[ca]
+default_ca = ours
+[ours]
+database = index
+new_certs_dir = .
+serial = serial
+default_md = sha256
+unique_subject = no
+policy = any
+[any]
+commonName = supplied
+"""
+
+
+@pytest.fixture(scope="session")
+def certificates():
+    """Paths of certificates by name, each with its key; `ca` is who signed."""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl here")
+    folder = open_directory("minimta-certs-")
+    for name, text in (("ca.cnf", AUTHORITY), ("index", ""), ("serial", "01\n")):
+        (folder / name).write_text(text)
+
+    def openssl(*words):
+        subprocess.run(
+            ["openssl", *words], cwd=folder, check=True, capture_output=True, timeout=60
+        )
+
+    def request(name, subject, *words):
+        key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes".split()
+        files = ("-keyout", f"{name}.key", "-out", name, "-subj", f"/CN={subject}")
+        openssl("req", "-new", *key, *files, *words)
+
+    request("ca", "minimta tests", "-x509", "-days", "9")
+    request("self-signed", "mx.far.example", "-x509", "-days", "9")
+    for name, (subject, names, year) in CERTIFICATES.items():
+        request(f"{name}.req", subject)
+        (folder / "names").write_text(f"subjectAltName = {names}\n")
+        words = "ca -batch -notext -config ca.cnf -cert ca -keyfile ca.key"
+        dates = f"-startdate 20200102000000Z -enddate {year}0203000000Z"
+        files = ("-in", f"{name}.req", "-out", name, "-extfile", "names")
+        openssl(*words.split(), *dates.split(), *files)
+        (folder / f"{name}.req.key").rename(folder / f"{name}.key")
+    paths = {"ca": folder / "ca"}
+    for name in ("self-signed", *CERTIFICATES):
+        paths[name] = folder / f"{name}.pem"
+        both = (folder / f"{name}.key").read_text() + (folder / name).read_text()
+        paths[name].write_text(both)
+    yield paths
+    shutil.rmtree(folder)
+
+
+def trusting():
+    """A TLS context that asks for no names."""
+    return ssl._create_unverified_context()
+
+
+@pytest.fixture
+def secure(make_instance, certificate):
+    """A daemon with TLS and a password, to whom this host is a stranger."""
+    made = make_instance()
+    made.tls_port = free_port()
+    passwords = made.root / "etc/passwords"
+    owner = pwd.getpwnam("nobody").pw_gid
+    minimta.Passwords(str(passwords)).change("bob", b"right", owner)
+    made.configure(
+        mynetworks="192.0.2.0/24",
+        smtpd_tls_cert_file=certificate,
+        smtpd_tls_port=made.tls_port,
+        smtpd_sasl_password_file=passwords,
+    )
+    passwords.chmod(0o644)
+    return made.start()
+
+
+def hang_up_hard(wire):
+    """Ends a connection with a reset."""
+    end_hard(wire.socket)
+    wire.lines.close()
+    wire.socket.close()
+
+
+class TestSecureSmtp:
+    """TLS and passwords, over real sockets."""
+
+    def test_mail_arrives_after_starttls(self, secure):
+        with secure.smtp() as client:
+            client.starttls(context=trusting())
+            client.sendmail("a@far.example", "payam@localhost", letter("one"))
+        assert " with ESMTPS id " in secure.wait_message("payam", "one")
+
+    def test_mail_arrives_at_the_tls_port(self, secure):
+        place = ("127.0.0.1", secure.tls_port, "c.example")
+        with smtplib.SMTP_SSL(*place, timeout=9, context=trusting()) as client:
+            client.sendmail("a@far.example", "payam@localhost", letter("one"))
+        assert "(using TLSv1.3 with cipher" in secure.wait_message("payam", "one")
+
+    def test_who_has_authenticated_may_relay_and_nobody_else(self, secure):
+        with secure.smtp() as client:
+            client.starttls(context=trusting())
+            client.ehlo()
+            client.mail("a@far.example")
+            assert client.rcpt("b@other.example")[0] == 554
+            client.rset()
+            with pytest.raises(smtplib.SMTPAuthenticationError):
+                client.login("bob", "wrong")
+            assert client.login("bob", "right")[0] == 235
+            client.mail("a@far.example")
+            assert client.rcpt("b@other.example")[0] == 250
+
+    def test_what_comes_with_starttls_is_dropped(self, secure):
+        with Wire(secure.port) as wire:
+            play(wire, "S: 220\nC: EHLO c\nS: 250")
+            wire.send(b"STARTTLS\r\nRSET\r\nNOOP\r\n")
+            play(wire, "S: 220")
+            with trusting().wrap_socket(wire.socket) as made:
+                made.sendall(b"MAIL FROM:<a@b>\r\n")
+                assert made.recv(999).startswith(b"503 ")
+
+    def test_silent_handshakes_stop_nobody(self, secure):
+        wires = [Wire(secure.tls_port) for _ in range(20)]
+        secure.send("payam@localhost", letter("one"))
+        secure.wait_message("payam", "one")
+        for wire in wires:
+            wire.__exit__()
+
+    def test_garbage_in_a_handshake_ends_one_session(self, secure):
+        for port in (secure.tls_port, secure.port):
+            with Wire(port) as wire:
+                if port == secure.port:
+                    play(wire, "S: 220\nC: STARTTLS\nS: 220")
+                wire.send(b"\x16\x03\x01garbage" * 99)
+                with contextlib.suppress(ConnectionError):
+                    while wire.socket.recv(999):
+                        pass
+        secure.send("payam@localhost", letter("one"))
+        secure.wait_message("payam", "one")
+
+    def test_resets_at_the_tls_port_leave_no_connection(self, secure):
+        for _ in range(100):
+            wire = Wire(secure.tls_port)
+            wire.send(b"x")
+            hang_up_hard(wire)
+        secure.send("payam@localhost", letter("one"))
+        secure.wait_message("payam", "one")
+        with Wire(secure.port) as wire:
+            play(wire, "S: 220")
+
+
+def chunked(*chunks):
+    """A message in BDAT chunks."""
+    rows = [b"BDAT %d\r\n%s" % (len(chunk), chunk) for chunk in chunks[:-1]]
+    return b"".join(rows) + b"BDAT %d LAST\r\n%s" % (len(chunks[-1]), chunks[-1])
+
+
+def held(port, count):
+    """`count` greeted connections."""
+    wires = [Wire(port) for _ in range(count)]
+    for wire in wires:
+        play(wire, "S: 220")
+    return wires
+
+
+class TestManyClients:
+    """Chunks, strangers, limits, and clients that are slow or deaf."""
+
+    @pytest.mark.parametrize("cut", [in_one, byte_by_byte])
+    def test_chunks_arrive_byte_by_byte_as_they_were(self, shared, cut):
+        token = new_token()
+        text = [b"Subject: %s\r" % token.encode(), b"\n\r\n.\r", b"\n..x\r\n"]
+        with Wire(shared.port) as wire:
+            play(wire, BEGIN.replace("C: DATA\n    S: 354", ""))
+            cut(wire, chunked(*text) + b"NOOP\r\n")
+            assert [wire.answer()[:3] for _ in range(4)] == ["250"] * 4
+        assert head_and_body(shared.wait_message("payam", token))[1] == ".\n..x\n\n"
+
+    @pytest.mark.parametrize("size", [262_144, 300_000, 900_000, 2_000_000])
+    def test_a_long_message_arrives_without_one_line_more(self, server, size):
+        token = new_token()
+        server.send("payam@localhost", letter(token, "y" * size))
+        body = head_and_body(server.wait_message("payam", token))[1]
+        assert body == "y" * size + "\n\n"
+
+    def test_rset_between_chunks_forgets_them(self, server):
+        with Wire(server.port) as wire:
+            play(wire, BEGIN.replace("C: DATA\n    S: 354", ""))
+            wire.send(b"BDAT 300000\r\n" + b"x" * 300_000 + b"RSET\r\n")
+            play(wire, "S: 250\nS: 250\nC: BDAT 0 LAST\nS: 503\nC: QUIT\nS: 221")
+        assert os.listdir(server.queue / "incoming") == []
+
+    def test_a_stranger_who_does_not_wait_gets_no_transaction(self, make_instance):
+        one = make_instance(mynetworks="192.0.2.0/24").start()
+        with Wire(one.port) as wire:
+            wire.send(b"EHLO c\r\nMAIL FROM:<a@b>\r\n")
+            assert wire.answer().startswith("554 5.5.0")
+            assert wire.lines.readline() == b""
+        assert "PREGREET" in one.log()
+
+    @pytest.mark.parametrize(("network", "is_free"), [("192.0.2.0/24", 0), ("", 1)])
+    def test_a_stranger_has_so_many_connections(self, make_instance, network, is_free):
+        how = {"mynetworks": network or "127.0.0.0/8"}
+        one = make_instance(smtpd_client_connection_count_limit=5, **how).start()
+        wait_for(lambda: one.log().count("disconnect from") == 1)
+        wires = held(one.port, 5)
+        with Wire(one.port) as wire:
+            play(wire, "S: 220" if is_free else "S: 421 4.7.0")
+        for wire in wires:
+            wire.__exit__()
+
+    def test_beyond_the_limit_is_421_until_there_is_room(self, make_instance):
+        one = make_instance(default_process_limit=20).start()
+        wait_for(lambda: one.log().count("disconnect from") == 1)
+        wires = held(one.port, 20)
+        with Wire(one.port) as wire:
+            play(wire, "S: 421 4.7.0")
+        for wire in wires:
+            hang_up_hard(wire)
+        wait_for(lambda: one.log().count("disconnect from") == 21)
+        one.send("payam@localhost", letter("one"))
+        one.wait_message("payam", "one")
+
+    def test_300_idle_connections_take_little_memory(self, server):
+        _, pid, _ = parts(server)
+        before = memory_of(pid)
+        wires = held(server.port, 300)
+        server.send("payam@localhost", letter("one"))
+        server.wait_message("payam", "one")
+        each = (memory_of(pid) - before) / 300
+        for wire in wires:
+            wire.__exit__()
+        assert each < 64 << 10
+
+    def test_a_client_that_reads_no_replies_stops_nobody(self, server):
+        with Wire(server.port) as wire:
+            play(wire, "S: 220")
+            wire.socket.settimeout(1)
+            with pytest.raises(socket.timeout):  # noqa: UP041 none before 3.10
+                while True:
+                    wire.send(b"EHLO c\r\n" * 1000)
+            server.send("payam@localhost", letter("one"))
+            server.wait_message("payam", "one")
+
+    def test_a_slow_sender_stops_nobody(self, server):
+        with Wire(server.port) as wire:
+            play(wire, BEGIN)
+            wire.send(b"Subject: slow\r\n")
+            server.send("payam@localhost", letter("one"))
+            server.wait_message("payam", "one")
+            server.hang_up()
+            server.send("payam@localhost", letter("two"))
+            server.wait_message_only("payam", "two")
+            play(wire, "C:\nC: .\nS: 250 2.0.0")
+        server.wait_message("payam", "slow")
+
+    def test_a_reset_in_the_middle_leaves_nothing(self, server):
+        for _ in range(30):
+            wire = Wire(server.port)
+            play(wire, BEGIN)
+            wire.send(b"x" * 70_000)
+            hang_up_hard(wire)
+        wait_for(lambda: server.log().count("lost connection after DATA") == 30)
+        assert os.listdir(server.queue / "incoming") == []
+
+
+def identity(pid):
+    """(uids, gids, groups) of a process."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    rows = (re.search(rf"(?m)^{name}:(.*)", text) for name in ("Uid", "Gid", "Groups"))
+    return [[int(word) for word in row.group(1).split()] for row in rows]
+
+
+@needs_root
+class TestIdentities:
+    """Whose the daemon's processes are."""
+
+    def test_each_process_has_the_rights_it_needs(self, public_bin):
+        one = Instance(public_bin, mail_owner="nobody")
+        try:
+            master, server, runner = parts(one.start())
+            who = pwd.getpwnam("nobody")
+            assert identity(master)[0] == [0] * 4
+            assert identity(runner)[0][0] == 0
+            uids, gids, groups = identity(server)
+            assert (uids, gids) == ([who.pw_uid] * 4, [who.pw_gid] * 4)
+            assert set(groups) <= {who.pw_gid}
+        finally:
+            one.close()
 
 
 # The end of a mailbox that a crash has left.
@@ -7915,6 +11861,18 @@ class TestMailbox:
         assert re.search(r"\n\n\Z", "".join(messages[:-1]))
         if "half a li" in tail:
             assert "half a li" in messages[0]
+
+    @pytest.mark.parametrize("tail", ["", "half a li", "\0" * 700])
+    def test_every_reader_sees_what_comes_behind_a_torn_tail(self, instance, tail):
+        box = instance.make_mailbox("payam", f"{FIRST}whole line\n\n{FIRST}{tail}")
+        instance.start()
+        instance.send("payam@localhost", letter("second"))
+        instance.wait_message("payam", "second")
+        seen = mbox(box, create=False)
+        assert [text["Subject"] for text in seen] == ["first", "first", "second"]
+        assert "whole line" in seen[0].get_payload()
+        assert tail.strip("\0") in seen[1].get_payload()
+        assert b"\0" not in box.read_bytes()
 
     def test_an_old_dotlock_of_a_dead_process_is_broken(self, server):
         dead = subprocess.Popen(["true"])
@@ -8066,6 +12024,2663 @@ class TestRelay:
         instance.send("friend@example.com", letter("through"))
         instance.wait_empty()
         assert len(sink.received) == 1
+
+
+# Addresses of this host that nobody else uses: a far side each, on one port.
+FAR_NET = f"127.{random.randrange(1, 250)}.{random.randrange(250)}"
+LEVELS = ("none", "may", "encrypt", "verify")
+FAR_SIDES = 254
+
+
+def start_hub(bin_dir, **settings):
+    """A daemon that knows many far sides, each by its own domain.
+
+    Mail for caseN.far.example goes to [FAR_NET.N], that for LEVEL.caseN to
+    [hN.far.example] with that level of TLS.
+    """
+    one = Instance(bin_dir)
+    one.far_port, one.cases = free_port(), itertools.count(1)
+    hosts, routes = [], []
+    for number in range(1, FAR_SIDES):
+        hosts.append(f"{FAR_NET}.{number} h{number}.far.example\n")
+        domain, port = f"case{number}.far.example", one.far_port
+        routes.append(f"{domain} smtp:[{FAR_NET}.{number}]:{port}\n")
+        hop = f"smtp:[h{number}.far.example]:{port}"
+        routes += [f"{level}.{domain} {hop} {level}\n" for level in LEVELS]
+    one.write("etc/hosts", "".join(hosts))
+    routes = one.write("etc/transport", "".join(routes))
+    one.configure(transport_maps=routes, **settings)
+    return one.start()
+
+
+@pytest.fixture(scope="class")
+def hub(bin_dir):
+    """A daemon that knows many far sides."""
+    one = start_hub(bin_dir)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def far(hub, make_sink):
+    """Makes a far side: its domain, and the sink that answers there."""
+
+    def make(**how):
+        number = next(hub.cases)
+        sink = make_sink(place=(f"{FAR_NET}.{number}", hub.far_port), **how)
+        return f"case{number}.far.example", sink
+
+    return make
+
+
+def wire_text(text):
+    """Text as it is sent."""
+    return re.sub("\r?\n", "\r\n", text).encode()
+
+
+def post(instance, names, text):
+    """Has payam send a message by SMTP."""
+    data = text if isinstance(text, bytes) else wire_text(text)
+    instance.send(names, data, sender=f"payam@{HOST}")
+
+
+def told(instance, name):
+    """What the log says of a recipient, as soon as it does."""
+    shape = rf"to=<{re.escape(name)}>, .*status=.*\n"
+    return wait_for(lambda: (re.findall(shape, instance.log()) or [""])[-1])
+
+
+def outcomes(instance, *names):
+    """What became of each recipient, as soon as that is known."""
+    return [re.search(r"status=(\w+)", told(instance, name)).group(1) for name in names]
+
+
+def arrived(data):
+    """What was sent, without the dots that SMTP adds."""
+    assert data.endswith(b"\r\n.\r\n")
+    return re.sub(rb"(?m)^\.", b"", data[:-3])
+
+
+def for_one(name, row):
+    """A row for RCPT that is for one recipient only."""
+
+    def answer(session, line):
+        if f"<{name}@" not in line:
+            return "250 2.1.5 Ok"
+        return row(session, line) if callable(row) else row
+
+    return answer
+
+
+def after_354(session, _):
+    """A row for DATA: goes when the message could come."""
+    session.put(b"354 Go on\r\n")
+    raise HangUp
+
+
+def eager(session, _):
+    """A row for DATA: takes a message though there is no recipient."""
+    session.put(b"354 Go on\r\n")
+    session.take_message()
+    return b""
+
+
+def in_the_middle(session, line):
+    """A row for DATA: goes while the message comes."""
+    session.put(b"354 Go on\r\n")
+    session.rfile.read(20_000)
+    reset(session, line)
+
+
+def half_a_line(session, _):
+    """A row: goes while the reply comes."""
+    session.put(b"250 O")
+    raise HangUp
+
+
+def no_handshake(session, _):
+    """A row for STARTTLS: says something else than TLS."""
+    session.put(b"220 Go\r\n")
+    session.rfile.read(1)
+    session.put(b"What?\r\n")
+    raise HangUp
+
+
+def reset_handshake(session, line):
+    """A row for STARTTLS: resets when the handshake begins."""
+    session.put(b"220 Go\r\n")
+    session.rfile.read(1)
+    reset(session, line)
+
+
+def kept_and_gone(session, _):
+    """A row for END: keeps the message, and goes without a word."""
+    session.keep()
+    raise HangUp
+
+
+BAD_ANSWERS = {
+    "not now": "451 4.3.0 Not now",
+    "never": "550 5.7.1 Never",
+    "going": last_words("421 4.3.2 Going"),
+    "gone": hang_up,
+    "reset": reset,
+    "another class": "354 Go on",
+    "no class": "999 x",
+    "two digits": "25 x",
+    "no code": "abc",
+    "two codes": b"250-a\r\n550 b\r\n",
+}
+STAGES = ("CONNECT", "EHLO", "MAIL", "a", "b", "c", "DATA", "END")
+ODD_LIMITS = {
+    "a superscript": b" \xb2",
+    "superscripts behind a digit": b" 1\xb2\xb3",
+    "Arabic digits": " \u0663".encode(),
+    "nothing": b"",
+    "a space": b" ",
+    "a word": b" much",
+    "less than nothing": b" -1",
+    "a fraction": b" 1.5",
+    "nil": b" 0",
+    "very many digits": b" " + b"9" * 1900,
+}
+
+HOSTILE = {
+    "a reply without end": endless(b"250-more\r\n" * 99),
+    "a line without end": endless(b"2" * 9999),
+    "a line of a megabyte": b"250 " + b"x" * (1 << 20) + b"\r\n",
+    "NULs": b"\0" * 999 + b"\r\n",
+    "half a line": half_a_line,
+    "binary": bytes(range(128, 256)) + b"\r\n",
+}
+
+
+def fate(stage, kind):
+    """What must become of a, b and c."""
+    is_of_one = stage in ("a", "b", "c")
+    is_reply = kind in ("not now", "never", "another class")
+    if (stage, kind) == ("EHLO", "never"):  # then there is HELO
+        return ["sent"] * 3
+    if is_of_one and is_reply:
+        bad = "bounced" if kind == "never" else "deferred"
+        return [bad if name == stage else "sent" for name in "abc"]
+    is_final = kind == "never" and stage != "CONNECT" and not is_of_one
+    return ["bounced" if is_final else "deferred"] * 3
+
+
+class TestRelayReplyTable:
+    """Every answer at every stage, and what becomes of whom."""
+
+    @pytest.mark.parametrize("kind", BAD_ANSWERS)
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_a_bad_answer_has_its_outcome(self, hub, far, stage, kind):
+        row = BAD_ANSWERS[kind]
+        if (stage, kind) == ("DATA", "another class"):
+            row = "250 2.0.0 Ok"
+        rows = {stage: row}
+        if stage == "EHLO" and kind != "never":
+            rows["HELO"] = row
+        if stage in "abc":
+            rows = {"RCPT": for_one(stage, row)}
+        domain, sink = far(**rows)
+        names = [f"{name}@{domain}" for name in "abc"]
+        post(hub, names, letter("table"))
+        wanted = fate(stage, kind)
+        assert outcomes(hub, *names) == wanted
+        sent = [name for name, how in zip(names, wanted) if how == "sent"]
+        assert [recipients for _, recipients, _ in sink.received] == [sent] * bool(sent)
+
+    def test_with_commands_one_by_one_it_is_the_same(self, hub, far):
+        for kind in BAD_ANSWERS:
+            row = BAD_ANSWERS[kind]
+            domain, sink = far(RCPT=for_one("b", row), EHLO=hello("8BITMIME"))
+            names = [f"{name}@{domain}" for name in "abc"]
+            post(hub, names, letter("table"))
+            assert outcomes(hub, *names) == fate("b", kind), kind
+            assert sink.ahead == []
+
+    @pytest.mark.parametrize("row", [after_354, in_the_middle])
+    def test_who_goes_while_the_message_comes_gets_it_later(self, hub, far, row):
+        domain, sink = far(DATA=[row, "354 Go on"])
+        post(hub, [f"a@{domain}"], letter("cut", LOREM * 30_000))
+        line = told(hub, f"a@{domain}")
+        assert "status=deferred" in line
+        assert "dsn=4.4.2" in line
+        assert sink.received == []
+
+    def test_who_goes_behind_the_dot_may_get_it_twice_and_that_is_said(self, hub, far):
+        domain, sink = far(END=kept_and_gone)
+        post(hub, [f"a@{domain}"], letter("twice"))
+        line = told(hub, f"a@{domain}")
+        assert "dsn=4.4.2" in line
+        assert "status=deferred" in line
+        assert "message may be sent more than once" in line
+        assert len(sink.received) == 1
+
+    @pytest.mark.parametrize(
+        ("row", "outcome"),
+        [("354 Go on", "deferred"), ("250 2.0.0 Ok\n250 2.0.0 And more", "sent")],
+    )
+    def test_who_says_too_much_or_waits_for_more_is_left(self, hub, far, row, outcome):
+        domain, sink = far(END=[row, "250 2.0.0 Ok"])
+        post(hub, [f"a@{domain}"], letter("out of step"))
+        assert outcomes(hub, f"a@{domain}") == [outcome]
+        post(hub, [f"b@{domain}"], letter("in step"))
+        assert outcomes(hub, f"b@{domain}") == ["sent"]
+        assert len(sink.clients) == 2
+
+    def test_a_late_word_is_not_the_answer_to_the_next_question(self, hub, far):
+        said = threading.Event()
+
+        def late(session, _):
+            def say():
+                session.put(b"250 2.0.0 And more\r\n")
+                said.set()
+
+            threading.Timer(0.2, say).start()
+            return "250 2.0.0 Ok"
+
+        refuse = for_one("a", "550 5.1.1 Nobody")
+        domain, sink = far(END=[late, "250 2.0.0 Ok"], RCPT=refuse)
+        post(hub, [f"c@{domain}"], letter("first"))
+        assert said.wait(PATIENCE)
+        post(hub, [f"a@{domain}", f"b@{domain}"], letter("second"))
+        assert outcomes(hub, f"a@{domain}", f"b@{domain}") == ["bounced", "sent"]
+
+    def test_a_greeting_that_refuses_is_told_as_it_was_said(self, hub, far):
+        domain, _ = far(CONNECT="554 5.7.1 Not today")
+        post(hub, [f"a@{domain}"], letter("refused"))
+        line = told(hub, f"a@{domain}")
+        assert "status=deferred" in line
+        assert "said: 554 5.7.1 Not today" in line
+
+    def test_who_was_refused_stays_so_when_the_connection_ends(self, hub, far):
+        refuse = for_one("a", "550 5.1.1 Nobody")
+        gone = for_one("b", hang_up)
+        domain, _ = far(
+            RCPT=lambda session, line: (gone if "<b@" in line else refuse)(
+                session, line
+            )
+        )
+        names = [f"{name}@{domain}" for name in "abc"]
+        post(hub, names, letter("refused"))
+        assert outcomes(hub, *names) == ["bounced", "deferred", "deferred"]
+
+    def test_354_for_nobody_gets_no_mail_and_no_command(self, hub, far):
+        domain, sink = far(RCPT=for_one("a", "550 5.1.1 Nobody"), DATA=eager)
+        post(hub, [f"a@{domain}"], letter("nobody"))
+        assert outcomes(hub, f"a@{domain}") == ["bounced"]
+        post(hub, [f"b@{domain}"], letter("somebody"))
+        assert outcomes(hub, f"b@{domain}") == ["sent"]
+        texts = [text for _, _, text in sink.received if text != b".\r\n"]
+        assert len(texts) == 1
+        assert b"Subject: somebody" in texts[0]
+
+    def test_a_bad_answer_to_rset_costs_nobody_anything(self, hub, far):
+        sides = [far(RSET=row) for row in BAD_ANSWERS.values()]
+        for token in ("first", "second"):
+            for domain, _ in sides:
+                post(hub, [f"{token}@{domain}"], letter(token))
+            for domain, _ in sides:
+                assert outcomes(hub, f"{token}@{domain}") == ["sent"]
+        for domain, sink in sides:
+            found = [recipients for _, recipients, _ in sink.received]
+            assert found == [[f"first@{domain}"], [f"second@{domain}"]]
+        assert any("RSET" in sink.verbs() for _, sink in sides)
+
+    def test_a_bad_answer_to_quit_has_nothing_sent_again(self, hub, far):
+        sides = [far(QUIT=row) for row in BAD_ANSWERS.values()]
+        for count in (1, 2):
+            for domain, _ in sides:
+                post(hub, [f"{count}@{domain}"], letter("quit"))
+            for domain, sink in sides:
+                assert outcomes(hub, f"{count}@{domain}") == ["sent"]
+                wait_for(lambda one=sink, n=count: one.verbs().count("QUIT") >= n)
+        for domain, sink in sides:
+            found = [recipients for _, recipients, _ in sink.received]
+            assert found == [[f"1@{domain}"], [f"2@{domain}"]]
+
+    @pytest.mark.parametrize("kind", HOSTILE)
+    @pytest.mark.parametrize("stage", ["CONNECT", "EHLO", "RCPT", "END"])
+    def test_who_answers_nonsense_without_end_is_left(self, hub, far, stage, kind):
+        rows = {stage: HOSTILE[kind]}
+        rows.update({"HELO": HOSTILE[kind]} if stage == "EHLO" else {})
+        domain, sink = far(**rows)
+        post(hub, [f"a@{domain}"], letter("hostile"))
+        line = told(hub, f"a@{domain}")
+        assert "status=deferred" in line
+        assert len(line) < 2000
+        wait_for(lambda: not sink.open)
+
+    def test_what_a_host_says_can_do_nothing_to_the_reader(self, hub, far):
+        domain, _ = far(RCPT=b"450 4.2.0 \0\x1b[31mred\x07\xff\r\n")
+        post(hub, [f"a@{domain}"], letter("red"))
+        assert "red" in told(hub, f"a@{domain}")
+        assert not re.search(r"[\0-\x08\x0b-\x1f\x7f]", hub.log() + hub.mailq())
+
+    def test_a_greeting_with_a_reply_too_many_has_nothing_lost(self, hub, far):
+        domain, sink = far(CONNECT="220 sink.example ESMTP\n250 2.0.0 Kept")
+        post(hub, [f"a@{domain}"], letter("too many"))
+        (how,) = outcomes(hub, f"a@{domain}")
+        assert how == ("sent" if sink.received else "deferred")
+
+    def test_replies_that_drip_are_read(self, hub, far):
+        domain, sink = far(is_dripping=True)
+        post(hub, [f"a@{domain}"], letter("drip"))
+        assert outcomes(hub, f"a@{domain}") == ["sent"]
+        assert len(sink.received) == 1
+
+    def test_extensions_that_make_no_sense_do_no_harm(self, hub, far):
+        odd = (
+            "SIZE",
+            "SIZE x y",
+            "AUTH",
+            "AUTH=",
+            "\x01\x02",
+            "8BITMIME\x07",
+            "=",
+            "x" * 900,
+        )
+        domain, sink = far(EHLO=hello(*odd))
+        post(hub, [f"a@{domain}"], letter("odd"))
+        assert outcomes(hub, f"a@{domain}") == ["sent"]
+
+    @pytest.mark.parametrize("limit", ODD_LIMITS.values(), ids=ODD_LIMITS)
+    def test_a_size_that_is_no_number_is_no_limit(self, hub, far, limit):
+        domain, sink = far(EHLO=b"250-sink.example\r\n250 SIZE" + limit + b"\r\n")
+        post(hub, [f"a@{domain}"], letter("size"))
+        assert "status=sent" in told(hub, f"a@{domain}")
+        assert len(sink.received) == 1
+
+    @pytest.mark.parametrize("code", ["530 5.7.0", "534 5.7.9", "538 5.7.11"])
+    @pytest.mark.parametrize("stage", ["MAIL", "RCPT", "DATA", "END"])
+    def test_a_host_of_ours_that_wants_a_password_has_mail_wait(
+        self, hub, far, stage, code
+    ):
+        domain, sink = far(**{stage: f"{code} Log in first"})
+        post(hub, [f"a@{domain}"], letter("password"))
+        assert outcomes(hub, f"a@{domain}") == ["deferred"]
+        assert sink.received == []
+
+    @pytest.mark.parametrize("row", ["530 5.7.0 Log in first", "554 5.7.1 No"])
+    def test_a_relayhost_that_refuses_us_has_mail_wait(self, instance, make_sink, row):
+        sink = make_sink(EHLO=row, HELO=row)
+        post(relayed(instance, sink), ["a@far.example"], letter("refused"))
+        assert outcomes(instance, "a@far.example") == ["deferred"]
+        assert instance.messages("payam") == []
+
+
+# certificate, level -> whether mail goes, and whether with TLS
+TLS_ROWS = [
+    *((name, "none", "in clear") for name in ("good", "self-signed")),
+    *((name, "may", "with TLS") for name in ("good", "expired", "self-signed")),
+    *((name, "encrypt", "with TLS") for name in ("good", "wrong name", "self-signed")),
+    ("good", "verify", "with TLS"),
+    *((name, "verify", "not") for name in ("expired", "wrong name", "self-signed")),
+    (None, "none", "in clear"),
+    (None, "may", "in clear"),
+    (None, "encrypt", "not"),
+    (None, "verify", "not"),
+]
+NO_TLS_YET = ["EHLO", "STARTTLS"]
+
+
+def way_of(sink):
+    """How a sink got its one message, if it did."""
+    if not sink.received:
+        return "not"
+    return "in clear" if any(line[:4] == "RCPT" for line in sink.clear) else "with TLS"
+
+
+class TestRelayTls:
+    """TLS to other hosts: when, with whom, and what is said when not."""
+
+    @pytest.fixture(scope="class")
+    def hub(self, bin_dir, certificates):
+        one = start_hub(bin_dir, smtp_tls_CAfile=certificates["ca"])
+        yield one
+        one.close()
+
+    @pytest.fixture
+    def relay(self, make_instance, make_names, certificates):
+        """Starts an instance with a relayhost, and localhost in its hosts."""
+
+        def start(relayhost, **settings):
+            one = make_instance()
+            hosts = "127.0.0.1 localhost smart.far.example\n"
+            make_names(one, {("smart.far.example", "MX"): []}, hosts)
+            settings.setdefault("smtp_tls_CAfile", certificates["ca"])
+            one.configure(relayhost=relayhost, **settings)
+            return one.start()
+
+        return start
+
+    @pytest.mark.parametrize(("name", "level", "wanted"), TLS_ROWS)
+    def test_a_level_has_its_way(self, hub, far, certificates, name, level, wanted):
+        domain, sink = far(certificate=certificates.get(name))
+        recipient = f"a@{level}.{domain}"
+        post(hub, [recipient], letter("level"))
+        how = "deferred" if wanted == "not" else "sent"
+        assert outcomes(hub, recipient) == [how]
+        assert way_of(sink) == wanted
+        if wanted == "not":
+            assert not {"MAIL", "RCPT"} & set(sink.verbs())
+
+    @pytest.mark.parametrize("level", ["may", "encrypt", "check", "verify"])
+    def test_a_python_without_ssl_has_no_tls(
+        self, make_sink, certificates, monkeypatch, level
+    ):
+        sink = make_sink(certificate=certificates["good"])
+        hop = minimta.NextHop("smtp", "localhost", sink.port)
+        target = minimta.FarHost(hop, "localhost", "127.0.0.1")
+        relay = minimta.Relay(make_settings(), target, level)
+        monkeypatch.setitem(sys.modules, "ssl", None)
+        contexts = minimta.Contexts("")
+        if level == "may":
+            relay.connect(contexts, None)
+            assert relay.tls == ""
+            relay.quit()
+        else:
+            with pytest.raises(minimta.MailError, match="ssl module") as caught:
+                relay.connect(contexts, None)
+            assert caught.value.status == "4.7.4"
+
+    def test_who_wants_our_certificate_gets_may_in_clear(self, hub, far, certificates):
+        domain, sink = far(certificate=certificates["good"])
+        sink.context.verify_mode = ssl.CERT_REQUIRED
+        sink.context.load_verify_locations(certificates["ca"])
+        names = [f"a@encrypt.{domain}", f"a@{domain}"]
+        for name in names:
+            post(hub, [name], letter("certificate"))
+        assert outcomes(hub, *names) == ["deferred", "sent"]
+        assert "TLS with" in told(hub, names[0])
+
+    def test_a_route_without_a_level_is_may(self, hub, far, certificates):
+        domain, sink = far(certificate=certificates["self-signed"])
+        post(hub, [f"a@{domain}"], letter("route"))
+        assert outcomes(hub, f"a@{domain}") == ["sent"]
+        assert way_of(sink) == "with TLS"
+
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [
+            ("expired", ("mx.far.example", "2021", "expired")),
+            ("wrong name", ("other.example", "2049")),
+            ("self-signed", ("mx.far.example", "self")),
+        ],
+    )
+    def test_a_failed_check_says_which_certificate_and_name_and_date(
+        self, hub, far, certificates, name, words
+    ):
+        domain, _ = far(certificate=certificates[name])
+        recipient = f"a@verify.{domain}"
+        post(hub, [recipient], letter("check"))
+        line = told(hub, recipient)
+        assert "dsn=4.7.5" in line
+        number = re.search("case([0-9]+)", domain).group(1)
+        for word in (*words, f"h{number}.far.example"):
+            assert word in line
+        assert words[0] in hub.wait_reason(recipient)
+
+    def test_the_host_hears_which_name_is_wanted(self, hub, far, certificates):
+        domain, sink = far(certificate=certificates["good"])
+        post(hub, [f"a@verify.{domain}"], letter("name"))
+        assert outcomes(hub, f"a@verify.{domain}") == ["sent"]
+        number = re.search("case([0-9]+)", domain).group(1)
+        assert sink.names == [f"h{number}.far.example"]
+
+    def test_what_was_offered_without_tls_counts_no_more(self, hub, far, certificates):
+        domain, sink = far(
+            certificate=certificates["good"],
+            EHLO=lambda session, _: hello(
+                "8BITMIME" if session.is_secure else "SIZE 9"
+            ),
+        )
+        post(hub, [f"a@verify.{domain}"], letter("again"))
+        assert outcomes(hub, f"a@verify.{domain}") == ["sent"]
+        assert sink.verbs()[:4] == ["EHLO", "STARTTLS", "EHLO", "MAIL"]
+        assert sink.ahead == []
+
+    def test_replies_before_the_handshake_are_dropped(self, hub, far, certificates):
+        domain, sink = far(
+            certificate=certificates["good"],
+            STARTTLS="220 2.0.0 Ready\n250-sink.example\n250 SIZE 9",
+        )
+        post(hub, [f"a@verify.{domain}"], letter("ahead"))
+        assert outcomes(hub, f"a@verify.{domain}") == ["sent"]
+        assert way_of(sink) == "with TLS"
+        assert sink.verbs()[:4] == ["EHLO", "STARTTLS", "EHLO", "MAIL"]
+
+    @pytest.mark.parametrize(
+        "row",
+        [
+            "454 4.7.0 Not now",
+            "502 5.5.1 What?",
+            last_words("220 Go"),
+            no_handshake,
+            reset_handshake,
+        ],
+        ids=["later", "unknown", "gone", "garbage", "reset"],
+    )
+    @pytest.mark.parametrize(
+        ("level", "how"), [("may", "sent"), ("encrypt", "deferred")]
+    )
+    def test_without_a_handshake_mail_goes_where_it_may(
+        self, hub, far, row, level, how
+    ):
+        domain, sink = far(EHLO=hello("STARTTLS", "8BITMIME"), STARTTLS=row)
+        recipient = f"a@{level}.{domain}"
+        post(hub, [recipient], letter("handshake"))
+        assert outcomes(hub, recipient) == [how]
+        assert way_of(sink) == ("in clear" if how == "sent" else "not")
+
+    @pytest.mark.parametrize(
+        ("name", "wanted"),
+        [
+            ("good", "with TLS"),
+            ("expired", "not"),
+            ("wrong name", "not"),
+            ("self-signed", "not"),
+            (None, "in clear"),  # on this host nobody listens in
+        ],
+    )
+    def test_a_relayhost_is_checked(self, relay, make_sink, certificates, name, wanted):
+        sink = make_sink(certificate=certificates.get(name))
+        one = relay(f"[localhost]:{sink.port}")
+        post(one, ["a@far.example"], letter("checked"))
+        how = "deferred" if wanted == "not" else "sent"
+        assert outcomes(one, "a@far.example") == [how]
+        assert way_of(sink) == wanted
+        if wanted == "not":
+            assert [line.split()[0] for line in sink.clear[:2]] == NO_TLS_YET
+
+    def test_an_address_is_checked_too(self, relay, make_sink, certificates):
+        good = make_sink(certificate=certificates["good"])
+        bad = make_sink(certificate=certificates["expired"])
+        one = relay(f"[127.0.0.1]:{bad.port}, [127.0.0.1]:{good.port}")
+        post(one, ["a@far.example"], letter("address"))
+        assert outcomes(one, "a@far.example") == ["sent"]
+        assert (way_of(bad), way_of(good)) == ("not", "with TLS")
+        assert good.names == [None]
+
+    def test_a_relayhost_elsewhere_must_have_tls(self, relay, make_sink):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect(("192.0.2.1", 9))
+            except OSError:
+                pytest.skip("this host has no other address")
+            address = probe.getsockname()[0]
+        sink = make_sink(place=(address, 0))
+        one = relay(f"[{address}]:{sink.port}")
+        post(one, ["a@far.example"], letter("elsewhere"))
+        line = told(one, "a@far.example")
+        assert "status=deferred" in line
+        assert "TLS is required" in line
+        assert "MAIL" not in sink.verbs()
+
+    @pytest.mark.parametrize(
+        ("name", "level", "wanted"),
+        [
+            ("self-signed", "none", "in clear"),
+            ("self-signed", "encrypt", "with TLS"),
+            ("wrong name", "may", "with TLS"),
+            ("wrong name", "secure", "not"),
+            (None, "verify", "not"),
+            (None, "encrypt", "not"),
+        ],
+    )
+    def test_the_setting_is_for_a_relayhost_too(
+        self, relay, make_sink, certificates, name, level, wanted
+    ):
+        sink = make_sink(certificate=certificates.get(name))
+        one = relay(f"[localhost]:{sink.port}", smtp_tls_security_level=level)
+        post(one, ["a@far.example"], letter("setting"))
+        how = "deferred" if wanted == "not" else "sent"
+        assert outcomes(one, "a@far.example") == [how]
+        assert way_of(sink) == wanted
+
+    @pytest.mark.parametrize(
+        ("name", "wanted"), [("good", True), ("wrong name", False)]
+    )
+    @pytest.mark.parametrize(
+        "host", ["//smart.far.example", "//[smart.far.example]", "[smart.far.example]"]
+    )
+    def test_smtps_is_tls_from_the_start(
+        self, relay, make_sink, certificates, name, wanted, host
+    ):
+        sink = make_sink(certificate=certificates[name], is_wrapped=True)
+        one = relay(f"smtps:{host}:{sink.port}")
+        post(one, ["a@far.example"], letter("start"))
+        assert outcomes(one, "a@far.example") == ["sent" if wanted else "deferred"]
+        assert sink.clear == []
+        assert len(sink.received) == wanted
+        assert sink.names[0] == "smart.far.example"
+
+    def test_who_goes_behind_the_dot_is_no_success_with_tls_either(
+        self, hub, far, certificates
+    ):
+        domain, sink = far(certificate=certificates["good"], END=kept_and_gone)
+        post(hub, [f"a@verify.{domain}"], letter("dot"))
+        line = told(hub, f"a@verify.{domain}")
+        assert "dsn=4.4.2, status=deferred" in line
+        assert "message may be sent more than once" in line
+
+    def test_an_authority_nobody_told_of_is_not_trusted(
+        self, relay, make_sink, certificates
+    ):
+        sink = make_sink(certificate=certificates["good"])
+        one = relay(f"[localhost]:{sink.port}", smtp_tls_CAfile="")
+        post(one, ["a@far.example"], letter("stranger"))
+        assert "dsn=4.7.5" in told(one, "a@far.example")
+        assert sink.received == []
+
+    def test_without_its_authorities_nothing_is_sent(
+        self, relay, make_sink, certificates
+    ):
+        sink = make_sink(certificate=certificates["good"])
+        one = relay(f"[localhost]:{sink.port}", smtp_tls_CAfile="/nonexistent/ca")
+        post(one, ["a@far.example"], letter("stranger"))
+        line = told(one, "a@far.example")
+        assert "status=deferred" in line
+        assert "/nonexistent/ca" in line
+
+    @needs_root
+    def test_mail_hosts_of_a_domain_need_no_checked_certificate(
+        self, make_instance, make_names, make_sink, certificates
+    ):
+        one, address = make_instance(), f"{FAR_NET}.200"
+        rows = {
+            ("far.example", "MX"): [("MX", (10, "mx.far.example"))],
+            ("mx.far.example", "A"): [("A", address)],
+        }
+        make_names(one, rows)
+        sink = make_sink(place=(address, 25), certificate=certificates["self-signed"])
+        post(one.start(), ["a@far.example"], letter("domain"))
+        assert outcomes(one, "a@far.example") == ["sent"]
+        assert way_of(sink) == "with TLS"
+        assert sink.names == ["mx.far.example"]
+
+
+SECRET = "s:e#c=ret"
+ANY_MECHANISM = "PLAIN LOGIN CRAM-MD5 XOAUTH2"
+
+
+def digest(secret):
+    """The answer of CRAM-MD5 to the sink's challenge."""
+    return hmac.new(secret.encode(), SinkHandler.CHALLENGE.encode(), "md5").hexdigest()
+
+
+def disguises(secret, user="joe"):
+    """A secret in every form in which it is sent."""
+    token = f"user={user}\1auth=Bearer {secret}\1\1"
+    keyed = f"{user} {digest(secret)}"
+    sent = (secret, f"\0{user}\0{secret}", token, keyed)
+    return (secret, digest(secret), *map(coded, sent))
+
+
+SENT_AS = {
+    "PLAIN": coded(f"\0joe\0{SECRET}"),
+    "LOGIN": coded(SECRET),
+    "CRAM-MD5": coded(f"joe {digest(SECRET)}"),
+    "XOAUTH2": coded(f"user=joe\1auth=Bearer {SECRET}\1\1"),
+}
+
+
+class TestRelayAuth:
+    """Passwords for other hosts."""
+
+    @pytest.fixture
+    def account(self, make_instance, make_names, make_sink, certificates):
+        """Starts an instance with a password for its relayhost; as a pair."""
+
+        def start(line=f"[localhost] joe:{SECRET}", settings=(), **how):
+            mode, scheme = how.pop("mode", 0o600), how.pop("scheme", "")
+            how.setdefault("mechanisms", ANY_MECHANISM)
+            how.setdefault("certificate", certificates["good"])
+            sink, one = make_sink(**how), make_instance()
+            make_names(one, {}, "127.0.0.1 localhost\n")
+            one.passwords = one.write("etc/sasl", line.format(sink.port) + "\n")
+            one.passwords.chmod(mode)
+            one.configure(
+                relayhost=f"{scheme}[localhost]:{sink.port}",
+                smtp_tls_CAfile=certificates["ca"],
+                smtp_sasl_password_maps=one.passwords,
+                **dict(settings),
+            )
+            return one.start(), sink
+
+        return start
+
+    @staticmethod
+    def outcome(one):
+        post(one, ["a@far.example"], letter("account"))
+        return told(one, "a@far.example")
+
+    @pytest.mark.parametrize("mechanism", ANY_MECHANISM.split())
+    def test_every_mechanism_is_known(self, account, mechanism):
+        one, sink = account(mechanisms=mechanism)
+        assert "status=sent" in self.outcome(one)
+        secret = digest(SECRET) if mechanism == "CRAM-MD5" else SECRET
+        assert sink.logins == [Login(mechanism, "joe", secret, True)]
+
+    @pytest.mark.parametrize(
+        ("offered", "taken"),
+        [
+            (ANY_MECHANISM, "PLAIN"),
+            ("CRAM-MD5 LOGIN", "LOGIN"),
+            ("GSSAPI NTLM CRAM-MD5", "CRAM-MD5"),
+            ("plain", "PLAIN"),
+        ],
+    )
+    def test_of_several_mechanisms_the_simplest_is_taken(self, account, offered, taken):
+        one, sink = account(mechanisms=offered)
+        assert "status=sent" in self.outcome(one)
+        assert [login.mechanism for login in sink.logins] == [taken]
+
+    @pytest.mark.parametrize(
+        ("secret", "token"),
+        [
+            ("ya29.a0AfB_by", "ya29.a0AfB_by"),
+            ("eyJhbGciOi.J9.x-y", "eyJhbGciOi.J9.x-y"),
+            ("Bearer abc.def", "abc.def"),
+        ],
+    )
+    def test_a_token_is_no_password(self, account, secret, token):
+        one, sink = account(f"[localhost] joe@gmail.example:{secret}")
+        assert "status=sent" in self.outcome(one)
+        assert sink.logins == [Login("XOAUTH2", "joe@gmail.example", token, True)]
+
+    @pytest.mark.parametrize(
+        "key", ["[localhost]:{}", "[localhost]", "localhost:{}", "localhost"]
+    )
+    def test_a_host_has_its_password(self, account, key):
+        one, sink = account(f"other.example eve:wrong\n{key} joe:{SECRET}")
+        assert "status=sent" in self.outcome(one)
+        assert sink.logins == [Login("PLAIN", "joe", SECRET, True)]
+
+    def test_a_password_that_has_expired_is_read_anew_with_the_next_mail(
+        self, account, tmp_path
+    ):
+        (tmp_path / "token").write_text("old")
+        command = {"smtp_sasl_password_command": f"cat {tmp_path}/token"}
+
+        def login(session, line):
+            _, _, secret = base64.b64decode(line.split()[2]).split(b"\0")
+            is_known = secret == (tmp_path / "token").read_bytes()
+            return "235 2.7.0 Yes" if is_known else "535 5.7.8 It has expired"
+
+        one, sink = account("localhost joe", command, mechanisms="PLAIN", AUTH=login)
+        post(one, ["a@far.example"], letter("before"))
+        wait_for(lambda: sink.received)
+        (tmp_path / "token").write_text("new")
+        wait_for(lambda: not sink.open, 8)
+        post(one, ["b@far.example"], letter("meets the old one"))
+        assert "status=deferred" in told(one, "b@far.example")
+        post(one, ["c@far.example"], letter("has the new one"))
+        wait_for(lambda: len(sink.received) == 3)
+        one.wait_empty()
+
+    def test_an_echo_that_is_no_reply_shows_no_secret(self, account):
+        def echo(session, line):
+            return f"{SECRET}\r\n{line}\r\n".encode()
+
+        one, _ = account(mechanisms="PLAIN", AUTH=echo)
+        line = self.outcome(one)
+        assert "'****' is no reply" in line
+        for text in (one.log(), one.mailq()):
+            assert [secret for secret in disguises(SECRET) if secret in text] == []
+
+    def test_who_has_logged_in_sends_more_mail(self, account):
+        one, sink = account()
+        for count in (1, 2, 3):
+            post(one, ["a@far.example"], letter("more"))
+            wait_for(lambda n=count: len(sink.received) == n)
+        assert (len(sink.clients), len(sink.logins)) == (1, 1)
+
+    def test_with_tls_from_the_start_it_is_the_same(self, account):
+        one, sink = account(scheme="smtps:", is_wrapped=True)
+        assert "status=sent" in self.outcome(one)
+        assert sink.logins == [Login("PLAIN", "joe", SECRET, True)]
+        assert sink.clear == []
+
+    def test_no_host_gets_the_password_of_another(self, account):
+        one, sink = account(f"[localhost]:1 joe:{SECRET}\nother.example joe:{SECRET}")
+        assert "status=sent" in self.outcome(one)
+        assert sink.logins == []
+
+    @pytest.mark.parametrize("level", ["", "none", "may", "encrypt"])
+    @pytest.mark.parametrize("mechanism", ["PLAIN LOGIN", "XOAUTH2"])
+    def test_no_password_goes_in_clear(self, account, level, mechanism):
+        one, sink = account(
+            certificate=None,
+            is_careless=True,
+            mechanisms=mechanism,
+            settings={"smtp_tls_security_level": level},
+        )
+        line = self.outcome(one)
+        assert "status=deferred" in line
+        assert "dsn=4.7" in line
+        assert sink.logins == []
+        assert sink.received == []
+
+    def test_no_password_goes_in_clear_when_tls_fails(self, account):
+        one, sink = account(
+            certificate=None,
+            is_careless=True,
+            mechanisms="PLAIN LOGIN XOAUTH2",
+            EHLO=hello("STARTTLS"),
+            STARTTLS=no_handshake,
+            settings={"smtp_tls_security_level": "may"},
+        )
+        assert "status=deferred" in self.outcome(one)
+        assert sink.verbs().count("EHLO") == 2
+        assert (sink.logins, sink.received) == ([], [])
+
+    def test_a_digest_may_go_in_clear(self, account):
+        one, sink = account(
+            certificate=None,
+            is_careless=True,
+            settings={"smtp_tls_security_level": "none"},
+        )
+        assert "status=sent" in self.outcome(one)
+        assert sink.logins == [Login("CRAM-MD5", "joe", digest(SECRET), False)]
+
+    def test_no_password_goes_to_a_stranger(self, account, certificates):
+        one, sink = account(certificate=certificates["wrong name"])
+        line = self.outcome(one)
+        assert "dsn=4.7.5, status=deferred" in line
+        assert sink.logins == []
+
+    def test_without_auth_mail_waits(self, account):
+        one, sink = account(mechanisms="")
+        assert "dsn=4.7.8, status=deferred" in self.outcome(one)
+        assert sink.received == []
+
+    def test_the_password_may_come_from_a_command(self, account):
+        command = f"printf 'joe:{SECRET}\\n'"
+        one, sink = account("", settings={"smtp_sasl_password_command": command})
+        assert "status=sent" in self.outcome(one)
+        assert sink.logins == [Login("PLAIN", "joe", SECRET, True)]
+
+    def test_a_command_may_have_the_password_of_a_named_user(self, account):
+        command = f"printf 'ya29.{SECRET}\\n'"
+        settings = {"smtp_sasl_password_command": command}
+        one, sink = account("[localhost] joe", settings=settings)
+        assert "status=sent" in self.outcome(one)
+        assert sink.logins == [Login("XOAUTH2", "joe", f"ya29.{SECRET}", True)]
+
+    @pytest.mark.parametrize("command", ["echo joe:x; exit 3", "true", "/nonexistent"])
+    def test_a_command_that_fails_has_mail_wait(self, account, command):
+        settings = {"smtp_sasl_password_command": command}
+        one, sink = account("[localhost] joe", settings=settings)
+        assert "status=deferred" in self.outcome(one)
+        assert (sink.logins, sink.received) == ([], [])
+
+    @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
+    def test_a_file_that_others_can_read_is_refused(self, account, mode):
+        one, sink = account(mode=mode)
+        line = self.outcome(one)
+        assert "dsn=4.7.8, status=deferred" in line
+        assert f"chmod 600 {one.passwords}" in line
+        assert sink.logins == []
+        one.passwords.chmod(0o600)
+        one.run("sendmail", "-q", user="root")
+        wait_for(lambda: sink.received)
+
+    @pytest.mark.parametrize("mechanism", ANY_MECHANISM.split())
+    def test_a_refused_password_has_mail_wait_for_the_right_one(
+        self, account, mechanism
+    ):
+        answers = ["535 5.7.8 No", "235 2.7.0 Welcome"]
+        one, sink = account("[localhost] joe:wrong", mechanisms=mechanism, AUTH=answers)
+        assert "dsn=4.7.8, status=deferred" in self.outcome(one)
+        assert sink.received == []
+        one.passwords.write_text(f"[localhost] joe:{SECRET}\n")
+        one.run("sendmail", "-q", user="root")
+        wait_for(lambda: sink.received)
+        secret = digest(SECRET) if mechanism == "CRAM-MD5" else SECRET
+        assert sink.logins[-1] == Login(mechanism, "joe", secret, True)
+        assert one.messages("payam") == []
+
+    @pytest.mark.parametrize(
+        "code", ["454 4.7.0", "530 5.7.0", "534 5.7.9", "500 5.5.2"]
+    )
+    def test_no_answer_to_auth_bounces_mail(self, account, code):
+        one, sink = account(AUTH=f"{code} No")
+        assert "status=deferred" in self.outcome(one)
+        assert sink.received == []
+
+    @pytest.mark.parametrize("mechanism", ANY_MECHANISM.split())
+    @pytest.mark.parametrize(
+        "row",
+        [
+            "235 2.7.0 Welcome",
+            "535 5.7.8 No",
+            lambda session, line: f"535 5.7.8 Unknown: {line}",
+        ],
+        ids=["accepted", "refused", "said back"],
+    )
+    def test_no_secret_is_shown_to_anybody(self, account, mechanism, row):
+        one, sink = account(mechanisms=mechanism, AUTH=row, END="450 4.2.0 Not now")
+        assert "status=deferred" in self.outcome(one)
+        shown = [
+            one.run("minimta.py", *words)
+            for words in (
+                ("trace", "--last"),
+                ("trace", "--last", "--json"),
+                ("trace", *one.queued()),
+            )
+        ]
+        assert [result.code for result in shown] == [0, 0, 0]
+        assert f"AUTH {mechanism}" in shown[0].out
+        texts = [one.log(), one.stderr(), one.mailq()]
+        texts += [result.out + result.err for result in shown]
+        for secret in disguises(SECRET):
+            assert [text for text in texts if secret in text] == []
+
+    @pytest.mark.parametrize("mechanism", ANY_MECHANISM.split())
+    @pytest.mark.parametrize("stage", ["MAIL", "RCPT", "END"])
+    @pytest.mark.parametrize("code", ["450 4.7.1", "550 5.7.1"])
+    def test_a_secret_in_a_later_reply_is_shown_to_nobody(
+        self, account, mechanism, stage, code
+    ):
+        row = f"{code} To {SECRET} or {SENT_AS[mechanism]}: no"
+        one, _ = account(mechanisms=mechanism, **{stage: row})
+        assert f"{code} To **** or ****: no" in self.outcome(one)
+        if code.startswith("5"):
+            one.wait_message("payam", "account")
+        shown = one.run("minimta.py", "trace", "--last")
+        assert f"\n  S: {code} To **** or ****: no\n" in shown.out
+        texts = [one.log(), one.stderr(), one.mailq(), *one.messages("payam")]
+        texts += [shown.out, one.run("minimta.py", "trace", "--last", "--json").out]
+        joined = re.sub(r"\s", "", "\n".join(texts))  # a report has short lines
+        assert joined.count("To****or****:no") > 3
+        assert [secret for secret in disguises(SECRET) if secret in joined] == []
+
+
+def gated(gate, free=0):
+    """A row for END that keeps the client waiting, but for the first few."""
+    count = itertools.count(1)
+
+    def answer(*_):
+        if next(count) > free:
+            assert gate.wait(PATIENCE)
+        return "250 2.0.0 Kept"
+
+    return answer
+
+
+def held_messages(pid):
+    """How many messages of the queue a process has open."""
+    found = 0
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found += "/queue/" in os.readlink(f"/proc/{pid}/fd/{name}")
+    return found
+
+
+def first_three(row):
+    """A row for CONNECT: whoever comes while three are there has another."""
+
+    def answer(session, line):
+        is_late = len(session.server.open) > 3
+        return row(session, line) if is_late else SINK_ANSWERS["CONNECT"]
+
+    return answer
+
+
+def behind_the_second(row):
+    """A row for RSET: another behind the second message."""
+
+    def answer(session, line):
+        is_it = len(session.server.received) == 2
+        return row(session, line) if is_it else "250 2.0.0 Ok"
+
+    return answer
+
+
+class TestRelayConnections:
+    """How many connections there are, to whom, and what goes over them."""
+
+    def test_more_mail_goes_over_the_same_connection(self, hub, far):
+        domain, sink = far()
+        for name in "abc":
+            post(hub, [f"{name}@{domain}"], letter("more"))
+            wait_for(lambda name=name: len(sink.received) == "abc".index(name) + 1)
+        assert len(sink.clients) == 1
+        again = ["RSET", "MAIL", "RCPT", "DATA"]
+        assert sink.verbs() == ["EHLO", "MAIL", "RCPT", "DATA", *again, *again]
+
+    def test_a_connection_is_not_kept_for_long(self, hub, far):
+        domain, sink = far()
+        post(hub, [f"a@{domain}"], letter("short"))
+        wait_for(lambda: sink.received)
+        wait_for(lambda: not sink.open, 8)
+        assert sink.verbs()[-1] == "QUIT"
+
+    def test_much_mail_goes_over_few_connections_once_each(self, hub, far):
+        domain, sink = far()
+        with hub.smtp() as client:
+            for number in range(100):
+                text = wire_text(letter("much"))
+                client.sendmail(f"payam@{HOST}", [f"n{number}@{domain}"], text)
+        wait_for(lambda: len(sink.received) >= 100)
+        found = sorted(name for _, (name,), _ in sink.received)
+        assert found == sorted(f"n{number}@{domain}" for number in range(100))
+        assert len(sink.clients) <= 20
+
+    def test_when_a_dead_host_answers_again_all_its_mail_goes(
+        self, instance, make_sink
+    ):
+        port = free_port()
+        instance.configure(relayhost=f"[127.0.0.1]:{port}", minimal_backoff_time="1s")
+        spool = minimta.House({"MINIMTA_ROOT": str(instance.root)}).spool()
+        spool.make()
+        old = time.time() - 3600  # what is so old is tried again in an hour
+        for number in range(10):
+            commit(spool, recipients=[f"r{number}@far.example"], arrived=old)
+        instance.start()
+        wait_for(lambda: instance.log().count("status=deferred") == 10)
+        sink = make_sink(place=("127.0.0.1", port))
+        instance.sendmail("new@far.example", stdin=letter("fresh"))
+        instance.wait_empty()
+        assert len(sink.received) == 11
+        assert len(sink.clients) <= 4
+
+    def test_one_host_gets_20_at_once_and_others_theirs_meanwhile(self, hub, far):
+        gate = threading.Event()
+        domain, sink = far(END=gated(gate, free=25))
+        try:
+            with hub.smtp() as client:
+                for number in range(70):
+                    text = wire_text(letter("many"))
+                    client.sendmail(f"payam@{HOST}", [f"n{number}@{domain}"], text)
+            wait_for(lambda: len(sink.open) >= 20)
+            other, other_sink = far()
+            post(hub, [f"a@{other}"], letter("other"))
+            wait_for(lambda: other_sink.received)
+        finally:
+            gate.set()
+        wait_for(lambda: len(sink.received) >= 70)
+        assert sink.most_open == 20
+        assert len(sink.received) == 70
+
+    def test_all_hosts_together_get_100_at_once(self, hub, far):
+        gate = threading.Event()
+        sides = [far(END=gated(gate, free=20)) for _ in range(6)]
+        text = wire_text(letter("very many"))
+        try:
+            with hub.smtp() as client:
+                for number in range(45):
+                    for domain, _ in sides:
+                        names = [f"n{number}@{domain}"]
+                        client.sendmail(f"payam@{HOST}", names, text)
+            wait_for(lambda: sum(len(sink.open) for _, sink in sides) >= 100)
+            post(hub, ["user1@localhost"], letter("meanwhile"))
+            hub.wait_message_only("user1", "meanwhile")
+            assert sum(len(sink.open) for _, sink in sides) == 100
+        finally:
+            gate.set()
+        wait_for(lambda: sum(len(sink.received) for _, sink in sides) >= 6 * 45)
+
+    def test_a_silent_host_holds_nobody_up(self, hub, far):
+        gate = threading.Event()
+        silent, silent_sink = far(CONNECT=gated(gate))
+        domain, sink = far()
+        try:
+            for number in range(5):
+                post(hub, [f"n{number}@{silent}"], letter("silent"))
+            wait_for(lambda: silent_sink.clients)
+            post(hub, [f"a@{domain}"], letter("quick"))
+            wait_for(lambda: sink.received)
+        finally:
+            gate.set()
+
+    @pytest.mark.parametrize(
+        "row", [last_words("421 4.3.2 Closed"), hang_up, "554 5.3.2 Closed"]
+    )
+    def test_a_dead_host_is_not_tried_by_every_message(self, hub, far, row):
+        domain, sink = far(CONNECT=row)
+        names = [f"n{number}@{domain}" for number in range(30)]
+        for name in names:
+            post(hub, [name], letter("dead"))
+        lines = [told(hub, name) for name in names]
+        assert len(sink.clients) <= 3
+        reasons = {line.partition("status=deferred ")[2] for line in lines}
+        assert len(reasons) == 1
+        assert reasons != {""}
+
+    def test_when_it_lives_again_all_its_mail_goes_over_few_connections(self, hub, far):
+        domain, sink = far(CONNECT=last_words("421 4.3.2 Closed"))
+        names = [f"n{number}@{domain}" for number in range(30)]
+        for name in names:
+            post(hub, [name], letter("dead"))
+        for name in names:
+            assert "status=deferred" in told(hub, name)
+        sink.answers["CONNECT"], tried = "220 sink.example ESMTP", len(sink.clients)
+        hub.run("sendmail", "-q", user="root")
+        wait_for(lambda: len(sink.received) >= 30)
+        assert sorted(name for _, (name,), _ in sink.received) == sorted(names)
+        assert len(sink.clients) - tried <= 10
+
+    def test_four_silent_hosts_with_much_mail_hold_nobody_up(self, instance, make_sink):
+        gate = threading.Event()
+        silent, sink = [make_sink(CONNECT=gated(gate)) for _ in range(4)], make_sink()
+        rows = [
+            f"far{number}.example smtp:[127.0.0.1]:{one.port}\n"
+            for number, one in enumerate([*silent, sink])
+        ]
+        routes = instance.write("etc/transport", "".join(rows))
+        instance.configure(transport_maps=routes)
+        spool = minimta.House({"MINIMTA_ROOT": str(instance.root)}).spool()
+        spool.make()
+        numbers = [*itertools.chain(*[range(4)] * 170), *[4] * 5]
+        for number in numbers:  # 680 are more than may be on their way
+            commit(spool, recipients=[f"r@far{number}.example"])
+        instance.start()
+        try:
+            wait_for(lambda: len(sink.received) == 5)
+            wait_for(lambda: all(one.clients for one in silent))
+            assert held_messages(parts(instance)[2]) <= 4 * 20 + minimta.BATCH
+        finally:
+            gate.set()
+
+    @pytest.mark.parametrize("row", [last_words("421 4.3.2 Busy"), hang_up])
+    def test_a_host_that_takes_three_connections_is_asked_for_few_more(
+        self, hub, far, row
+    ):
+        gate = threading.Event()
+        domain, sink = far(CONNECT=first_three(row), END=gated(gate))
+        other, other_sink = far()
+        names = [f"n{number}@{domain}" for number in range(40)]
+        try:
+            for name in names:
+                post(hub, [name], letter("few"))
+            wait_for(lambda: len(sink.clients) > 3)
+            for count in range(1, 6):  # those who ask again have time to
+                post(hub, [f"n{count}@{other}"], letter("meanwhile"))
+                wait_for(lambda n=count: len(other_sink.received) == n)
+        finally:
+            gate.set()
+        wait_for(lambda: len(sink.received) >= len(names))
+        assert sorted(name for _, (name,), _ in sink.received) == sorted(names)
+        assert len(sink.clients) <= 10
+
+    @pytest.mark.parametrize("row", [hang_up, reset])
+    def test_who_was_served_stays_so_when_the_host_goes_before_the_others(
+        self, instance, make_sink, row
+    ):
+        late = "b@far.example"
+        crowded = {f"RCPT TO:<{late}>": ["452 4.5.3 Too many", "250 2.1.5 Ok"]}
+        sink = make_sink(RSET=behind_the_second(row), **crowded)
+        relayed(instance, sink, minimal_backoff_time="1h")
+        post(instance, ["first@far.example"], letter("first"))
+        wait_for(lambda: sink.received)
+        post(instance, ["a@far.example", late], letter("second"))
+        assert outcomes(instance, "a@far.example", late) == ["sent", "deferred"]
+        (queue_id,) = instance.queued()
+        assert f"{queue_id} " in instance.wait_reason("Too many")
+        assert instance.stop() == 0
+        assert instance.start().run("sendmail", "-q", user="root").code == 0
+        instance.wait_empty()
+        found = [names for _, names, _ in sink.received]
+        assert found == [["first@far.example"], ["a@far.example"], [late]]
+
+    @pytest.mark.parametrize(
+        "row",
+        [None, last_words("421 4.3.2 Closed"), hang_up, "554 5.3.2 Closed"],
+        ids=["not there", "closed", "gone", "refusing"],
+    )
+    def test_the_hosts_of_a_list_are_tried_in_order(self, instance, make_sink, row):
+        sinks = [
+            make_sink(**({"CONNECT": row} if row else {})),
+            make_sink(),
+            make_sink(),
+        ]
+        if row is None:
+            sinks[0].close()
+            sinks[0].close = lambda: None
+        hops = ", ".join(f"[127.0.0.1]:{sink.port}" for sink in sinks)
+        instance.configure(relayhost=hops)
+        post(instance.start(), ["a@far.example"], letter("order"))
+        assert outcomes(instance, "a@far.example") == ["sent"]
+        assert [len(sink.received) for sink in sinks] == [0, 1, 0]
+
+    def test_mail_hosts_are_tried_in_order(self, instance, make_names, make_sink):
+        port = free_port()
+        sinks = [
+            make_sink(place=(f"{FAR_NET}.{number}", port), CONNECT=row)
+            for number, row in ((201, hang_up), (202, "220 Hi"), (203, "220 Hi"))
+        ]
+        rows = {
+            ("far.example", "MX"): [
+                ("MX", (pref, f"mx{number}.far.example"))
+                for pref, number in ((30, 203), (10, 201), (20, 202))
+            ]
+        }
+        for number in (201, 202, 203):
+            rows[f"mx{number}.far.example", "A"] = [("A", f"{FAR_NET}.{number}")]
+        make_names(instance, rows)
+        instance.configure(relayhost=f"far.example:{port}")
+        post(instance.start(), ["a@x.example"], letter("order"))
+        assert outcomes(instance, "a@x.example") == ["sent"]
+        assert [len(sink.received) for sink in sinks] == [0, 1, 0]
+        assert len(sinks[0].clients) == 1
+
+    def test_of_very_many_addresses_five_are_tried(
+        self, instance, make_names, make_sink
+    ):
+        port, numbers = free_port(), range(204, 214)
+        places = [(f"{FAR_NET}.{number}", port) for number in numbers]
+        sinks = [make_sink(place=place, CONNECT=hang_up) for place in places]
+        addresses = [("A", address) for address, _ in places]
+        make_names(
+            instance, {("far.example", "MX"): [], ("far.example", "A"): addresses}
+        )
+        instance.configure(relayhost=f"far.example:{port}")
+        post(instance.start(), ["a@x.example"], letter("many"))
+        assert outcomes(instance, "a@x.example") == ["deferred"]
+        assert sum(len(sink.clients) for sink in sinks) == 5
+
+
+RESULT_ROWS = [
+    ("0\tsent\t2.0.0\thost\ttext", True),
+    ("-1\thost\t4.4.1\tnone\ttext", True),
+    ("999999999\tsent\t2.0.0\thost\t", True),
+    ("", False),
+    ("\0", False),
+    ("\x1b[2J\xff\udcff", False),
+    ("0", False),
+    ("0\tsent\t2.0.0\thost", False),
+    ("0\tsent\t2.0.0\thost\ttext\tmore", False),
+    ("0\tsent\t\thost\ttext", False),
+    ("0\tsent\t2.0\thost\ttext", False),
+    ("\tsent\t2.0.0\thost\ttext", False),
+    ("-\tsent\t2.0.0\thost\ttext", False),
+    ("--0\tsent\t2.0.0\thost\ttext", False),
+    ("+0\tsent\t2.0.0\thost\ttext", False),
+    (" 0\tsent\t2.0.0\thost\ttext", False),
+    ("0_0\tsent\t2.0.0\thost\ttext", False),
+    ("0x0\tsent\t2.0.0\thost\ttext", False),
+    ("\u00b2\tsent\t2.0.0\thost\ttext", False),
+    ("\u0660\tsent\t2.0.0\thost\ttext", False),
+    ("0" * 5000 + "\tsent\t2.0.0\thost\ttext", False),
+    ("9" * 5000 + "\tsent\t2.0.0\thost\ttext", False),
+]
+
+
+def results_of(pid):
+    """The pipe by which a child tells the runner its results, for writing."""
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        flags = Path(f"/proc/{pid}/fdinfo/{name}").read_text().split()[3]
+        path = f"/proc/{pid}/fd/{name}"
+        if os.readlink(path).startswith("pipe:") and int(flags, 8) & os.O_WRONLY:
+            return open(path, "wb", buffering=0)
+    return pytest.fail("it has no pipe")
+
+
+def relay_of(instance):
+    """The pid of the relay process, as soon as there is one."""
+    runner = parts(instance)[2]
+    (pid,) = wait_for(lambda: children(runner))
+    return pid
+
+
+def start_again(instance):
+    """Stops the daemon, sees that nothing of it is left, and starts it."""
+    assert instance.stop() == 0
+    wait_for(lambda: not instance.pids())
+    instance.start()
+
+
+NEW_RUNNERS = {
+    "stop": start_again,
+    "hang up": Instance.hang_up,
+    "kill": lambda instance: os.kill(parts(instance)[2], signal.SIGKILL),
+}
+
+
+class TestRelayProcess:
+    """The relay process: what it tells the runner, and its end."""
+
+    @pytest.mark.parametrize(
+        ("line", "wanted"), RESULT_ROWS, ids=[ascii(row[0])[:30] for row in RESULT_ROWS]
+    )
+    def test_a_line_is_a_result_or_nothing(self, line, wanted):
+        assert minimta.is_result(line.split("\t")) == wanted
+
+    def test_lines_that_make_no_sense_change_nothing(self, instance, make_sink):
+        gate = threading.Event()
+        sink = make_sink(END=gated(gate))
+        relayed(instance, sink)
+        try:
+            post(instance, ["a@far.example"], letter("sense"))
+            wait_for(lambda: "DATA" in sink.verbs())
+            before = relay_of(instance)
+            runner = parts(instance)[2]
+            with results_of(before) as pipe:
+                for line, is_result in RESULT_ROWS:
+                    if not is_result:
+                        data = f"{line}\n".encode("utf-8", "surrogateescape")
+                        assert pipe.write(data) == len(data)
+            post(instance, ["user1@localhost"], letter("meanwhile"))
+            instance.wait_message_only("user1", "meanwhile")
+        finally:
+            gate.set()
+        assert "250 2.0.0 Kept" in told(instance, "a@far.example")
+        assert (parts(instance)[2], relay_of(instance)) == (runner, before)
+        assert len(sink.received) == 1
+
+    @pytest.mark.parametrize("how", NEW_RUNNERS)
+    def test_it_ends_with_its_runner_and_nothing_goes_twice(
+        self, instance, make_sink, how
+    ):
+        gate, greeting = threading.Event(), SINK_ANSWERS["CONNECT"]
+
+        def outlast(*_):  # whoever waits for it to end
+            return greeting if gate.wait(9 * PATIENCE) else "421 4.3.2 Late"
+
+        sink = make_sink(CONNECT=[outlast, greeting])
+        relayed(instance, sink)
+        names = [f"n{number}@far.example" for number in range(5)]
+        try:
+            for name in names:
+                post(instance, [name], letter("once"))
+            wait_for(lambda: sink.clients)
+            old = relay_of(instance)
+            NEW_RUNNERS[how](instance)
+            wait_for(lambda: old not in instance.pids())
+        finally:
+            gate.set()
+        instance.wait_empty()
+        wait_for(lambda: not sink.open)
+        assert sorted(name for _, (name,), _ in sink.received) == names
+
+    def test_what_is_on_its_way_when_the_daemon_stops_is_heard_out(
+        self, instance, make_sink
+    ):
+        gate = threading.Event()
+        sink = make_sink(END=gated(gate))
+        relayed(instance, sink)
+        try:
+            post(instance, ["a@far.example"], letter("once"))
+            wait_for(lambda: "DATA" in sink.verbs())
+            instance.process.terminate()
+            wait_for(lambda: len(instance.pids()) < 4)  # the others have ended
+        finally:
+            gate.set()
+        assert instance.process.wait(PATIENCE) == 0
+        assert instance.queued() == []
+        assert len(sink.received) == 1
+
+    def test_an_errand_waits_for_a_thread(self, spool, make_sink, monkeypatch):
+        def refuse(_):
+            raise RuntimeError("can't start new thread")
+
+        sink, heard = make_sink(), queue.SimpleQueue()
+        teller = types.SimpleNamespace(report=lambda *words: heard.put(words))
+        secrets = types.SimpleNamespace(find=lambda _: None)
+        outbox = minimta.Outbox(teller, make_settings(), spool, secrets)
+        place = f"[127.0.0.1]:{sink.port}"
+        errand = minimta.Errand(commit(spool), place, "a@far.example", ())
+        errand.recipients["b@far.example"] = 7, minimta.NO_WISHES
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            outbox.add(errand)
+            with outbox.lock:
+                outbox.grow(outbox.lines[place])
+        assert (outbox.workers, sink.clients) == (0, [])
+        with outbox.lock:
+            outbox.grow(outbox.lines[place])
+        assert heard.get(timeout=PATIENCE)[:2] == (7, "sent")
+        wait_for(lambda: not outbox.workers)
+
+    def test_with_few_threads_mail_goes_over_few_connections(self, instance, make_sink):
+        gate = threading.Event()
+        sink = make_sink(END=gated(gate))
+        instance.configure(relayhost=f"[127.0.0.1]:{sink.port}")
+        # Each thread has its stack, and there is no room for many.
+        room = [(resource.RLIMIT_STACK, 1 << 28), (resource.RLIMIT_AS, 5 << 28)]
+        instance.start(limits=room)
+        names = [f"n{number:02}@far.example" for number in range(40)]
+        try:
+            for name in names:
+                post(instance, [name], letter("few"))
+            wait_for(lambda: len(sink.open) > 1)
+            old = relay_of(instance)
+            for count in range(1, 6):  # more threads have time to be tried
+                post(instance, ["user1@localhost"], letter(f"{count}"))
+                wait_for(lambda n=count: len(instance.messages("user1")) == n)
+        finally:
+            gate.set()
+        instance.wait_empty()
+        assert sorted(name for _, (name,), _ in sink.received) == names
+        assert (relay_of(instance), sink.most_open < 10) == (old, True)
+
+
+LONG = "grüße " * 300  # 1,800 characters, 2,400 bytes
+UMLAUTS = "ä" * 3000
+
+
+def mime(kind, body, encoding="8bit", more=""):
+    """A part of that type."""
+    return (
+        f"MIME-Version: 1.0\nContent-Type: {kind}\n{more}"
+        f"Content-Transfer-Encoding: {encoding}\n\n{body}"
+    )
+
+
+def split(*parts):
+    """multipart/mixed of `parts`."""
+    middle = "".join(f"--cut\n{part}\n" for part in parts)
+    head = "MIME-Version: 1.0\nContent-Type: multipart/mixed; boundary=cut"
+    return f"{head}\n\n{middle}--cut--\n"
+
+
+PLAIN = "text/plain; charset=utf-8"
+TOO_LONG = {
+    "one line": mime(PLAIN, "x" * 5000 + "\n", "7bit"),
+    "8-bit": mime(PLAIN, f"short\n{UMLAUTS}\n.\n..\n{LONG}\nFrom me\n"),
+    "999": mime(PLAIN, "x" * 999 + "\n.\n", "7bit"),
+    "another charset": mime("text/html; charset=us-ascii", "<p>" * 999 + "\n", "7bit"),
+    "no MIME": "\n" + "y " * 2000 + "\nend\n",
+    "a part": split(mime(PLAIN, LONG), mime(PLAIN, "short\n")),
+    "a part of a part": split(split(mime(PLAIN, LONG)).replace("cut", "in")),
+    "a message": split(
+        "Content-Type: message/rfc822\n\nSubject: in\n" + mime(PLAIN, LONG)
+    ),
+    "base64": mime(
+        "image/png", base64.b64encode(bytes(range(256)) * 20).decode(), "base64"
+    ),
+    "quoted-printable": mime(
+        PLAIN, "=C3=A4" * 500 + "=\n" + "end\n", "quoted-printable"
+    ),
+    "a binary part": mime("application/octet-stream", "z" * 3000 + "\n", "8bit"),
+}
+EIGHT_BIT = {
+    "text": mime(PLAIN, "grüße\n.\n=20\nFrom me  \n"),
+    "latin-1": mime("text/plain; charset=iso-8859-1", "gr\udcfc\udcdfe\n"),
+    "no MIME": "\ngrüße\n",
+    "a part": split(mime(PLAIN, "grüße\n"), mime(PLAIN, "short\n", "7bit")),
+    "a message": split(
+        "Content-Type: message/rfc822\n\nSubject: in\n" + mime(PLAIN, "ü\n")
+    ),
+    "no text": mime("application/octet-stream", "\udc80\udcff\n"),
+    "a subject": "Subject: grüße an alle\n" + mime(PLAIN, "short\n", "7bit"),
+    "a name": "X-From: Jürgen Groß <j@far.example>\n" + mime(PLAIN, "short\n", "7bit"),
+}
+SIGNED = {
+    "DKIM": "DKIM-Signature: v=1; b=abc\n" + mime(PLAIN, "{}\n"),
+    "multipart/signed": split(mime(PLAIN, "{}\n")).replace("/mixed", "/signed"),
+}
+NASTY = {
+    "dots": ".\n..\n...\n.x\nx.\n.\n",
+    "a dot first": ".",
+    "no end": "text without an end",
+    "empty lines": "\n\n\n\n",
+    "From lines": "From me\n>From me\n",
+    "998 bytes": "x" * 998 + "\n" + "." * 998 + "\n",
+    "what looks like an end": "\n.\n\nQUIT\nRSET\n",
+    "blanks": " \t \n\t\n x \n",
+    "a mebibyte": "".join("x" * (n % 97) + "\n.\n" for n in range(20_000)),
+    "anything": "".join(random.Random(5).choices("\n\n..ax ", k=300_000)),
+}
+
+
+def leaves_of(data):
+    """The content of each part of a message, decoded."""
+    return [
+        part.get_payload(decode=True).replace(b"\r\n", b"\n").rstrip(b"\n")
+        for part in message_from_bytes(data).walk()
+        if not part.is_multipart()
+    ]
+
+
+def decoded(value):
+    """A header field without its encoding."""
+    return str(email.header.make_header(email.header.decode_header(value)))
+
+
+def raw(text):
+    """Text that may hold single bytes, as it is sent."""
+    return text.replace("\n", "\r\n").encode("utf-8", "surrogateescape")
+
+
+class TestRelayOut:
+    """What goes over the wire, for what the host can take."""
+
+    @staticmethod
+    def passed(hub, side, data):
+        """What arrives of a message, which must be sent."""
+        domain, sink = side
+        post(hub, [f"a@{domain}"], data)
+        assert outcomes(hub, f"a@{domain}") == ["sent"]
+        ((_, _, text),) = sink.received
+        return arrived(text)
+
+    @pytest.mark.parametrize("kind", NASTY)
+    def test_every_content_arrives_as_it_was(self, hub, far, kind):
+        body = raw(NASTY[kind])
+        data = self.passed(hub, far(), b"Subject: nasty\r\n\r\n" + body)
+        body += b"" if body.endswith(b"\r\n") else b"\r\n"
+        assert data.partition(b"\r\n\r\n")[2] == body
+
+    def test_only_whole_line_ends_go_out(self, hub, far):
+        domain, sink = far()
+        text = letter("ends", "a\r\nb\rc\r", "\r", ".\r")
+        hub.sendmail("-i", f"a@{domain}", stdin=text)
+        assert outcomes(hub, f"a@{domain}") == ["sent"]
+        ((_, _, data),) = sink.received
+        assert not re.search(rb"\r(?!\n)|(?<!\r)\n", data)
+
+    @pytest.mark.parametrize(
+        ("name", "wanted"),
+        [(HOST, "[127."), ("mail.host.example", "mail.host.example")],
+    )
+    def test_the_name_in_ehlo_is_one_that_others_know(
+        self, instance, make_sink, name, wanted
+    ):
+        sink = make_sink()
+        instance.configure(myhostname=name, relayhost=f"[127.0.0.1]:{sink.port}")
+        post(instance.start(), ["a@far.example"], letter("name"))
+        wait_for(lambda: sink.received)
+        (said,) = [line for _, line in sink.log if line[:4].upper() == "EHLO"]
+        assert said.split()[1].startswith(wanted)
+
+    def test_commands_go_together_only_where_that_is_offered(self, hub, far):
+        names = [f"n{number}" for number in range(5)]
+        for words, is_offered in ((["PIPELINING"], True), ([], False)):
+            domain, sink = far(EHLO=hello(*words, "8BITMIME"))
+            post(hub, [f"{name}@{domain}" for name in names], letter("together"))
+            wait_for(lambda sink=sink: sink.received)
+            ahead = {line[:4].upper() for line in sink.ahead}
+            assert ahead == ({"MAIL", "RCPT"} if is_offered else set())
+
+    def test_the_size_is_announced(self, hub, far):
+        domain, sink = far()
+        post(hub, [f"a@{domain}"], letter("size", LOREM * 50))
+        wait_for(lambda: sink.received)
+        ((command, _, text),) = sink.received
+        size = int(re.search("SIZE=([0-9]+)", command).group(1))
+        assert len(arrived(text)) * 0.9 <= size <= len(arrived(text)) * 1.1
+
+    def test_what_is_too_large_for_the_host_is_not_tried(self, hub, far):
+        domain, sink = far(EHLO=hello("SIZE 1000", "8BITMIME"))
+        post(hub, [f"a@{domain}"], letter("large", LOREM * 50))
+        assert "dsn=5.3.4, status=bounced" in told(hub, f"a@{domain}")
+        assert "MAIL" not in sink.verbs()
+
+    def test_a_size_of_0_is_no_limit(self, hub, far):
+        self.passed(hub, far(EHLO=hello("SIZE 0", "8BITMIME")), letter("size"))
+
+    @pytest.mark.parametrize("kind", TOO_LONG)
+    @pytest.mark.parametrize("words", [["8BITMIME"], []], ids=["8-bit", "7-bit"])
+    def test_long_lines_are_encoded_and_none_is_cut(self, hub, far, kind, words):
+        data = raw(TOO_LONG[kind])
+        out = self.passed(hub, far(EHLO=hello(*words)), data)
+        assert max(map(len, out.split(b"\r\n"))) <= 998
+        assert words or out.isascii()
+        assert leaves_of(out) == leaves_of(data)
+        assert message_from_bytes(out).defects == []
+
+    def test_lines_that_fit_are_left_alone(self, hub, far):
+        data = raw(split(mime(PLAIN, "ü" * 499 + "\n"), mime(PLAIN, "short  \n")))
+        out = self.passed(hub, far(), data)
+        assert out.partition(b"\r\n\r\n")[2] == data.partition(b"\r\n\r\n")[2]
+
+    @pytest.mark.parametrize("kind", EIGHT_BIT)
+    def test_a_7_bit_host_gets_7_bits(self, hub, far, kind):
+        data = raw(EIGHT_BIT[kind])
+        out = self.passed(hub, far(EHLO=hello("PIPELINING")), data)
+        assert out.isascii()
+        assert leaves_of(out) == leaves_of(data)
+
+    def test_headers_of_a_7_bit_host_read_the_same(self, hub, far):
+        for kind, name in (("a subject", "Subject"), ("a name", "X-From")):
+            data = raw(EIGHT_BIT[kind])
+            out = self.passed(hub, far(EHLO=hello("PIPELINING")), data)
+            text = decoded(message_from_bytes(out)[name])
+            assert text == EIGHT_BIT[kind].partition(": ")[2].partition("\n")[0]
+
+    def test_an_8_bit_host_gets_it_as_it_is(self, hub, far):
+        domain, sink = far()
+        post(hub, [f"a@{domain}"], raw(EIGHT_BIT["text"]))
+        wait_for(lambda: sink.received)
+        ((command, _, text),) = sink.received
+        assert " BODY=8BITMIME" in command
+        assert "\r\n\r\ngrüße\r\n.\r\n=20\r\nFrom me  \r\n".encode() in arrived(text)
+
+    @pytest.mark.parametrize("kind", SIGNED)
+    @pytest.mark.parametrize(
+        ("text", "words", "status"),
+        [("x" * 1500, ["8BITMIME"], "5.6.1"), ("grüße", [], "5.6.3")],
+    )
+    def test_what_is_signed_comes_back_instead(
+        self, hub, far, kind, text, words, status
+    ):
+        domain, sink = far(EHLO=hello(*words))
+        post(hub, [f"a@{domain}"], raw(SIGNED[kind].replace("{}", text)))
+        assert f"dsn={status}, status=bounced" in told(hub, f"a@{domain}")
+        assert "MAIL" not in sink.verbs()
+
+    @pytest.mark.parametrize("kind", SIGNED)
+    def test_what_is_signed_and_fits_is_not_touched(self, hub, far, kind):
+        data = raw(SIGNED[kind].replace("{}", "grüße"))
+        assert self.passed(hub, far(), data).endswith(data.partition(b"\r\n\r\n")[2])
+
+    def test_long_header_lines_are_folded(self, hub, far):
+        names = " ".join(f"<{number}@far.example>" for number in range(300))
+        data = f"Subject: fold\r\nReferences: {names}\r\n\r\ntext\r\n".encode()
+        out = self.passed(hub, far(), data)
+        assert max(map(len, out.split(b"\r\n"))) <= 998
+        found = message_from_bytes(out)["References"]
+        assert re.sub(r"\r\n(?=\s)", "", found) == names
+
+    def test_a_header_line_without_a_blank_is_not_cut(self, hub, far):
+        data = f"Subject: fold\r\nX-Long: {'y' * 3000}\r\n\r\ntext\r\n".encode()
+        out = self.passed(hub, far(), data)
+        assert max(map(len, out.split(b"\r\n"))) <= 998
+        assert decoded(message_from_bytes(out)["X-Long"]).strip() == "y" * 3000
+
+    def test_an_address_in_utf_8_needs_a_host_that_knows_it(self, hub, far):
+        domain, sink = far()
+        hub.sendmail(f"grüße@{domain}", stdin=letter("utf-8"))
+        assert "dsn=5.6.7, status=bounced" in told(hub, f"grüße@{domain}")
+        assert "MAIL" not in sink.verbs()
+        domain, sink = far(EHLO=hello("8BITMIME", "SMTPUTF8"))
+        hub.sendmail(f"grüße@{domain}", stdin=letter("utf-8"))
+        wait_for(lambda: sink.received)
+        ((command, recipients, _),) = sink.received
+        assert " SMTPUTF8" in command
+        assert recipients == [f"grüße@{domain}"]
+
+    @pytest.mark.parametrize("code", ["452 4.5.3", "552 5.5.3"])
+    def test_whom_the_host_has_no_room_for_it_gets_next(self, hub, far, code):
+        def few(session, _):
+            is_full = len(session.recipients) >= 3
+            return f"{code} Too many" if is_full else "250 2.1.5 Ok"
+
+        domain, sink = far(RCPT=few)
+        names = [f"n{number}@{domain}" for number in range(10)]
+        post(hub, names, letter("few"))
+        assert outcomes(hub, *names) == ["sent"] * 10
+        found = [recipients for _, recipients, _ in sink.received]
+        assert [len(recipients) for recipients in found] == [3, 3, 3, 1]
+        assert sorted(itertools.chain(*found)) == sorted(names)
+        assert all("status=deferred" not in told(hub, name) for name in names)
+
+    @pytest.mark.parametrize("code", ["452 4.5.3", "552 5.5.3"])
+    def test_a_host_that_has_room_for_nobody_is_asked_once(self, hub, far, code):
+        domain, sink = far(RCPT=f"{code} Full")
+        names = [f"{name}@{domain}" for name in "abc"]
+        post(hub, names, letter("full"))
+        assert outcomes(hub, *names) == ["deferred"] * 3
+        assert sink.verbs().count("RCPT") == 3
+
+    def test_of_many_recipients_100_go_at_a_time(self, hub, far):
+        domain, sink = far()
+        names = [f"n{number}@{domain}" for number in range(150)]
+        post(hub, names, letter("all"))
+        assert outcomes(hub, *names) == ["sent"] * 150
+        found = [recipients for _, recipients, _ in sink.received]
+        assert sorted(map(len, found)) == [50, 100]
+        assert sorted(itertools.chain(*found)) == sorted(names)
+
+    def test_a_large_message_needs_little_memory(self, instance, make_sink):
+        sink = make_sink()
+        relayed(instance, sink)
+        post(instance, ["a@far.example"], letter("large", LOREM * 400_000))
+        assert outcomes(instance, "a@far.example") == ["sent"]
+        assert len(sink.received[0][2]) > 20_000_000
+        assert max(most_memory(instance)) < 40
+
+
+class AioSink:
+    """A server of aiosmtpd in a thread; it answers from a table, like a Sink.
+
+    A row is EHLO, MAIL, the local part of a recipient, DATA for the reply
+    behind the dot, END and the local part for one of LMTP's. It is a reply,
+    or an exception that the handler raises.
+    """
+
+    def __init__(self, library, place, rows=(), kind="controller", **how):
+        self.rows, self.stages = dict(rows), []
+        self.received = []  # (recipients, content, whether by TLS)
+        self.logins = []
+        self.is_lmtp = kind == "lmtp"
+        hooks = types.SimpleNamespace(
+            handle_EHLO=self.greet,
+            handle_MAIL=self.take_sender,
+            handle_RCPT=self.take_recipient,
+            handle_DATA=self.take_message,
+        )
+        self.controller = library.controller.Controller(
+            hooks, *place, authenticator=self.check, **how
+        )
+        if self.is_lmtp:
+            options = self.controller.SMTP_kwargs
+            self.controller.factory = lambda: library.lmtp.LMTP(hooks, **options)
+        self.result = library.smtp.AuthResult
+        self.controller.start()
+        self.port = place[1]
+
+    def reply(self, stage, usual="250 2.0.0 Ok"):
+        self.stages.append(stage)
+        row = self.rows.get(stage, usual)
+        if isinstance(row, Exception):
+            raise row
+        return row
+
+    async def greet(self, server, session, envelope, name, usual):
+        row = self.reply("EHLO", None)
+        session.host_name = name
+        return [row] if row else usual
+
+    async def take_sender(self, server, session, envelope, address, options):
+        answer = self.reply("MAIL")
+        envelope.mail_from = address
+        return answer
+
+    async def take_recipient(self, server, session, envelope, address, options):
+        answer = self.reply(address.partition("@")[0])
+        if answer.startswith("2"):
+            envelope.rcpt_tos.append(address)
+        return answer
+
+    async def take_message(self, server, session, envelope):
+        names = [name.partition("@")[0] for name in envelope.rcpt_tos]
+        stages = [f"END {name}" for name in names] if self.is_lmtp else ["DATA"]
+        answers = [self.reply(stage) for stage in stages]
+        if any(answer.startswith("2") for answer in answers):
+            content, is_secure = envelope.original_content, session.ssl is not None
+            self.received.append((envelope.rcpt_tos, content, is_secure))
+        return "\r\n".join(answers)
+
+    def check(self, server, session, envelope, mechanism, data):
+        """What aiosmtpd asks when somebody logs in."""
+        user, secret = data.login.decode(), data.password.decode()
+        self.logins.append(Login(mechanism, user, secret, session.ssl is not None))
+        return self.result(success=(user, secret) == ("joe", SECRET), handled=False)
+
+
+AIO_ANSWERS = {
+    "not now": "451 4.3.0 Not now",
+    "never": "550 5.7.1 Never",
+    "going": "421 4.3.2 Going",
+    "a fault": ValueError("a fault of the handler"),
+}
+# aiosmtpd says 421 and stays, and answers 500 when its handler fails.
+AIO_MEANS = {"going": "not now", "a fault": "never"}
+AIO_MAIL = {
+    **{f"long, {kind}": text for kind, text in TOO_LONG.items()},
+    **{f"8-bit, {kind}": text for kind, text in EIGHT_BIT.items()},
+    **{f"nasty, {kind}": f"Subject: nasty\n\n{text}" for kind, text in NASTY.items()},
+}
+AIO_ASCII = {"decode_data": True, "enable_SMTPUTF8": False}  # and no 8BITMIME
+
+
+class TestRelayToAiosmtpd:
+    """aiosmtpd as the far side: a server that knows nothing of minimta."""
+
+    @pytest.fixture
+    def serve(self):
+        """Starts servers of aiosmtpd at a place."""
+        for name in ("controller", "lmtp", "smtp"):
+            module = f"aiosmtpd.{name}"
+            pytest.importorskip(module, reason="aiosmtpd is not installed")
+        made = []
+
+        def start(place=None, **how):
+            place = place or ("127.0.0.1", free_port())
+            made.append(AioSink(sys.modules["aiosmtpd"], place, **how))
+            return made[-1]
+
+        yield start
+        for one in made:
+            one.controller.stop()
+
+    @pytest.fixture
+    def side(self, hub, serve):
+        """Makes a far side: its domain, and the server there."""
+
+        def make(*rows, **how):
+            number = next(hub.cases)
+            place = (f"{FAR_NET}.{number}", hub.far_port)
+            return f"case{number}.far.example", serve(place, rows=rows, **how)
+
+        return make
+
+    @pytest.fixture
+    def smarthost(self, serve, make_instance, make_names, certificates):
+        """Starts an instance with a relayhost, where joe must log in."""
+
+        def start(name="good", secret=SECRET, **how):
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificates[name])
+            needs = {"require_starttls": True, "auth_required": True}
+            sink, one = serve(tls_context=context, **needs, **how), make_instance()
+            make_names(one, {}, "127.0.0.1 localhost\n")
+            passwords = one.write("etc/sasl", f"[localhost] joe:{secret}\n")
+            passwords.chmod(0o600)
+            one.configure(
+                relayhost=f"[localhost]:{sink.port}",
+                smtp_tls_CAfile=certificates["ca"],
+                smtp_sasl_password_maps=passwords,
+            )
+            post(one.start(), ["a@far.example"], letter("smarthost"))
+            return told(one, "a@far.example"), sink
+
+        return start
+
+    @pytest.mark.parametrize("kind", AIO_ANSWERS)
+    @pytest.mark.parametrize("stage", ["EHLO", "MAIL", "a", "b", "c", "DATA"])
+    def test_a_bad_answer_has_its_outcome(self, hub, side, stage, kind):
+        domain, sink = side((stage, AIO_ANSWERS[kind]))
+        names = [f"{name}@{domain}" for name in "abc"]
+        post(hub, names, letter("scripted"))
+        wanted = fate(stage, AIO_MEANS.get(kind, kind))
+        assert outcomes(hub, *names) == wanted
+        sent = [name for name, how in zip(names, wanted) if how == "sent"]
+        assert [recipients for recipients, _, _ in sink.received] == [sent] * bool(sent)
+
+    @pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN"])
+    def test_who_must_use_tls_and_log_in_does(self, smarthost, mechanism):
+        others = {"PLAIN", "LOGIN"} - {mechanism}
+        line, sink = smarthost(auth_exclude_mechanism=others)
+        assert "status=sent" in line
+        assert sink.logins == [Login(mechanism, "joe", SECRET, True)]
+        assert [is_secure for _, _, is_secure in sink.received] == [True]
+
+    @pytest.mark.parametrize("name", ["expired", "wrong name", "self-signed"])
+    def test_a_bad_certificate_gets_no_password(self, smarthost, name):
+        line, sink = smarthost(name)
+        assert "dsn=4.7.5, status=deferred" in line
+        assert (sink.logins, sink.received) == ([], [])
+
+    def test_a_wrong_password_is_waited_with(self, smarthost):
+        line, sink = smarthost(secret="wrong")
+        assert re.search(r"dsn=4\.7\.\d, status=deferred", line)
+        assert "535" in line
+        assert "MAIL" not in sink.stages
+
+    @pytest.mark.parametrize("is_offered", [True, False])
+    def test_an_address_in_utf_8_goes_where_it_may(self, hub, side, is_offered):
+        domain, sink = side(enable_SMTPUTF8=is_offered)
+        hub.sendmail(f"grüße@{domain}", stdin=letter("utf-8"))
+        line = told(hub, f"grüße@{domain}")
+        assert ("status=sent" if is_offered else "dsn=5.6.7, status=bounced") in line
+        found = [recipients for recipients, _, _ in sink.received]
+        assert found == [[f"grüße@{domain}"]] * is_offered
+        assert ("MAIL" in sink.stages) == is_offered
+
+    def test_what_is_too_large_for_it_is_not_tried(self, hub, side):
+        domain, sink = side(data_size_limit=2000)
+        post(hub, [f"a@{domain}"], letter("large", LOREM * 50))
+        assert "dsn=5.3.4, status=bounced" in told(hub, f"a@{domain}")
+        assert "MAIL" not in sink.stages
+
+    @pytest.mark.parametrize("how", [{}, AIO_ASCII], ids=["8-bit", "7-bit"])
+    @pytest.mark.parametrize("kind", AIO_MAIL)
+    def test_every_content_arrives_as_it_was(self, hub, side, kind, how):
+        domain, sink = side(**how)
+        data = raw(AIO_MAIL[kind])
+        post(hub, [f"a@{domain}"], data)
+        assert outcomes(hub, f"a@{domain}") == ["sent"]
+        ((_, content, _),) = sink.received
+        assert not how or content.isascii()
+        assert leaves_of(content) == leaves_of(data)
+
+    def test_by_lmtp_each_mailbox_has_its_own_reply(self, instance, serve):
+        rows = {"END user2": "552 5.2.2 Full", "END payam": "451 4.3.0 Not now"}
+        store = serve(kind="lmtp", rows=rows)
+        instance.configure(mailbox_transport=f"lmtp:127.0.0.1:{store.port}")
+        names = [f"{name}@{HOST}" for name in LOCAL_USERS]
+        instance.start().send(names, letter("store", ".", "end"))
+        assert outcomes(instance, *names) == ["sent", "bounced", "deferred"]
+        ((recipients, content, _),) = store.received
+        assert sorted(recipients) == sorted(names)
+        assert content.endswith(b"\r\n.\r\nend\r\n")
+
+    def test_much_mail_arrives_once_each(self, hub, side):
+        domain, sink = side()
+        names = [f"n{number}@{domain}" for number in range(100)]
+        with hub.smtp() as client:
+            for name in names:
+                text = wire_text(letter(name))
+                client.sendmail(f"payam@{HOST}", [name], text)
+        assert outcomes(hub, *names) == ["sent"] * 100
+        found = [(name, name.encode() in text) for (name,), text, _ in sink.received]
+        assert sorted(found) == sorted((name, True) for name in names)
+
+
+SINK_FLAGS = {
+    # flags: what a dump must say of how the mail came
+    "": "X-Client-Proto: ESMTP",
+    "-8": "X-Client-Proto: ESMTP",
+    "-a": "X-Client-Proto: ESMTP",
+    "-e": "X-Client-Proto: SMTP",
+    "-E": "X-Client-Proto: ESMTP",
+    "-N": "X-Client-Proto: ESMTP",
+    "-p": "X-Client-Proto: ESMTP",
+    "-P": "X-Client-Proto: SMTP",
+    "-h mx.sink.example": "by mx.sink.example",
+    "-W .:1": "X-Client-Proto: ESMTP",
+}
+SINK_STAGES = ("CONNECT", "EHLO", "MAIL", "RCPT", "DATA", ".")
+SINK_REFUSALS = {"-f": "never", "-r": "not now", "-q": "gone", "-Q": "going"}
+
+
+class SmtpSinkProgram:
+    """Postfix's smtp-sink with flags, and the mail that it took."""
+
+    def __init__(self, program, folder, place, flags):
+        self.folder = folder
+        folder.mkdir(parents=True)
+        folder.chmod(0o777)
+        user = ("-u", "nobody") if AS_ROOT else ()
+        words = [program, *user, "-d", f"{folder}/%Y.", *flags]
+        self.process = subprocess.Popen([*words, f"{place[0]}:{place[1]}", "100"])
+        wait_for(lambda: self.is_open(place))
+
+    def is_open(self, place):
+        assert self.process.poll() is None
+        with contextlib.suppress(OSError):
+            socket.create_connection(place, PATIENCE).close()
+            return True
+        return False
+
+    def dumps(self):
+        return [path.read_bytes() for path in self.folder.iterdir()]
+
+    def recipients(self):
+        """The recipients of each message that came."""
+        shape = rb"(?m)^X-Rcpt-Args: <(.*)>"
+        return sorted(re.findall(shape, dump) for dump in self.dumps())
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+
+
+class TestRelayToSmtpSink:
+    """Postfix's smtp-sink as the far side, each flag of its own."""
+
+    @pytest.fixture
+    def sink(self, hub):
+        """Starts smtp-sink with flags: its domain, its place, and itself."""
+        program, made = tool("smtp-sink"), []
+
+        def start(*flags):
+            number = next(hub.cases)
+            place = (f"{FAR_NET}.{number}", hub.far_port)
+            folder = hub.root / "sinks" / str(number)
+            made.append(SmtpSinkProgram(program, folder, place, flags))
+            return f"case{number}.far.example", place, made[-1]
+
+        yield start
+        for one in made:
+            one.close()
+
+    @pytest.mark.parametrize("flags", SINK_FLAGS)
+    def test_mail_arrives_whatever_it_can_and_says(self, hub, sink, flags):
+        domain, _, sink = sink(*flags.split())
+        data = raw(EIGHT_BIT["text"])
+        post(hub, [f"a@{domain}", f"b@{domain}"], data)
+        assert outcomes(hub, f"a@{domain}", f"b@{domain}") == ["sent"] * 2
+        (dump,) = sink.dumps()
+        assert SINK_FLAGS[flags].encode() in dump
+        assert dump.count(b"X-Rcpt-Args: ") == 2
+        assert dump.isascii() == (flags in ("-8", "-e", "-P"))
+        assert leaves_of(dump) == leaves_of(data)
+
+    @pytest.mark.parametrize("flag", SINK_REFUSALS)
+    @pytest.mark.parametrize("stage", SINK_STAGES)
+    def test_a_bad_answer_has_its_outcome(self, hub, sink, stage, flag):
+        domain, _, sink = sink(flag, stage)
+        names = [f"{name}@{domain}" for name in "ab"]
+        post(hub, names, letter("flag"))
+        wanted = fate({".": "END"}.get(stage, stage), SINK_REFUSALS[flag])[:2]
+        assert outcomes(hub, *names) == wanted
+        if wanted == ["sent"] * 2:  # it dumps what it refuses, too
+            assert sink.recipients() == [[name.encode() for name in names]]
+
+    @pytest.mark.parametrize("flag", SINK_REFUSALS)
+    @pytest.mark.parametrize("stage", ["RSET", "QUIT"])
+    def test_a_bad_answer_between_messages_costs_nobody_anything(
+        self, hub, sink, stage, flag
+    ):
+        domain, _, sink = sink(flag, stage)
+        names = [f"{name}@{domain}" for name in "abc"]
+        for name in names:
+            post(hub, [name], letter("flag"))
+            assert outcomes(hub, name) == ["sent"]
+        assert sink.recipients() == [[name.encode()] for name in names]
+
+    def test_its_own_words_and_status_are_told(self, hub, sink):
+        domain, _, _ = sink("-f", "RCPT", "-B", "550 5.1.1 Nobody here")
+        post(hub, [f"a@{domain}"], letter("words"))
+        line = told(hub, f"a@{domain}")
+        assert "dsn=5.1.1, status=bounced" in line
+        assert "Nobody here" in line
+
+    def test_who_hangs_up_behind_the_dot_may_get_it_twice(self, hub, sink):
+        domain, _, _ = sink("-q", ".")
+        post(hub, [f"a@{domain}"], letter("twice"))
+        line = told(hub, f"a@{domain}")
+        assert "dsn=4.4.2, status=deferred" in line
+        assert "message may be sent more than once" in line
+
+    @pytest.mark.parametrize("size", [1, 30_000])
+    def test_who_refuses_before_the_message_and_goes_is_heard(self, hub, sink, size):
+        domain, _, _ = sink("-A", "0")
+        post(hub, [f"a@{domain}"], letter("refused", LOREM * size))
+        line = told(hub, f"a@{domain}")
+        assert "status=bounced" in line
+        assert "550 This violates SMTP" in line
+
+    def test_a_mailbox_store_takes_mail_by_lmtp(self, instance, sink):
+        _, (host, port), sink = sink("-L")
+        instance.configure(mailbox_transport=f"lmtp:{host}:{port}")
+        names = [f"{name}@{HOST}" for name in LOCAL_USERS]
+        instance.start().send(names, letter("store"))
+        assert outcomes(instance, *names) == ["sent"] * 3
+        (dump,) = sink.dumps()
+        assert b"X-Client-Proto: LMTP" in dump
+        assert dump.count(b"X-Rcpt-Args: ") == 3
+
+    def test_much_mail_arrives_once_each(self, hub, sink):
+        domain, _, sink = sink()
+        names = [f"n{number}@{domain}" for number in range(300)]
+        with hub.smtp() as client:
+            for name in names:
+                client.sendmail(f"payam@{HOST}", [name], wire_text(letter(name)))
+        shape = rf"to=<.*@{domain}>, .*status=sent"
+        wait_for(lambda: len(re.findall(shape, hub.log())) == 300)
+        assert sink.recipients() == sorted([name.encode()] for name in names)
+
+
+ROUTE_ROWS = [
+    # address, what explain says, its exit code, the sink or the outcome
+    ("a@smtp.example", "next host [127.0.0.1]:{one}", 0, "one"),
+    ("a@sub.smtp.example", "next host [127.0.0.1]:{two}", 0, "two"),
+    ("boss@smtp.example", "next host [127.0.0.1]:{two}", 0, "two"),
+    ("a@relay.example", "next host [127.0.0.1]:{one}", 0, "one"),
+    ("a@encrypt.example", "TLS: needed", 0, "deferred"),
+    ("a@none.example", "TLS: none", 0, "one"),
+    ("a@lmtp.example", "next host lmtp:[127.0.0.1]:{store}", 0, "store"),
+    ("a@unix.example", "next host lmtp:{path}", 0, "unix"),
+    ("payam@local.example", "user payam", 0, "sent"),
+    ("nobody@local.example", "unknown user", 67, "bounced"),
+    ("a@error.example", "bounced: no such place", 67, "bounced"),
+    ("a@retry.example", "deferred: come again", 75, "deferred"),
+    ("a@discard.example", "thrown away", 0, "sent"),
+    ("a@usual.example", "relayhost [127.0.0.1]:{usual}", 0, "usual"),
+    ("a@colon.example", "relayhost [127.0.0.1]:{usual}", 0, "usual"),
+    ("a@bad.example", "deferred: transport_maps", 75, "deferred"),
+    ("a@uucp.example", "deferred: transport_maps", 75, "deferred"),
+    ("a@bare.example", "next host [127.0.0.1]:{one}", 0, "one"),
+    ("a@other.example", "relayhost [127.0.0.1]:{usual}", 0, "usual"),
+]
+
+ROUTE_MAP = """\
+boss@smtp.example smtp:[127.0.0.1]:{two}
+smtp.example      smtp:[127.0.0.1]:{one}
+.smtp.example     smtp:[127.0.0.1]:{two}
+relay.example     relay:[127.0.0.1]:{one}
+encrypt.example   smtp:[127.0.0.1]:{one} encrypt
+none.example      smtp:[127.0.0.1]:{one} none
+lmtp.example      lmtp:[127.0.0.1]:{store}
+unix.example      lmtp:unix:{path}
+local.example     local:
+error.example     error:5.1.2 no such place
+retry.example     retry:4.3.2 come again
+discard.example   discard:
+usual.example     smtp:
+colon.example     :
+bad.example       smtp:[127.0.0.1]:smtp
+uucp.example      uucp:[127.0.0.1]:25
+bare.example      [127.0.0.1]:{one}
+"""
+
+
+class TestTransportMaps:
+    """transport_maps, by a daemon."""
+
+    @pytest.fixture(scope="class")
+    def ways(self, bin_dir):
+        """A daemon with sinks by name, and its map's places."""
+        one = Instance(bin_dir)
+        sinks = {name: SmtpSink() for name in ("one", "two", "store", "usual")}
+        path = str(one.root / "socket")
+        sinks["unix"] = UnixSink(place=path)
+        os.chmod(path, 0o777)
+        places = {name: sink.port for name, sink in sinks.items()}
+        places["path"] = path
+        routes = one.write("etc/transport", ROUTE_MAP.format(**places))
+        relayhost = f"[127.0.0.1]:{places['usual']}"
+        one.configure(transport_maps=f"hash:{routes}", relayhost=relayhost)
+        one.start()
+        yield one, sinks, places
+        one.close()
+        for sink in sinks.values():
+            sink.close()
+
+    @pytest.mark.parametrize(("address", "said", "code", "end"), ROUTE_ROWS)
+    def test_mail_goes_where_explain_says(self, ways, address, said, code, end):
+        one, sinks, places = ways
+        result = one.run("minimta.py", "explain", address)
+        assert (result.code, result.err) == (code, "")
+        assert said.format(**places) in result.out
+        if address != "a@other.example":
+            assert str(one.root / "etc/transport") in result.out
+        post(one, [address], letter("route"))
+        assert outcomes(one, address) == ["sent" if end in sinks else end]
+        found = [
+            name
+            for name, sink in sinks.items()
+            if any([address] == names for _, names, _ in sink.received)
+        ]
+        assert found == ([end] if end in sinks else [])
+
+    def test_recipients_of_one_message_go_each_their_way(self, ways):
+        one, sinks, _ = ways
+        token = new_token()
+        names = ["x@smtp.example", "y@sub.smtp.example", "z@other.example"]
+        post(one, [*names, "payam@local.example"], letter(token))
+        one.wait_message_only("payam", token)
+        for name, address in zip(("one", "two", "usual"), names):
+            found = wait_for(
+                lambda sink=sinks[name]: [
+                    names for _, names, data in sink.received if token.encode() in data
+                ]
+            )
+            assert found == [[address]]
+
+    def test_a_map_that_is_missing_is_named_and_waited_for(self, instance, make_sink):
+        sink, path = make_sink(), instance.root / "etc/transport"
+        instance.configure(transport_maps=path)
+        instance.start()
+        post(instance, ["a@far.example", "payam"], letter("early"))
+        shown = instance.wait_reason(f"transport_maps: {path}: No such file")
+        assert "a@far.example" in shown
+        assert "dsn=4.3.5, status=deferred" in told(instance, "a@far.example")
+        assert len(instance.messages("payam")) == 1
+        path.write_text(f"far.example smtp:[127.0.0.1]:{sink.port}\n")
+        assert instance.run("sendmail", "-q").code == 0
+        instance.wait_empty()
+        assert len(sink.received) == 1
+
+    def test_a_map_that_changes_is_used_at_once(self, instance, make_sink):
+        sinks = [make_sink(), make_sink()]
+        path = instance.root / "etc/transport"
+        instance.configure(transport_maps=path)
+        path.write_text("")
+        instance.start()
+        for sink in sinks:
+            path.write_text(f"* smtp:[127.0.0.1]:{sink.port}\n")
+            post(instance, ["a@far.example"], letter("change"))
+            wait_for(lambda sink=sink: sink.received)
+        assert [len(sink.received) for sink in sinks] == [1, 1]
+
+
+class Neighbour(Instance):
+    """An instance that listens on an address of its own, not on 127.0.0.1."""
+
+    address = "127.0.0.1"
+
+    def is_ready(self):
+        if self.process.poll() is not None:
+            pytest.fail("the daemon ended: " + self.stderr()[-2000:])
+        with contextlib.suppress(OSError):
+            place = (self.address, self.port)
+            with socket.create_connection(place, 5) as peer:
+                return peer.recv(3) == b"220" and self.submit.exists()
+        return False
+
+
+NOT_FOUND = "Host or domain name not found. Name service error for name=far.example"
+
+
+@needs_root
+class TestMailHosts:
+    """Mail that goes by MX, to port 25 of addresses of this host."""
+
+    @pytest.fixture
+    def net(self):
+        """The first bytes of addresses whose port 25 is free."""
+        net = f"127.{random.randrange(1, 255)}.{random.randrange(256)}"
+        with socket.socket() as probe:
+            try:
+                probe.bind((f"{net}.2", 25))
+            except OSError as error:
+                pytest.skip(f"port 25: {error}")
+        return net
+
+    @pytest.fixture
+    def named(self, instance, make_names, net):
+        """Gives the instance names, MX rows of far.example, and its start."""
+
+        def named(rows, mx=None, **settings):
+            rows = dict(rows)
+            for number in range(2, 8):
+                rows[f"mx{number}.example", "A"] = [("A", f"{net}.{number}")]
+            if mx is not None:
+                rows["far.example", "MX"] = [("MX", one) for one in mx]
+            server = make_names(instance, rows)
+            instance.configure(**settings)
+            instance.start()
+            return server
+
+        return named
+
+    @pytest.fixture
+    def far25(self, make_sink, net):
+        """Makes the sink of a number."""
+        return lambda number, **how: make_sink(place=(f"{net}.{number}", 25), **how)
+
+    def test_the_best_host_gets_it(self, instance, named, far25):
+        sinks = [far25(number) for number in (2, 3, 4)]
+        named({}, [(20, "mx2.example"), (10, "mx3.example"), (30, "mx4.example")])
+        post(instance, ["a@far.example"], letter("best"))
+        assert outcomes(instance, "a@far.example") == ["sent"]
+        assert [len(sink.clients) for sink in sinks] == [0, 1, 0]
+        assert "relay=mx3.example[127." in told(instance, "a@far.example")
+
+    @pytest.mark.parametrize("row", [None, hang_up, "421 4.3.2 Closed", "554 5.3.2 No"])
+    def test_when_the_best_lets_nobody_in_the_next_gets_it(
+        self, instance, named, far25, row
+    ):
+        first = far25(2, CONNECT=row) if row else None
+        second = far25(3)
+        named({}, [(10, "mx2.example"), (20, "mx3.example")])
+        post(instance, ["a@far.example"], letter("next"))
+        assert outcomes(instance, "a@far.example") == ["sent"]
+        assert len(second.received) == 1
+        assert first is None or len(first.clients) == 1
+
+    def test_equals_share_the_mail(self, make_instance, make_names, far25, net):
+        sinks = [far25(number) for number in (2, 3)]
+        rows = {("far.example", "MX"): [("MX", (10, f"mx{n}.example")) for n in (2, 3)]}
+        for number in (2, 3):
+            rows[f"mx{number}.example", "A"] = [("A", f"{net}.{number}")]
+        one = make_instance()
+        make_names(one, rows)
+        one.start()
+        gate = len(sinks)
+        for count in range(60):
+            post(one, [f"n{count}@far.example"], letter("share"))
+            if sum(bool(sink.clients) for sink in sinks) == gate:
+                break
+            # A connection is used again: the next message waits for another.
+            wait_for(lambda: not any(sink.open for sink in sinks), 8)
+        assert all(sink.clients for sink in sinks)
+
+    def test_a_host_that_is_not_found_is_passed_over(self, instance, named, far25):
+        sink = far25(3)
+        named(
+            {("gone.example", "A"): 3, ("lost.example", "A"): 2},
+            [(1, "gone.example"), (2, "lost.example"), (10, "mx3.example")],
+        )
+        post(instance, ["a@far.example"], letter("over"))
+        assert outcomes(instance, "a@far.example") == ["sent"]
+        assert len(sink.received) == 1
+
+    def test_without_mx_the_domains_address_gets_it(self, instance, named, far25, net):
+        sink = far25(2)
+        named({("far.example", "MX"): [], ("far.example", "A"): [("A", f"{net}.2")]})
+        post(instance, ["a@far.example"], letter("none"))
+        assert outcomes(instance, "a@far.example") == ["sent"]
+        assert len(sink.received) == 1
+
+    def test_an_address_literal_is_its_own_host(self, instance, named, far25, net):
+        sink = far25(2)
+        server = named({})
+        post(instance, [f"a@[{net}.2]"], letter("literal"))
+        assert outcomes(instance, f"a@[{net}.2]") == ["sent"]
+        assert len(sink.received) == 1
+        assert server.asked == []
+
+    @pytest.mark.parametrize(
+        ("rows", "mx", "end", "words"),
+        [
+            ({}, [(0, "")], "5.1.10, status=bounced", "does not accept mail"),
+            ({}, None, "5.4.4, status=bounced", f"{NOT_FOUND} type=MX: Host not found"),
+            (
+                {("far.example", "MX"): []},
+                None,
+                "5.4.4, status=bounced",
+                "no data record of requested type",
+            ),
+            (
+                {("far.example", "MX"): 2},
+                None,
+                "4.4.3, status=deferred",
+                f"{NOT_FOUND} type=MX: Host not found, try again",
+            ),
+            (
+                {("far.example", "MX"): lambda packet, way: []},
+                None,
+                "4.4.3, status=deferred",
+                f"{NOT_FOUND} type=MX: Host not found, try again",
+            ),
+            ({}, [(5, HOST)], "5.4.6, status=bounced", "loops back to myself"),
+            (
+                {},
+                [(5, HOST), (9, "mx2.example")],
+                "5.4.6, status=bounced",
+                "mail for far.example loops back to myself",
+            ),
+            ({}, [(5, "localhost")], "5.4.6, status=bounced", "loops back to myself"),
+        ],
+    )
+    def test_what_names_say_is_told(self, instance, named, rows, mx, end, words):
+        named(rows, mx)
+        post(instance, ["a@far.example"], letter("names"))
+        line = told(instance, "a@far.example")
+        assert f"dsn={end}" in line
+        assert words in line
+        if "deferred" in end:
+            assert words in re.sub(r"\s+", " ", instance.mailq())
+        else:
+            instance.wait_empty()
+            (report,) = instance.messages("payam")
+            assert words in re.sub(r"\s+", " ", report)
+
+    def test_a_backup_hands_on_to_better_hosts_only(self, instance, named, far25):
+        better, worse = far25(2), far25(4)
+        mx = [(10, "mx2.example"), (20, HOST), (30, "mx4.example")]
+        times = {"minimal_backoff_time": "1h"}
+        named({}, mx, **times)
+        post(instance, ["a@far.example"], letter("backup"))
+        assert outcomes(instance, "a@far.example") == ["sent"]
+        assert (len(better.received), len(worse.clients)) == (1, 0)
+
+    def test_a_backup_keeps_mail_while_the_better_host_is_down(
+        self, instance, named, far25
+    ):
+        worse = far25(4)
+        mx = [(10, "mx2.example"), (20, HOST), (30, "mx4.example")]
+        named({}, mx, minimal_backoff_time="1h")
+        post(instance, ["a@far.example"], letter("backup"))
+        assert outcomes(instance, "a@far.example") == ["deferred"]
+        assert worse.clients == []
+        better = far25(2)
+        assert instance.run("sendmail", "-q").code == 0
+        instance.wait_empty()
+        assert len(better.received) == 1
+
+    @pytest.mark.parametrize("code", ["530 5.7.0", "534 5.7.9", "538 5.7.11"])
+    def test_a_mail_host_that_wants_a_password_never_gets_it(
+        self, instance, named, far25, code
+    ):
+        far25(2, MAIL=f"{code} Log in first")
+        named({}, [(10, "mx2.example")])
+        post(instance, ["a@far.example"], letter("password"))
+        assert outcomes(instance, "a@far.example") == ["bounced"]
+        assert "Log in first" in instance.wait_message("payam", "password")
+
+    def test_a_mail_host_that_refuses_us_never_gets_it(self, instance, named, far25):
+        far25(2, EHLO="554 5.7.1 No", HELO="554 5.7.1 No")
+        named({}, [(10, "mx2.example")])
+        post(instance, ["a@far.example"], letter("refused"))
+        assert outcomes(instance, "a@far.example") == ["bounced"]
+
+    def test_mx_can_be_reached_by_transport(self, instance, named, far25, net):
+        sink = far25(2)
+        path = instance.write("etc/transport", "else.example smtp:far.example\n")
+        named({}, [(10, "mx2.example")], transport_maps=path)
+        post(instance, ["a@else.example"], letter("by"))
+        assert outcomes(instance, "a@else.example") == ["sent"]
+        assert len(sink.received) == 1
+
+    @pytest.fixture
+    def cluster(self, bin_dir, make_names, net):
+        """Three instances on three addresses; each has its own domain too.
+
+        The first two take shared.example, the third is its backup.
+        """
+        made, rows = [], {}
+        for number in (2, 3, 4):
+            host = f"mx{number}.shared.example"
+            rows[host, "A"] = [("A", f"{net}.{number}")]
+            rows[f"own{number}.example", "MX"] = [("MX", (10, host))]
+        rows["shared.example", "MX"] = [
+            ("MX", (rank, f"mx{number}.shared.example"))
+            for number, rank in ((2, 10), (3, 10), (4, 20))
+        ]
+        for number in (2, 3, 4):
+            one = Neighbour(bin_dir)
+            one.address, one.port = f"{net}.{number}", 25
+            make_names(one, rows)
+            host, own = f"mx{number}.shared.example", f"own{number}.example"
+            shared = "" if number == 4 else ", shared.example"
+            one.configure(
+                inet_interfaces=one.address,
+                myhostname=host,
+                mydestination=f"{host}, {own}, localhost{shared}",
+                relay_domains="shared.example",
+            )
+            made.append(one.start())
+        yield made
+        for one in made:
+            one.close()
+
+    def test_hosts_that_share_a_domain_deliver_each_others_mail(self, cluster):
+        for one, other in itertools.permutations(cluster, 2):
+            number = other.address.rpartition(".")[2]
+            token = new_token()
+            one.sendmail(f"user1@own{number}.example", stdin=letter(token))
+            message = other.wait_message("user1", token)
+            host = f"mx{one.address.rpartition('.')[2]}.shared.example"
+            assert len(fields(message, "Received")) == 2
+            assert f"from {host} (" in fields(message, "Received")[0]
+
+    def test_a_backup_hands_mail_to_a_host_that_keeps_it(self, cluster):
+        first, second, backup = cluster
+        token = new_token()
+        with smtplib.SMTP(backup.address, 25, "client.example", PATIENCE) as client:
+            client.sendmail("a@client.example", "user1@shared.example", letter(token))
+        backup.wait_empty()
+        wait_for(lambda: any(one.with_token("user1", token) for one in (first, second)))
+        found = [len(one.with_token("user1", token)) for one in (first, second)]
+        assert sorted(found) == [0, 1]
+        assert backup.messages("user1") == []
+
+    def test_a_backup_alone_keeps_mail_and_sends_it_to_nobody(self, cluster):
+        first, second, backup = cluster
+        first.kill()
+        second.kill()
+        token = new_token()
+        backup.sendmail("user1@shared.example", stdin=letter(token))
+        shown = backup.wait_reason("Connection refused")
+        assert "user1@shared.example" in shown
+        first.start()
+        assert backup.run("sendmail", "-q").code == 0
+        first.wait_message_only("user1", token)
+
+    def test_mail_that_only_we_could_take_but_do_not_comes_back(
+        self, bin_dir, make_names, net
+    ):
+        one = Neighbour(bin_dir)
+        try:
+            one.address, one.port = f"{net}.2", 25
+            rows = {
+                ("far.example", "MX"): [("MX", (10, "other.example"))],
+                ("other.example", "A"): [("A", f"{net}.2")],
+            }
+            make_names(one, rows)
+            one.configure(inet_interfaces=one.address)
+            one.start()
+            one.sendmail("a@far.example", stdin=letter("loop"))
+            assert "dsn=5.4.6, status=bounced" in told(one, "a@far.example")
+        finally:
+            one.close()
+
+
+SENDER_MAP = """\
+payam              The Boss <boss@x.example>
+user1@{host}       one@x.example
+root               @roots.example
+*                  rest@x.example
+"""
+
+
+class TestSenderRewriting:
+    """smtp_generic_maps: other hosts see other senders than we do."""
+
+    @pytest.fixture(scope="class")
+    def outward(self, bin_dir):
+        """A daemon that rewrites, its relayhost, and a mail store."""
+        one, sink, store = Instance(bin_dir), SmtpSink(), SmtpSink()
+        senders = one.write("etc/senders", SENDER_MAP.format(host=HOST))
+        routes = f"store.example lmtp:[127.0.0.1]:{store.port}\n"
+        one.configure(
+            smtp_generic_maps=senders,
+            relayhost=f"[127.0.0.1]:{sink.port}",
+            transport_maps=one.write("etc/transport", routes),
+        )
+        yield one.start(), sink, store
+        one.close()
+        sink.close()
+        store.close()
+
+    def sent(self, outward, *words, stdin=None, user="payam", to="far@far.example"):
+        """(MAIL command, header and body) of what the relayhost gets."""
+        one, sink, store = outward
+        token = new_token()
+        text = stdin or "To: far@far.example\nSubject: x\n\nx\n"
+        result = one.run(
+            "sendmail", *words, to, stdin=f"X-Token: {token}\n{text}", user=user
+        )
+        assert (result.code, result.err) == (0, ""), result
+
+        def found():
+            received = sink.received + store.received
+            return [one for one in received if token.encode() in one[2]]
+
+        ((sender, _, data),) = wait_for(found)
+        return sender, arrived(data).decode().replace("\r\n", "\n")
+
+    @pytest.mark.parametrize(
+        ("words", "user", "sender", "shown"),
+        [
+            ((), "payam", "boss@x.example", "The Boss <boss@x.example>"),
+            ((), "user1", "one@x.example", "user1 <one@x.example>"),
+            ((), "user2", "rest@x.example", "user2 <rest@x.example>"),
+            # also over what the user set
+            (("-f", "payam"), "payam", "boss@x.example", "The Boss <boss@x.example>"),
+            (
+                ("-f", "a@b.example"),
+                "payam",
+                "rest@x.example",
+                "payam <rest@x.example>",
+            ),
+            (
+                ("-F", "Some Name"),
+                "user1",
+                "one@x.example",
+                "Some Name <one@x.example>",
+            ),
+        ],
+    )
+    def test_envelope_and_from_are_rewritten(self, outward, words, user, sender, shown):
+        command, text = self.sent(outward, *words, user=user)
+        assert command.split()[1] == f"FROM:<{sender}>"
+        assert fields(text, "From") == [shown]
+
+    def test_the_null_sender_stays(self, outward):
+        command, text = self.sent(outward, "-f", "<>", stdin="From: payam\n\nx\n")
+        assert command.split()[1] == "FROM:<>"
+        assert fields(text, "From") == ["The Boss <boss@x.example>"]
+
+    def test_who_is_kept_by_user_changes_the_domain_only(self, outward):
+        command, text = self.sent(outward, stdin=f"From: R <root@{HOST}>\n\nx\n")
+        assert fields(text, "From") == ["R <root@roots.example>"]
+
+    def test_every_other_field_is_only_completed(self, outward):
+        text = (
+            "Received: from payam\nTo: payam, B <user1> (b), c@far.example\n"
+            f"Cc: payam@{HOST}\nReply-To: payam\nSender: user1\nX-From: payam\n"
+            "Subject: payam\n\nFrom: payam\n"
+        )
+        _, found = self.sent(outward, stdin=text)
+        for name, value in (
+            ("To", f"payam@{HOST}, B <user1@{HOST}> (b), c@far.example"),
+            ("Cc", f"payam@{HOST}"),
+            ("Reply-To", f"payam@{HOST}"),
+            ("Sender", "one@x.example"),
+            ("X-From", "payam"),
+            ("Subject", "payam"),
+        ):
+            assert fields(found, name) == [value]
+        assert found.endswith("\n\nFrom: payam\n")
+
+    def test_local_mail_is_left_as_it_is(self, outward):
+        one, _, _ = outward
+        token = new_token()
+        text = f"To: payam\nFrom: payam\nX-Token: {token}\n\nx\n"
+        one.sendmail("payam", "far@far.example", stdin=text)
+        message = one.wait_message("payam", token)
+        assert message.startswith(f"From payam@{HOST} ")
+        assert fields(message, "From") == ["payam"]
+        assert fields(message, "To") == ["payam"]
+        assert "x.example" not in message
+
+    def test_mail_for_a_store_is_left_as_it_is(self, outward):
+        command, text = self.sent(
+            outward, stdin="From: payam\n\nx\n", to="a@store.example"
+        )
+        assert command.split()[1] == f"FROM:<payam@{HOST}>"
+        assert fields(text, "From") == ["payam"]
+
+    def test_explain_says_what_then_happens(self, outward):
+        one, _, _ = outward
+        command, text = self.sent(outward)
+        out = one.run("minimta.py", "explain", "--from", "payam", "far@far.example").out
+        sender = command.split()[1].removeprefix("FROM:")
+        assert f"sender <payam@{HOST}> -> {sender}" in out
+        assert f"-> From: {fields(text, 'From')[0]}" in out
+        assert f"{one.root}/etc/senders:1" in out
+
+    def test_a_map_that_changes_is_used_for_the_next_mail(self, instance, make_sink):
+        sink, path = make_sink(), instance.root / "etc/senders"
+        path.write_text("* one@x.example\n")
+        relayed(instance, sink, smtp_generic_maps=path)
+        for count, name in enumerate(("one", "two"), 1):
+            path.write_text(f"* {name}@x.example\n")
+            post(instance, ["a@far.example"], letter("change"))
+            wait_for(lambda count=count: len(sink.received) == count)
+            assert f"FROM:<{name}@x.example>" in sink.received[-1][0]
+
+    @pytest.mark.parametrize("line", ["* @@\n", "* \n", "* a b@c\n"])
+    def test_a_bad_line_is_deferred_and_named(self, instance, make_sink, line):
+        sink = make_sink()
+        path = instance.write("etc/senders", f"# x\n{line}")
+        relayed(instance, sink, smtp_generic_maps=path)
+        post(instance, ["a@far.example"], letter("bad"))
+        end = told(instance, "a@far.example")
+        assert "dsn=4.3.5, status=deferred" in end
+        assert f"{path}:2" in end
+        assert sink.received == []
+
+    def test_a_map_that_is_missing_is_deferred_and_named(self, instance, make_sink):
+        path = instance.root / "etc/senders"
+        relayed(instance, make_sink(), smtp_generic_maps=path)
+        post(instance, ["a@far.example"], letter("missing"))
+        end = told(instance, "a@far.example")
+        assert "dsn=4.3.5, status=deferred" in end
+        assert f"smtp_generic_maps: {path}: No such file" in end
+
+    @pytest.mark.parametrize(
+        "name", ["host", "host.localdomain", "host.local", "host.lan", "a.internal"]
+    )
+    def test_a_name_that_nobody_knows_is_no_hello(self, instance, make_sink, name):
+        sink = make_sink()
+        instance.configure(myhostname=name, relayhost=f"[127.0.0.1]:{sink.port}")
+        instance.start().sendmail("a@far.example", stdin=letter("hello"))
+        wait_for(lambda: sink.received)
+        (said,) = [line for _, line in sink.log if line.startswith("EHLO")]
+        assert said == "EHLO [127.0.0.1]"
 
 
 class TestBounce:
@@ -8653,7 +15268,7 @@ class TestLists:
         instance.send("user1@localhost", letter("after"))
         instance.wait_message_only("user1", "after")
         assert instance.log().count("status=deferred") == 1500
-        assert len(instance.queued()) == 1
+        wait_for(lambda: len(instance.queued()) == 1)
 
     @pytest.mark.parametrize("how", ["stop", "kill"])
     def test_what_was_deferred_beside_a_slow_one_is_not_lost(self, instance, how):
@@ -8756,7 +15371,7 @@ class TestLists:
         server.send("user1@localhost", letter("round"))
         server.wait_message("user2", "round")
 
-    def test_10_000_members_survive_a_kill_without_a_second_copy(
+    def test_10_000_members_survive_a_kill_with_few_second_copies(
         self, instance, make_sink
     ):
         names = [f"m{number}@example.com" for number in range(10_000)]
@@ -8781,8 +15396,8 @@ class TestLists:
             count[name] += 1
         doubled = sum(number - 1 for number in count.values())
         assert min(count.values()) == 1
-        # at most what was in flight: four connections, a transaction each
-        assert doubled <= 4 * 64
+        # at most what was in flight: 20 connections, a transaction of 100 each
+        assert doubled <= 20 * 100
         assert most < 100 << 20
 
 
@@ -9084,7 +15699,7 @@ class TestAliasFiles:
     def test_100_000_aliases_are_built_and_found(self, instance):
         text = "".join(f"a{n}: user1\n" for n in range(100_000))
         instance.aliases(text)
-        result = instance.run("newaliases")
+        result = instance.run("newaliases", timeout=20 * PATIENCE)  # SQLite is slow
         assert (result.code, result.err) == (0, "")
         assert "100000 aliases" in result.out
         instance.sendmail("-odi", "a99999", stdin=letter("last"))
@@ -9247,9 +15862,8 @@ class TestExplain:
             result = explained.run("minimta.py", "explain", "x@far.example")
         finally:
             server.close()
-        assert result.code == 75  # for it is not sent there yet
-        assert "├─ MX 10 mx.far.example [192.0.2.1]\n" in result.out
-        assert "deferred: no route to far.example" in result.out
+        assert result.code == 0
+        assert "└─ MX 10 mx.far.example [192.0.2.1]\n" in result.out
 
     @pytest.mark.parametrize("kind", ["symlink", "directory", "fifo"])
     def test_a_mailbox_that_would_be_refused_is_named(self, explained, kind):
@@ -9325,6 +15939,458 @@ class TestExplain:
         assert "proof" in (drop / "out").read_text()
 
 
+def new_spool(place):
+    """An empty queue directory, of whoever runs the tests."""
+    me = minimta.User("me", os.getuid(), os.getgid(), "", "/")
+    spool = minimta.Spool(str(place), me)
+    spool.make()
+    return spool
+
+
+def odd_fifo(path, _):
+    """A FIFO that somebody has open, at both of its ends."""
+    os.mkfifo(path)
+    fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+
+    def close():
+        with pytest.raises(BlockingIOError):
+            os.read(fd, 1)  # nobody has written into it
+        os.close(fd)
+
+    return close
+
+
+ODD_FILES = {
+    "a FIFO": lambda path, _: os.mkfifo(path) or bool,
+    "an open FIFO": odd_fifo,
+    "a directory": lambda path, _: path.mkdir() or bool,
+    "a symlink": lambda path, target: path.symlink_to(target) or bool,
+    "a symlink to nowhere": lambda path, _: path.symlink_to("nowhere") or bool,
+    "a symlink to itself": lambda path, _: path.symlink_to(path) or bool,
+}
+
+
+class TestTrace:
+    """What happened to a message."""
+
+    def traced(self, instance, *words, **how):
+        """What trace prints of one message."""
+        result = instance.run("minimta.py", "trace", *words, **how)
+        assert (result.code, result.err) == (0, ""), result
+        return result.out
+
+    def test_a_deferred_message_has_its_attempt_dialogue_and_next_try(
+        self, instance, make_sink
+    ):
+        relayed(instance, make_sink(RCPT="450 4.2.0 Not now, dear"))
+        words = ("-f", "me@example.org", "friend@example.com")
+        instance.sendmail(*words, stdin=letter("later"))
+        instance.wait_reason("Not now, dear")
+        (queue_id,) = instance.queued()
+        shown = self.traced(instance, queue_id)
+        assert shown.startswith(f"{queue_id}  queue\narrived    ")
+        assert "\nsender     <me@example.org>\n" in shown
+        assert "\nrecipient  <friend@example.com>\n" in shown
+        assert re.search(r"\n  .*  deferred 4\.2\.0 \(127\.0\.0\.1\[.*Not now", shown)
+        assert re.search(r"\nnext try   \w\w\w, ", shown)
+        dialogue = shown.partition("\ndialogue ")[2]
+        assert "\n  S: 220 sink.example ESMTP\n  C: EHLO " in dialogue
+        assert "\n  C: RCPT TO:<friend@example.com>\n" in dialogue
+        assert "\n  S: 450 4.2.0 Not now, dear\n" in dialogue
+
+    def test_a_message_that_is_gone_is_found_by_each_of_its_names(
+        self, instance, make_sink
+    ):
+        relayed(instance, make_sink())
+        text = "Message-ID: <odd.one@example.org>\n" + letter("gone")
+        instance.sendmail("friend@example.com", "user1", stdin=text)
+        instance.wait_empty()
+        first = self.traced(instance, "<odd.one@example.org>")
+        queue_id = first.partition(" ")[0]
+        assert first.startswith(f"{queue_id}  done\n")
+        assert re.search(r"sent 2\.0\.0 .*: 250 2\.0\.0 Kept\n", first)
+        assert "sent 2.0.0 (local): delivered to mailbox\n" in first
+        for name in (queue_id, "odd.one@example.org", "--last"):
+            assert self.traced(instance, name) == first
+
+    def test_the_last_one_is_the_newest(self, instance):
+        instance.start()
+        for number in range(3):
+            instance.sendmail("user1", stdin=letter(f"number {number}"))
+        wait_for(lambda: len(instance.messages("user1")) == 3)
+        instance.wait_empty()
+        ids = re.findall(r"cleanup\[\d+\]: (\w+): message-id", instance.log())
+        assert self.traced(instance, "--last").startswith(f"{max(ids)}  done\n")
+
+    def test_json_has_what_the_text_has(self, instance, make_sink):
+        relayed(instance, make_sink(DATA="554 5.7.1 Never"))
+        instance.sendmail("friend@example.com", stdin=letter("never"))
+        instance.wait_message("payam", "never")
+        instance.wait_empty()
+        queue_id = re.search(r"(\w+): to=<friend@example", instance.log()).group(1)
+        found = json.loads(self.traced(instance, "--json", queue_id))
+        assert found["queue_id"] == queue_id
+        assert found["state"] == "done"
+        assert found["recipients"] == ["friend@example.com"]
+        (attempt,) = found["attempts"]
+        assert (attempt["outcome"], attempt["status"]) == ("bounced", "5.7.1")
+        assert "S: 554 5.7.1 Never" in found["dialogue"]
+
+    def test_a_host_that_is_not_there_is_told_of(self, instance):
+        port = free_port()
+        instance.configure(relayhost=f"[127.0.0.1]:{port}")
+        instance.start()
+        instance.sendmail("friend@example.com", stdin=letter("later"))
+        instance.wait_reason("refused")
+        shown = self.traced(instance, "--last")
+        assert f"connect to 127.0.0.1[127.0.0.1]:{port}: Connection refused" in shown
+        assert f"\ndialogue   127.0.0.1[127.0.0.1]:{port}, route " in shown
+
+    def test_what_nobody_knows_is_not_found(self, instance):
+        instance.start()
+        result = instance.run("minimta.py", "trace", "T43N939QKX")
+        assert_one_clear_line(result, 66)
+
+    @pytest.mark.parametrize("words", [(), ("--last", "X"), ("a b",), ("a\nb",)])
+    def test_one_message_is_to_be_named(self, instance, words):
+        assert_one_clear_line(instance.run("minimta.py", "trace", *words), 64)
+
+    def test_its_files_stay_small(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(minimta, "MAX_HISTORY", 2000)
+        history = minimta.History(new_spool(tmp_path))
+        for number in range(100):
+            history.add(minimta.new_id(number, 0), "message", ["x" * 50])
+        sizes = [path.stat().st_size for path in (tmp_path / "trace").iterdir()]
+        assert len(sizes) == 2
+        assert max(sizes) < 2200
+        assert history.find(minimta.new_id(99, 0)) == [("message", ["x" * 50])]
+        assert history.find(minimta.new_id(0, 0)) == []
+
+    @pytest.mark.parametrize(
+        ("key", "uid", "wanted"),
+        [
+            ("last", 0, 299),
+            ("last", 7, 3),
+            ("last", 9, None),
+            ("<number.5@x>", 0, 5),
+            ("<number.3@x>", 7, 3),
+            ("<number.5@x>", 7, None),
+        ],
+    )
+    def test_its_files_are_read_no_more_often_for_more_messages(
+        self, tmp_path, monkeypatch, key, uid, wanted
+    ):
+        history = minimta.History(new_spool(tmp_path))
+        names = [minimta.new_id(number, 0) for number in range(300)]
+        for number, name in enumerate(names):
+            origin = f"origin: uid {7 if number == 3 else 8}"
+            rows = [f"message-id: <number.{number}@x>", origin]
+            history.add(name, "message", rows)
+        reads, read = [], history.texts
+        monkeypatch.setattr(history, "texts", lambda: reads.append(1) or read())
+        found = history.trace(key, uid)
+        assert (found and found.queue_id) == (wanted and names[wanted])
+        assert 1 <= len(reads) <= 2
+
+    @pytest.mark.parametrize("name", ["now", "before", "other"])
+    @pytest.mark.parametrize("kind", ODD_FILES)
+    def test_what_is_no_file_in_its_place_holds_nobody_up(
+        self, instance, make_sink, kind, name
+    ):
+        precious = instance.write("precious", f"{minimta.new_id(1, 1)} message\n")
+        relayed(instance, make_sink())
+        runner = parts(instance)[2]
+        with contextlib.ExitStack() as stack:
+            stack.callback(ODD_FILES[kind](instance.queue / "trace" / name, precious))
+            instance.sendmail("user1", "friend@example.com", stdin=letter("odd"))
+            instance.wait_message("user1", "odd")
+            result = instance.run("minimta.py", "trace", "--last")
+            assert result.code == (66 if name == "now" else 0), result
+            assert "Traceback" not in result.err
+            assert instance.mailq() == "Mail queue is empty\n"
+            daemon = minimta.SubmitSocket(str(instance.queue))
+            assert daemon.connect()
+            daemon.send("EHLO localhost")
+            daemon.expect(250)
+            assert (daemon.trace("last") is None) == (name == "now")
+            daemon.close()
+            instance.sendmail("user1", stdin=letter("again"))
+            instance.wait_message("user1", "again")
+        assert precious.read_text() == f"{minimta.new_id(1, 1)} message\n"
+        assert parts(instance)[2] == runner
+
+    def test_a_huge_record_is_cut_at_a_line(self, tmp_path):
+        history = minimta.History(new_spool(tmp_path))
+        name = minimta.new_id(1, 1)
+        history.add(name, "message", ["odd\x1b\n line\tkept"] + ["y" * 900] * 100)
+        ((_, rows),) = history.find(name)
+        assert rows[0] == "odd?? line\tkept"
+        assert set(rows[1:]) == {"y" * 900}
+        assert len(rows) < 50
+
+    def test_verbose_sendmail_shows_what_is_said_and_what_came_of_it(
+        self, instance, make_sink
+    ):
+        relayed(instance, make_sink(RCPT="550 5.1.1 Never heard of"))
+        words = ("-v", "friend@example.com", "user1")
+        result = instance.run("sendmail", *words, stdin=letter("loud"))
+        assert result.code == 0
+        assert re.match(r"sendmail: queued as \w{10}\n", result.err)
+        assert "\n  C: RCPT TO:<friend@example.com>\n" in result.err
+        assert "\n  S: 550 5.1.1 Never heard of\n" in result.err
+        assert re.search(r"\n<friend@example.com>: bounced \(.*Never heard", result.err)
+        assert "\n<user1@centos7-1.localdomain>: sent (" in result.err
+
+    def test_verbose_sendmail_without_a_daemon_shows_the_same(
+        self, instance, make_sink
+    ):
+        sink = make_sink()
+        instance.configure(relayhost=f"[127.0.0.1]:{sink.port}")
+        words = ("-v", "friend@example.com")
+        result = instance.run("sendmail", *words, stdin=letter("loud"))
+        assert (result.code, result.out) == (0, "")
+        assert "\n  S: 250 2.0.0 Kept\n<friend@example.com>: sent (" in result.err
+        assert len(sink.received) == 1
+
+    @needs_root
+    def test_a_user_sees_only_the_mail_that_the_user_sent(
+        self, public_bin, make_instance
+    ):
+        instance = make_instance()
+        instance.bin = public_bin
+        instance.root.chmod(0o755)
+        instance.start()
+        for user in ("user1", "user2"):
+            words = (public_bin / "sendmail", "payam")
+            text = f"Message-ID: <of.{user}@x>\n" + letter("mine")
+            how = {"env": instance.env(user), "preexec_fn": become(user)}
+            subprocess.run(words, input=text.encode(), check=True, **how)
+        wait_for(lambda: len(instance.messages("payam")) == 2)
+        instance.wait_empty()
+        for user, code in (("user1", 0), ("user2", 66), ("root", 0)):
+            how = {"preexec_fn": become(user)} if user != "root" else {}
+            words = ("trace", "<of.user1@x>")
+            result = instance.run("minimta.py", *words, user=user, **how)
+            assert result.code == code, (user, result)
+            assert ("<of.user1@x>" in result.out) == (code == 0)
+        result = instance.run(
+            "minimta.py", "trace", "--last", user="user1", preexec_fn=become("user1")
+        )
+        assert "<of.user1@x>" in result.out
+
+
+class TestOutgrown:
+    """The settings with which the README hands over to other hosts."""
+
+    def settings(self, title, **hosts):
+        """The README's settings under `# title`, our sinks as its hosts."""
+        manual = (HERE / "README.md").read_text(encoding="utf-8")
+        blocks = re.findall(r"(?s)```ini\n(.*?)```", manual)
+        (block,) = [block for block in blocks if block.startswith(f"# {title}")]
+        for host, sink in hosts.items():
+            name = re.escape(host.replace("_", "."))
+            block = re.sub(rf"\[?{name}\]?(:\d+)?", f"[127.0.0.1]:{sink}", block)
+        lines = [line for line in block.splitlines() if not line.startswith("#")]
+        return dict(line.split(" = ") for line in lines)
+
+    def test_mail_goes_to_the_first_smarthost_that_lets_us_in(
+        self, instance, make_sink
+    ):
+        busy, good = make_sink(CONNECT="421 4.3.2 Not now"), make_sink()
+        ports = {"out1_example_com": free_port(), "out2_example_com": busy.port}
+        found = self.settings("many smarthosts", **ports)
+        found["relayhost"] = found["relayhost"].replace(
+            "smtps://out3.example.com", f"[127.0.0.1]:{good.port}"
+        )
+        assert found["relayhost"].count("127.0.0.1") == 3
+        instance.configure(**found)
+        instance.start()
+        instance.sendmail("friend@example.com", stdin=letter("pool"))
+        instance.wait_empty()
+        assert len(good.received) == 1
+
+    def test_another_program_keeps_the_mail(self, instance, make_sink):
+        store = make_sink()
+        found = self.settings("another program", store_example_com=store.port)
+        instance.configure(**found)
+        instance.start()
+        instance.sendmail("user1", stdin=letter("stored"))
+        instance.wait_empty()
+        assert [recipients for _, recipients, _ in store.received] == [
+            [f"user1@{HOST}"]
+        ]
+
+    def test_several_hosts_take_mail_for_one_domain(self, make_instance, make_sink):
+        store = make_sink()
+        found = self.settings("several minimta", store_example_com=store.port)
+        hosts = [make_instance(**found) for _ in range(3)]
+        for number, host in enumerate(hosts):
+            host.start()
+            host.send("user1@example.com", letter(f"by {number}"))
+        for host in hosts:
+            host.wait_empty()
+        assert [names for _, names, _ in store.received] == [["user1@example.com"]] * 3
+
+
+class TestQueueCommands:
+    """The queue's commands, beside a running daemon and without one."""
+
+    @pytest.fixture(params=[True, False], ids=["daemon", "no daemon"])
+    def host(self, instance, request):
+        """Six messages that wait: r0 to r5 at x0.example and x1.example."""
+        instance.configure(relayhost=f"[127.0.0.1]:{free_port()}")
+        if request.param:
+            instance.start()
+        for number in range(6):
+            words = ("-odq", f"r{number}@x{number % 2}.example")
+            instance.run("sendmail", *words, stdin=letter(f"m{number}"), user="payam")
+        if request.param:
+            wait_for(lambda: instance.log().count("status=deferred") == 6)
+        else:
+            assert instance.run("sendmail", "-q").code == 0
+        return instance
+
+    def queue(self, host, *words, code=0, **how):
+        """What `minimta.py queue` prints."""
+        result = host.run("minimta.py", "queue", *words, **how)
+        assert (result.code, result.err) == (code, ""), result
+        return result.out
+
+    def test_what_is_meant_is_shown(self, host):
+        assert self.queue(host, "count") == "6\n"
+        assert self.queue(host, "count", "host:x1.example", "!to:r1@") == "2\n"
+        assert self.queue(host, "count", "reason:refused", "younger:1h") == "6\n"
+        assert self.queue(host, "count", "older:1h") == "0\n"
+        first = json.loads(self.queue(host, "json", "to:r3").splitlines()[0])
+        assert first["recipients"][0]["address"] == "r3@x1.example"
+        assert list(first)[:6] == [
+            *("queue_name", "queue_id", "arrival_time", "message_size"),
+            *("forced_expire", "sender"),
+        ]
+        assert self.queue(host, "to:r3").count("r3@x1.example") == 1
+        summary = self.queue(host, "summary").splitlines()
+        assert summary[1].split()[0::4] == ["3", "x0.example"]
+        shown = self.queue(host, "show", first["queue_id"], "--body")
+        assert shown == "text\n"
+
+    def test_what_is_held_waits_until_it_is_released(self, host):
+        (queue_id,) = re.findall(r"(?m)^\w{10}", self.queue(host, "to:r2"))
+        said = f"{queue_id}: placed on hold\nPlaced on hold: 1 message\n"
+        assert self.queue(host, "hold", queue_id) == said
+        assert f"\n{queue_id}!" in "\n" + host.mailq()
+        assert host.run("sendmail", "-q").code == 0
+        assert self.queue(host, "count", "held") == "1\n"
+        assert "released from hold" in self.queue(host, "release", "held")
+        assert self.queue(host, "count", "held") == "0\n"
+        assert self.queue(host, "count") == "6\n"
+
+    def test_what_is_removed_is_gone_without_a_word(self, host):
+        assert self.queue(host, "remove", "host:x0.example").count(": removed\n") == 3
+        assert self.queue(host, "count") == "3\n"
+        assert self.queue(host, "remove", "all").endswith("Deleted: 3 messages\n")
+        assert host.mailq() == "Mail queue is empty\n"
+        assert host.messages("payam") == []
+
+    def test_what_is_given_up_comes_back(self, host):
+        assert "Force-expired: 1 message" in self.queue(host, "bounce", "to:r4")
+        host.run("sendmail", "-q")
+        (report,) = wait_for(lambda: host.with_token("payam", "m4"))
+        assert "<r4@x0.example>: cancelled by the administrator" in report
+        assert self.queue(host, "count") == "5\n"
+
+    def test_what_is_tried_now_goes(self, host, make_sink):
+        sink = make_sink()
+        host.configure(relayhost=f"[127.0.0.1]:{sink.port}")
+        if host.process:
+            host.process.send_signal(signal.SIGHUP)
+            wait_for(lambda: "settings read again" in host.log())
+        self.queue(host, "run", "to:r1")
+        if not host.process:
+            host.run("sendmail", "-q")
+        wait_for(lambda: sink.received)
+        names = [name for _, (name,), _ in sink.received]
+        assert "r1@x1.example" in names
+
+    @pytest.mark.parametrize(
+        ("words", "code"),
+        [(("remove",), 64), (("hold", "older:x"), 64), (("remove", "to:nobody"), 1)],
+    )
+    def test_what_means_nothing_changes_nothing(self, host, words, code):
+        result = host.run("minimta.py", "queue", *words)
+        assert result.code == code
+        assert self.queue(host, "count") == "6\n"
+
+    def test_ids_come_on_standard_input(self, host):
+        ids = re.findall(r"(?m)^\w{10}", host.mailq())
+        self.queue(host, "remove", "-", stdin="\n".join(ids[:4]))
+        assert self.queue(host, "count") == "2\n"
+
+    def test_postfixs_and_exims_names_do_the_same(self, host):
+        def said(*words, stdin=""):
+            result = host.run("minimta.py", *words, stdin=stdin)
+            assert result.code == 0, result
+            return result.out + result.err
+
+        ids = re.findall(r"(?m)^\w{10}", said("postqueue", "-p"))
+        assert said("postqueue", "-j").count("\n") == 6
+        assert said("postsuper", "-h", "ALL") == (
+            "postsuper: Placed on hold: 6 messages\n"
+        )
+        assert said("postsuper", "-H", ids[0]) == (
+            f"postsuper: {ids[0]}: released from hold\n"
+            "postsuper: Released from hold: 1 message\n"
+        )
+        assert said("postsuper", "-d", "-", stdin=ids[1]).endswith("1 message\n")
+        assert said("postsuper", "-d", "NONESUCH00") == (
+            "postsuper: Deleted: 0 messages\n"
+        )
+        assert said("exim", "-bpc") == "5\n"
+        assert said("exim", "-Mt", ids[2]) == f"Message {ids[2]} is no longer frozen\n"
+        assert said("exim", "-Mf", ids[2]) == f"Message {ids[2]} is now frozen\n"
+        assert said("exim", "-bp").count("*** frozen ***") == 4
+        assert said("exim", "-Mrm", ids[2]) == f"Message {ids[2]} has been removed\n"
+        assert said("exim", "-Mvb", ids[0]) == "text\n"
+        assert "*** MESSAGE CONTENTS" in said("postcat", "-q", ids[0])
+        assert said("qmail-qstat").startswith("messages in queue: 4\n")
+        assert said("qmail-qread").count("\tremote\t") == 4
+
+    def test_a_message_on_its_way_is_left_alone(self, instance, make_sink):
+        gate = threading.Event()
+        sink = make_sink(MAIL=lambda *_: gate.wait(PATIENCE) and "250 2.1.0 Ok")
+        relayed(instance, sink)
+        instance.sendmail("friend@example.com", stdin=letter("slow"))
+        wait_for(lambda: sink.clients)
+        wait_for(lambda: [line for line in sink.log if "MAIL" in str(line)])
+        try:
+            for action in ("remove", "hold", "bounce"):
+                result = instance.run("minimta.py", "queue", action, "all")
+                assert result.code == 1
+                assert "it is being delivered: try again" in result.err
+        finally:
+            gate.set()
+        instance.wait_empty()
+        assert len(sink.received) == 1
+
+    @needs_root
+    def test_users_change_the_mail_that_they_sent(self, public_bin, make_instance):
+        host = make_instance(relayhost=f"[127.0.0.1]:{free_port()}")
+        host.bin = public_bin
+        host.root.chmod(0o755)
+        host.start()
+        for user in ("user1", "user2"):
+            words = [public_bin / "sendmail", f"of-{user}@x.example"]
+            how = {"env": host.env(user), "preexec_fn": become(user)}
+            subprocess.run(words, input=letter("x").encode(), check=True, **how)
+        wait_for(lambda: host.log().count("status=deferred") == 2)
+        how = {"user": "user1", "preexec_fn": become("user1")}
+        other = host.run("minimta.py", "queue", "remove", "to:of-user2", **how)
+        assert other.code == 77
+        assert "somebody else sent it" in other.err
+        own = host.run("minimta.py", "queue", "remove", "to:of-user1", **how)
+        assert own.code == 0, own
+        assert host.mailq().count("@x.example\n") == 1
+
+
 class TestMailq:
     """The queue, as Postfix shows it."""
 
@@ -9362,6 +16428,1063 @@ class TestMailq:
 
     def test_an_unknown_flag_is_a_usage_error(self, instance):
         assert_one_clear_line(instance.run("mailq", "-Z"), 64)
+
+
+def put(instance, queue_id, *recipients, why="", state="", age=0, text=MESSAGE, **more):
+    """A message in the queue, of which nothing is due for a day; its id."""
+    spool = minimta.House({"MINIMTA_ROOT": str(instance.root)}).spool()
+    spool.make()
+    now = time.time()
+    words = {"sender": f"payam@{HOST}", "arrived": now - age, "origin": "uid 0", **more}
+    commit(spool, text, queue_id, recipients=list(recipients), **words)
+    if why:
+        rows = [
+            minimta.Attempt(
+                now, "deferred", "4.4.1", name, f"remote {name}", "none", why
+            )
+            for name in recipients
+        ]
+        spool.note(queue_id, rows)
+    spool.wait_until(queue_id, now + 86400)
+    if state == "hold":
+        spool.act("hold", queue_id)
+    return queue_id
+
+
+def put_stock(instance):
+    """STOCK in the instance's queue."""
+    for queue_id, sender, recipients, age, state in STOCK:
+        why = STOCK_REASONS[recipients[0]] if state == "deferred" else ""
+        how = {"sender": sender, "age": age, "state": state, "why": why}
+        put(instance, queue_id, *recipients, **how)
+
+
+def where_is(instance, queue_id):
+    """The folders of the queue that hold a message."""
+    folders = ("queue", "hold", "corrupt")
+    return [one for one in folders if (instance.queue / one / queue_id).exists()]
+
+
+def state_of(path):
+    """What a queue command may change of a file."""
+    seen = path.stat()
+    return seen.st_ino, seen.st_mode, seen.st_mtime_ns
+
+
+def in_queue(instance):
+    """The second letters of the ids in queue/, then of those in hold/."""
+    names = (sorted(os.listdir(instance.queue / one)) for one in ("queue", "hold"))
+    return " ".join("".join(name[1] for name in each) for each in names)
+
+
+def queue_run(instance, *words, **how):
+    """minimta.py queue, as root."""
+    return instance.run("minimta.py", "queue", *words, user="root", **how)
+
+
+def queue_done(instance, *words, **how):
+    """What minimta.py queue prints when all goes well."""
+    result = queue_run(instance, *words, **how)
+    assert (result.code, result.err) == (0, ""), result
+    return result.out
+
+
+def sink_tokens(sink):
+    """The subjects of what a sink took in, in order."""
+    return sorted(
+        re.search(rb"(?m)^Subject: (\S+)", text).group(1).decode()
+        for _, _, text in sink.received
+    )
+
+
+@pytest.fixture(params=["without a daemon", "beside a daemon"])
+def stocked(request, instance):
+    """An instance whose queue holds STOCK, of which nothing is due."""
+    put_stock(instance)
+    if request.param == "beside a daemon":
+        instance.start()
+    return instance
+
+
+class TestQueue:
+    """minimta.py queue: what it shows, what it changes, what it refuses."""
+
+    def test_without_an_action_it_lists_as_mailq_does(self, stocked):
+        shown = queue_done(stocked)
+        assert shown == queue_done(stocked, "list") == stocked.mailq()
+        assert shown.endswith("\n-- 0 Kbytes in 4 Requests.\n")
+        for queue_id, sender, recipients, _, state in STOCK:
+            flag = {"active": "*", "hold": "!"}.get(state, " ")
+            who = sender or "MAILER-DAEMON"
+            row = rf"(?m)^{queue_id}{re.escape(flag)} +\d+ .{{20}} {who}$"
+            assert re.search(row, shown)
+            for name in recipients:
+                assert f"\n{'':41}{name}\n" in shown
+        why = STOCK_REASONS["a@one.example"]
+        assert f"\n{' ' * (76 - len(why))}({why})\n" in shown
+
+    def test_an_empty_queue_is_nothing_to_be_shown(self, instance):
+        assert queue_done(instance) == "Mail queue is empty\n"
+        assert queue_done(instance, "json") == ""
+        assert queue_done(instance, "count") == "0\n"
+
+    def test_a_line_of_json_is_one_message(self, stocked):
+        rows = [json.loads(line) for line in queue_done(stocked, "json").splitlines()]
+        assert [row["queue_id"] for row in rows] == [row[0] for row in STOCK]
+        keys = [*TestQueueTree.KEYS, "next_attempt", "attempts", "expires"]
+        assert [list(row) for row in rows] == [keys] * 4
+        assert [row["queue_name"] for row in rows] == [row[4] for row in STOCK]
+        assert rows[0]["recipients"][0]["delay_reason"].endswith("Connection refused")
+        assert rows[0]["next_attempt"] > time.time() + 86000
+        first = rows[0]["expires"] - rows[0]["arrival_time"]
+        assert first == 5 * 86400
+
+    def test_selectors_choose_what_is_counted(self, stocked):
+        for words in ("0A", "to:one.example !from:<>", "older:2h", "held", "!held"):
+            count = len(CHOICES[words])
+            assert queue_done(stocked, "count", *words.split()) == f"{count}\n"
+
+    def test_a_list_of_some_is_of_those_only(self, stocked):
+        shown = queue_done(stocked, "reason:REFUSED$")
+        assert shown.endswith("\n-- 0 Kbytes in 1 Request.\n")
+        assert "0AAAAAAAAA " in shown
+        assert queue_done(stocked, "from:nobody") == "Mail queue is empty\n"
+
+    def test_a_sum_is_by_domain(self, stocked):
+        title, first, *rest = queue_done(stocked, "summary").splitlines()
+        assert title.split() == ["Count", "Volume", "Oldest", "Newest", "Domain"]
+        assert first.split() == ["2", "52", "72h", "0m", "two.example"]
+        assert any(line.endswith("Connection refused)") for line in rest)
+
+    def test_a_message_is_shown_with_its_past_and_its_header(self, stocked):
+        shown = queue_done(stocked, "show", "0A")
+        assert shown.startswith("0AAAAAAAAA  queue\n")
+        for piece in ("<a@one.example>", "Connection refused", "Subject: hello\n"):
+            assert piece in shown
+        assert "some text" not in shown
+        assert queue_done(stocked, "show", "0D").startswith("0DDDDDDDDD  hold\n")
+
+    def test_its_body_or_its_whole_file_is_shown_alone(self, stocked):
+        assert queue_done(stocked, "show", "--body", "0A") == "some text\n"
+        file = stocked.queue / "queue/0AAAAAAAAA"
+        assert queue_done(stocked, "show", "--raw", "0A") == file.read_text()
+
+    def test_a_large_message_is_shown_as_it_is(self, instance):
+        body = "".join(f"line {number} of many\n" for number in range(50_000))
+        text = f"Subject: much\nX-Odd:folded\n\there\n\n{body}".encode()
+        put(instance, "0AAAAAAAAA", "far@far.example", text=text)
+        assert queue_done(instance, "show", "--body", "0A") == body
+        raw = queue_done(instance, "show", "--raw", "0A")
+        assert raw == (instance.queue / "queue/0AAAAAAAAA").read_text()
+
+    @pytest.mark.parametrize(
+        ("action", "said", "total", "left"),
+        [
+            ("hold", "placed on hold", "Placed on hold", "BC AD"),
+            ("remove", "removed", "Deleted", "BC D"),
+        ],
+    )
+    def test_what_is_done_is_said_of_each_and_of_all(
+        self, stocked, action, said, total, left
+    ):
+        out = queue_done(stocked, action, "0AAAAAAAAA")
+        assert out == f"0AAAAAAAAA: {said}\n{total}: 1 message\n"
+        assert in_queue(stocked) == left
+        out = queue_done(stocked, action, "deferred" if left[0] == "A" else "0B", "0C")
+        assert out == f"0BBBBBBBBB: {said}\n0CCCCCCCCC: {said}\n{total}: 2 messages\n"
+
+    @pytest.mark.parametrize(
+        ("name", "total"),
+        [
+            *(("delete", "Deleted"), ("rm", "Deleted"), ("flush", "Due now")),
+            *(("retry", "Due now"), ("freeze", "Placed on hold")),
+            ("thaw", "Released from hold"),
+        ],
+    )
+    def test_an_action_has_the_names_of_other_systems_too(self, instance, name, total):
+        put_stock(instance)
+        words = ("0D",) if name == "thaw" else ("0A",)
+        assert queue_done(instance, name, *words).endswith(f"{total}: 1 message\n")
+
+    def test_released_is_what_was_on_hold(self, stocked):
+        out = queue_done(stocked, "release", "0D")
+        assert out == "0DDDDDDDDD: released from hold\nReleased from hold: 1 message\n"
+        assert "0DDDDDDDDD!" not in stocked.mailq()
+
+    def test_what_is_not_on_hold_is_not_released(self, stocked):
+        due = (stocked.queue / "queue/0AAAAAAAAA").stat().st_mtime
+        out = queue_run(stocked, "release", "all").out
+        assert "0AAAAAAAAA: released from hold\n" not in out
+        assert (stocked.queue / "queue/0AAAAAAAAA").stat().st_mtime == due
+
+    def test_what_is_on_hold_is_not_said_to_be_due(self, stocked):
+        out = queue_run(stocked, "run", "0D").out
+        assert (where_is(stocked, "0DDDDDDDDD"), "due now" in out) != (["hold"], True)
+
+    def test_ids_come_on_standard_input_too(self, stocked):
+        ids = "0AAAAAAAAA\n0CCCCCCCCC 0ZZZZZZZZZ\n"
+        out = queue_done(stocked, "hold", "-", stdin=ids)
+        assert out.endswith("Placed on hold: 2 messages\n")
+        assert in_queue(stocked) == "B ACD"
+
+    def test_no_ids_on_standard_input_are_no_messages(self, instance):
+        put_stock(instance)
+        result = queue_run(instance, "remove", "-", stdin="\n")
+        assert (result.code, result.out) == (1, "")
+        assert in_queue(instance) == "ABC D"
+
+    def test_all_on_standard_input_is_no_id(self, instance):
+        put_stock(instance)
+        result = queue_run(instance, "remove", "-", stdin="0AAAAAAAAA\nall\n")
+        assert result.code == 0
+        assert in_queue(instance) == "BC D"
+        assert queue_run(instance, "remove", "-", stdin="all\n").code == 1
+        assert in_queue(instance) == "BC D"
+
+    def test_the_beginning_of_several_ids_changes_none(self, instance):
+        put_stock(instance)
+        result = queue_run(instance, "remove", "0")
+        assert result.code in (1, 64)
+        assert in_queue(instance) == "ABC D"
+
+    def test_what_fits_nothing_is_exit_code_1(self, stocked):
+        for action in ("hold", "remove", "show", "run", "bounce"):
+            result = queue_run(stocked, action, "0ZZZ")
+            assert (result.code, result.out) == (1, ""), action
+        assert in_queue(stocked) == "ABC D"
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            *(["remove"], ["hold"], ["show"], ["remove", "nonsense"], ["remove", "!"]),
+            *(["remove", "older:soon"], ["remove", "reason:("], ["remove", "-Z"]),
+            *(["remove", "all:x"], ["remove", "state:x"], ["nonsense"], ["--nonsense"]),
+        ],
+        ids=" ".join,
+    )
+    def test_what_makes_no_sense_is_exit_code_64(self, instance, words):
+        put_stock(instance)
+        result = queue_run(instance, *words)
+        assert_one_clear_line(result, 64)
+        assert (result.out, in_queue(instance)) == ("", "ABC D")
+
+    def test_its_help_names_each_action_and_selector(self, instance):
+        shown = queue_done(instance, "--help")
+        words = (
+            *("list", "json", "count", "summary", "show", "run", "hold", "release"),
+            *("remove", "requeue", "bounce", "all", "held", "deferred", "active"),
+            *("to:", "from:", "host:", "reason:", "older:", "younger:", "!", "-y"),
+        )
+        assert [word for word in words if word not in shown] == []
+
+    @pytest.mark.parametrize("action", ["remove", "bounce"])
+    def test_at_a_terminal_no_is_what_it_takes_for_an_answer(self, stocked, action):
+        for answer in ("n\n", "\n", "\x04"):
+            person = Terminal(stocked, "minimta.py", "queue", action, "all")
+            person.expect(f"{action} all 4 messages? [y/N] ")
+            person.type(answer)
+            person.close()
+        assert in_queue(stocked) == "ABC D"
+
+    def test_at_a_terminal_yes_removes_all(self, stocked):
+        person = Terminal(stocked, "minimta.py", "queue", "remove", "all")
+        person.expect("[y/N] ")
+        person.type("y\n")
+        person.expect("Deleted: 4 messages\n")
+        assert person.close() == 0
+        assert in_queue(stocked) == " "
+
+    def test_y_does_not_ask(self, instance):
+        for words in (["remove", "-y", "all"], ["-y", "remove", "all"]):
+            put_stock(instance)
+            person = Terminal(instance, "minimta.py", "queue", *words)
+            assert "?" not in person.expect("Deleted: 4 messages\n")
+            assert person.close() == 0
+
+    def test_who_names_one_is_not_asked(self, instance):
+        put_stock(instance)
+        person = Terminal(instance, "minimta.py", "queue", "remove", "0A")
+        assert "?" not in person.expect("Deleted: 1 message\n")
+        assert person.close() == 0
+
+    def test_what_is_removed_is_gone_with_its_past(self, stocked):
+        queue_done(stocked, "remove", "all")
+        for folder in ("queue", "hold", "journal", "incoming"):
+            assert os.listdir(stocked.queue / folder) == []
+        assert queue_done(stocked) == "Mail queue is empty\n"
+
+
+@needs_root
+class TestQueueOfUsers:
+    """What a user who is not root may do with the queue."""
+
+    @pytest.fixture
+    def host(self, public_bin):
+        """An instance with a message of user1 and one of user2."""
+        one = Instance(public_bin)
+        for name, user in (("0AAAAAAAAA", "user1"), ("0BBBBBBBBB", "user2")):
+            origin = f"uid {UIDS[user]}"
+            put(one, name, "far@far.example", origin=origin, why="not yet")
+        yield one
+        one.close()
+
+    def by(self, user, host, *words, **how):
+        """minimta.py queue, as a user."""
+        how["preexec_fn"] = become(user)
+        return host.run("minimta.py", "queue", *words, user=user, **how)
+
+    @pytest.mark.parametrize("action", ["hold", "remove", "requeue", "bounce", "run"])
+    def test_ones_own_mail_may_be_changed(self, host, action):
+        result = self.by("user1", host.start(), action, "0A")
+        assert (result.code, result.err) == (0, ""), result
+        assert result.out.endswith(": 1 message\n")
+
+    @pytest.mark.parametrize("action", minimta.ACTIONS)
+    def test_the_mail_of_others_may_not(self, host, action):
+        host.start()
+        before = state_of(host.queue / "queue/0BBBBBBBBB")
+        result = self.by("user1", host, action, "0B")
+        assert_one_clear_line(result, 77)
+        assert "0BBBBBBBBB" in result.err
+        assert state_of(host.queue / "queue/0BBBBBBBBB") == before
+
+    def test_of_all_mail_a_user_removes_the_own(self, host):
+        result = self.by("user1", host.start(), "remove", "all")
+        assert result.code == 0
+        assert "0AAAAAAAAA: removed\nDeleted: 1 message\n" in result.out
+        assert in_queue(host) == "B "
+
+    def test_no_user_puts_a_message_of_root_on_hold(self, host):
+        put(host, "0CCCCCCCCC", "far@far.example")
+        assert self.by("user1", host.start(), "hold", "0C").code == 77
+
+    @pytest.mark.parametrize("option", ["--body", "--raw"])
+    def test_no_user_reads_what_waits(self, host, option):
+        result = self.by("user2", host.start(), "show", option, "0A")
+        assert_one_clear_line(result, 77)
+        assert "some text" not in result.out
+
+    def test_what_others_sent_is_not_shown(self, host):
+        result = self.by("user2", host.start(), "show", "0A")
+        assert result.code == 77
+        assert "Subject" not in result.out
+
+    @pytest.mark.parametrize("words", [["list"], ["remove", "0A"]], ids=" ".join)
+    def test_without_a_daemon_that_is_exit_code_69(self, host, words):
+        assert_one_clear_line(self.by("user1", host, *words), 69)
+        assert in_queue(host) == "AB "
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            *(["postsuper", "-d", "0BBBBBBBBB"], ["postsuper", "-d", "ALL"]),
+            *(["postcat", "-q", "0BBBBBBBBB"], ["exim", "-Mrm", "0BBBBBBBBB"]),
+            *(["exim", "-Mvb", "0BBBBBBBBB"], ["exim", "-Mf", "0BBBBBBBBB"]),
+        ],
+        ids=" ".join,
+    )
+    def test_other_names_open_no_other_door(self, host, words):
+        how = {"user": "user1", "preexec_fn": become("user1")}
+        result = host.start().run("minimta.py", *words, **how)
+        assert (result.code, result.out) == (1, "")
+        assert len(result.err.splitlines()) == 1
+        assert in_queue(host) == "AB "
+
+
+CHANGES = ("hold", "release", "remove", "requeue", "bounce")
+
+
+class TestQueueBesideDelivery:
+    """Queue commands and deliveries do not get into each other's way."""
+
+    @pytest.fixture
+    def under_way(self, instance, make_sink):
+        """(the id of a message whose host does not answer yet, end, sink)."""
+        gate = threading.Event()
+        sink = make_sink(END=gated(gate))
+        relayed(instance, sink)
+        instance.sendmail("far@far.example", stdin=letter("slow"))
+        wait_for(lambda: "DATA" in sink.verbs())
+        (queue_id,) = instance.queued()
+        yield queue_id, gate.set, sink
+        gate.set()
+
+    @pytest.fixture
+    def command(self, instance):
+        """(the id of a message whose command goes on, end, its output)."""
+        folder = open_folder(instance)
+        os.mkfifo(folder / "go")
+        (folder / "go").chmod(0o666)
+        script = (
+            f"echo begun >>{folder}/told; cat {folder}/go; echo end >>{folder}/told"
+        )
+        instance.aliases(f'prog: "|{script}"\n')
+        instance.start()
+        instance.sendmail("prog", stdin=letter("slow"))
+        wait_for((folder / "told").exists)
+        (queue_id,) = instance.queued()
+        go = os.open(folder / "go", os.O_RDWR)
+        yield queue_id, lambda: os.close(go), folder / "told"
+        with contextlib.suppress(OSError):
+            os.close(go)
+
+    def refused(self, instance, queue_id):
+        """Each change is refused with a line and leaves all as it is."""
+        before = state_of(instance.queue / "queue" / queue_id)
+        for action in CHANGES:
+            result = queue_run(instance, action, queue_id)
+            assert_one_clear_line(result, 1)
+            assert result.err.startswith(f"queue: {queue_id}: it is being delivered: ")
+            assert result.out.endswith(": 0 messages\n")
+        assert state_of(instance.queue / "queue" / queue_id) == before
+
+    def test_what_a_host_is_being_told_is_refused(self, instance, under_way):
+        queue_id, end, sink = under_way
+        self.refused(instance, queue_id)
+        queue_done(instance, "run", queue_id)
+        end()
+        instance.wait_empty()
+        assert sink_tokens(sink) == ["slow"]
+        assert instance.messages("payam") == []
+
+    def test_what_a_command_is_being_told_is_refused(self, instance, command):
+        queue_id, end, told = command
+        self.refused(instance, queue_id)
+        end()
+        instance.wait_empty()
+        assert told.read_text() == "begun\nend\n"
+
+    def test_a_listing_does_not_end_the_lock(self, instance, under_way):
+        queue_id, end, sink = under_way
+        for words in (["list"], ["json"], ["show", queue_id], ["show", "--raw", "all"]):
+            queue_done(instance, *words)
+        self.refused(instance, queue_id)
+        end()
+        instance.wait_empty()
+        assert sink_tokens(sink) == ["slow"]
+
+    def test_others_can_be_changed_meanwhile(self, instance, under_way):
+        queue_id, end, sink = under_way
+        put(instance, "0AAAAAAAAA", "other@other.example")
+        result = queue_run(instance, "-y", "remove", "all")
+        assert (result.code, "0AAAAAAAAA: removed\n" in result.out) == (0, True)
+        assert f"queue: {queue_id}: it is being delivered" in result.err
+        end()
+        instance.wait_empty()
+        assert sink_tokens(sink) == ["slow"]
+
+    def test_the_delivery_of_a_queue_run_without_a_daemon_is_safe_too(
+        self, instance, make_sink
+    ):
+        gate = threading.Event()
+        sink = make_sink(END=gated(gate))
+        instance.configure(relayhost=f"[127.0.0.1]:{sink.port}")
+        queue_id = put(instance, "0AAAAAAAAA", "far@far.example")
+        words = [instance.bin / "sendmail", "-q"]
+        with subprocess.Popen(words, env=instance.env("root")) as run:
+            try:
+                wait_for(lambda: "DATA" in sink.verbs())
+                self.refused(instance, queue_id)
+            finally:
+                gate.set()
+            assert run.wait(PATIENCE) == 0
+        assert len(sink.received) == 1
+        assert instance.queued() == []
+
+    @pytest.mark.parametrize("folder", ["queue", "hold"])
+    def test_what_is_on_hold_stays_until_it_is_released(
+        self, instance, make_sink, folder
+    ):
+        sink = make_sink()
+        put(instance, "0AAAAAAAAA", "far@far.example", text=letter("kept").encode())
+        if folder == "hold":
+            queue_done(instance, "hold", "0A")
+        relayed(instance, sink)
+        if folder == "queue":
+            queue_done(instance, "hold", "0A")
+        assert instance.run("sendmail", "-q").code == 0
+        instance.sendmail("far@far.example", stdin=letter("new"))
+        wait_for(lambda: sink.received)
+        instance.wait_empty()
+        assert (sink_tokens(sink), in_queue(instance)) == (["new"], " A")
+        assert "\n0AAAAAAAAA! " in instance.mailq()
+        queue_done(instance, "release", "0A")
+        instance.wait_empty()
+        assert (sink_tokens(sink), in_queue(instance)) == (["kept", "new"], " ")
+
+    def test_what_is_on_hold_outlives_a_restart(self, instance, make_sink):
+        sink = make_sink()
+        put(instance, "0AAAAAAAAA", "far@far.example", text=letter("kept").encode())
+        relayed(instance, sink)
+        queue_done(instance, "hold", "0A")
+        instance.kill()
+        instance.start()
+        instance.run("sendmail", "-q")
+        queue_done(instance, "release", "0A")
+        wait_for(lambda: sink.received)
+        instance.wait_empty()
+        assert sink_tokens(sink) == ["kept"]
+
+    def test_what_is_removed_while_it_waits_is_not_sent(self, instance, make_sink):
+        sink = make_sink(RCPT=["450 4.2.0 Later", "250 2.1.5 Ok"])
+        relayed(instance, sink)
+        instance.sendmail("far@far.example", stdin=letter("unwanted"))
+        instance.wait_reason("Later")
+        out = queue_done(instance, "remove", "deferred")
+        assert out.endswith(": removed\nDeleted: 1 message\n")
+        assert instance.run("sendmail", "-q").code == 0
+        instance.sendmail("far@far.example", stdin=letter("new"))
+        wait_for(lambda: sink.received)
+        instance.wait_empty()
+        assert sink_tokens(sink) == ["new"]
+        assert os.listdir(instance.queue / "journal") == []
+
+    def test_what_is_run_is_tried_now_and_others_are_not(self, instance, make_sink):
+        sink = make_sink()
+        for name in "AB":
+            text = letter(f"of{name}").encode()
+            put(instance, f"0{name * 9}", "far@far.example", text=text)
+        relayed(instance, sink)
+        assert queue_done(instance, "run", "0A").endswith("Due now: 1 message\n")
+        wait_for(lambda: in_queue(instance) == "B ")
+        assert sink_tokens(sink) == ["ofA"]
+
+    def test_without_a_daemon_a_run_is_an_attempt(self, instance, make_sink):
+        sink = make_sink()
+        instance.configure(relayhost=f"[127.0.0.1]:{sink.port}")
+        for name in "AB":
+            text = letter(f"of{name}").encode()
+            put(instance, f"0{name * 9}", "far@far.example", text=text)
+        queue_done(instance, "run", "0A")
+        assert (sink_tokens(sink), in_queue(instance)) == (["ofA"], "B ")
+
+    @pytest.mark.parametrize("is_up", [False, True], ids=["no daemon", "daemon"])
+    @pytest.mark.parametrize("state", ["", "hold"])
+    def test_what_is_given_up_is_with_its_sender_now(self, instance, state, is_up):
+        words = {"text": letter("tired").encode(), "state": state, "why": "not yet"}
+        put(instance, "0AAAAAAAAA", "far@far.example", **words)
+        if is_up:
+            instance.start()
+        out = queue_done(instance, "bounce", "0A")
+        assert out == "0AAAAAAAAA: expired\nForce-expired: 1 message\n"
+        if not is_up:
+            assert instance.with_token("payam", "tired")
+        report = instance.wait_message("payam", "tired")
+        assert fields(report, "Return-Path") == ["<>"]
+        assert "far@far.example" in report
+        assert "cancelled by the administrator" in report
+        assert len(instance.messages("payam")) == 1
+        assert in_queue(instance) == " "
+
+    def test_who_has_it_is_not_told_that_it_is_returned(self, instance):
+        put(instance, "0AAAAAAAAA", "had@far.example", "far@far.example")
+        spool = minimta.House({"MINIMTA_ROOT": str(instance.root)}).spool()
+        done = make_attempt("sent", "had@far.example", "remote had@far.example")
+        spool.note("0AAAAAAAAA", [done])
+        instance.start()
+        queue_done(instance, "bounce", "0A")
+        wait_for(lambda: instance.messages("payam"))
+        instance.wait_empty()
+        (report,) = instance.messages("payam")
+        assert "had@far.example" not in report
+        assert "far@far.example" in report
+
+    def test_what_is_requeued_follows_a_changed_alias(self, server):
+        server.aliases("team: payam\n")
+        server.mailbox("payam").mkdir(parents=True)
+        server.sendmail("team", stdin=letter("moved"))
+        server.wait_reason(")\n")
+        server.aliases("team: user1\n")
+        out = queue_done(server, "requeue", "deferred")
+        assert out.endswith(": requeued\nRequeued: 1 message\n")
+        server.wait_message("user1", "moved")
+        assert os.listdir(server.mailbox("payam")) == []
+
+    def test_what_is_requeued_follows_a_changed_relayhost(self, instance, make_sink):
+        instance.configure(relayhost=f"[127.0.0.1]:{free_port()}")
+        instance.start()
+        instance.sendmail("far@far.example", stdin=letter("moved"))
+        instance.wait_reason("Connection refused")
+        sink = make_sink()
+        instance.configure(relayhost=f"[127.0.0.1]:{sink.port}")
+        instance.hang_up()
+        queue_done(instance, "requeue", "all")
+        instance.wait_empty()
+        assert sink_tokens(sink) == ["moved"]
+
+    @pytest.mark.parametrize("way", ["relay", "mailbox"])
+    def test_200_commands_in_any_order_neither_lose_nor_double(
+        self, instance, make_sink, way
+    ):
+        dice = random.Random(SEED)
+        print(f"MINIMTA_TEST_SEED={SEED}")
+
+        def often_later(*_):
+            return dice.choice(["450 4.2.0 Later", "250 2.1.5 Ok", "250 2.1.5 Ok"])
+
+        sink = make_sink(RCPT=often_later)
+        relayed(instance, sink)
+        whom = {"relay": "far@far.example", "mailbox": "user1@localhost"}[way]
+        tokens = [f"token{number:03}" for number in range(200)]
+
+        def send_all():
+            with instance.smtp() as client:
+                for token in tokens:
+                    client.sendmail("friend@example.com", [whom], letter(token))
+
+        sender = threading.Thread(target=send_all)
+        with locked(instance.make_mailbox("user1", "")):  # some wait for a moment
+            sender.start()
+            wait_for(lambda: len(instance.queued()) > 20)
+            said = self.meddle(instance, dice, 100)
+        said += self.meddle(instance, dice, 100)
+        sender.join()
+        print(dict(said))
+        if os.listdir(instance.queue / "hold"):
+            queue_done(instance, "release", "held")
+
+        def is_delivered():
+            instance.run("sendmail", "-q")
+            return not instance.queued()
+
+        wait_for(is_delivered)
+        assert os.listdir(instance.queue / "hold") == []
+        found = [fields(text, "Subject")[0] for text in instance.messages("user1")]
+        assert (sorted(found) or sink_tokens(sink)) == tokens
+        assert said["hold", 250]
+
+    def meddle(self, instance, dice, count):
+        """Commands at random on what is there; how they were answered.
+
+        Each is for one of three messages, the first of them that it fits.
+        """
+        daemon, said = minimta.SubmitSocket(str(instance.queue)), collections.Counter()
+        assert daemon.connect()
+        daemon.send("EHLO localhost")
+        daemon.expect(250)
+        for _ in range(count):
+            action = dice.choice(["hold", "release", "requeue", "run"])
+            folders = [instance.queue / "queue", instance.queue / "hold"]
+            names = [name for folder in folders for name in os.listdir(folder)]
+            for name in dice.sample(names, min(3, len(names))):
+                daemon.send(f"XDO {action} {name}")
+                code = daemon.reply()[0]
+                said[action, code] += 1
+                if code == 250:
+                    break
+        daemon.close()
+        return said
+
+    def test_commands_at_once_neither_lose_nor_double(self, instance, make_sink):
+        sink = make_sink()
+        for number in range(20):
+            text = letter(f"token{number:03}").encode()
+            put(instance, f"0AAAAAAA{number:02}", "far@far.example", text=text)
+        relayed(instance, sink)
+        actions = ("hold", "release", "requeue", "run") * 2
+        script = [instance.bin / "minimta.py", "queue"]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        children = [
+            subprocess.Popen(
+                [*script, action, "all"], env=instance.env("root"), **quiet
+            )
+            for action in actions
+        ]
+        assert {child.wait(PATIENCE) for child in children} <= {0, 1}
+        if os.listdir(instance.queue / "hold"):
+            queue_done(instance, "release", "held")
+        instance.run("sendmail", "-q")
+        instance.wait_empty()
+        assert sink_tokens(sink) == [f"token{number:03}" for number in range(20)]
+
+
+FINGERS = (
+    *("postqueue", "postsuper", "postcat", "postalias", "exim", "exim4"),
+    *("qmail-qread", "qmail-qstat"),
+)
+
+
+@pytest.fixture(scope="session")
+def fingers_dir(bin_dir):
+    """A directory of links to minimta.py by the names of other systems."""
+    path = open_directory("minimta-names-")
+    for name in (*FINGERS, *LINKS):
+        (path / name).symlink_to(bin_dir / "minimta.py")
+    yield path
+    shutil.rmtree(path)
+
+
+class TestFingers:
+    """Queue commands by the names that they have on other systems."""
+
+    @pytest.fixture(params=["by a link", "as first word"])
+    def call(self, request, fingers_dir, stocked):
+        """Runs such a command on STOCK, in one of the two ways."""
+
+        def run(name, *words, **how):
+            if request.param == "by a link":
+                return stocked.run(name, *words, bin_dir=fingers_dir, **how)
+            return stocked.run("minimta.py", name, *words, **how)
+
+        return run
+
+    def told(self, result, code=0):
+        """What it printed, where it has nothing to complain of."""
+        assert (result.code, result.err) == (code, ""), result
+        return result.out
+
+    @pytest.mark.parametrize("name", FINGERS)
+    def test_each_says_what_it_is(self, instance, fingers_dir, name):
+        by_link = instance.run(name, "--help", bin_dir=fingers_dir)
+        by_word = instance.run("minimta.py", name, "--help")
+        assert (by_link.code, by_link.err) == (0, "")
+        assert by_link.out == by_word.out
+        assert by_link.out.startswith("usage: ")
+
+    @pytest.mark.parametrize("name", ["postqueue", "postsuper", "postcat", "exim"])
+    def test_each_says_that_it_does_not_know_an_option(
+        self, instance, fingers_dir, name
+    ):
+        result = instance.run(name, "-Z", bin_dir=fingers_dir)
+        assert_one_clear_line(result, 64)
+        assert result.err.startswith(f"{name}: ")
+
+    def test_postqueue_shows_the_queue(self, call, stocked):
+        assert self.told(call("postqueue", "-p")) == stocked.mailq()
+        assert self.told(call("postqueue", "-j")) == queue_done(stocked, "json")
+
+    def test_postsuper_says_each_on_standard_error(self, call, stocked):
+        result = call("postsuper", "-d", "0AAAAAAAAA")
+        assert (result.code, result.out) == (0, "")
+        assert result.err == (
+            "postsuper: 0AAAAAAAAA: removed\npostsuper: Deleted: 1 message\n"
+        )
+        assert in_queue(stocked) == "BC D"
+
+    def test_postsuper_says_of_all_how_many(self, call, stocked):
+        result = call("postsuper", "-d", "ALL")
+        assert (result.code, result.out) == (0, "")
+        assert result.err == "postsuper: Deleted: 4 messages\n"
+        assert in_queue(stocked) == " "
+
+    def test_exim_lists_its_own_way(self, call):
+        assert self.told(call("exim", "-bp")) == (
+            " 3h    26 0AAAAAAAAA <alice@far.example>\n          a@one.example\n\n"
+            "72h    26 0BBBBBBBBB <>\n"
+            "          b@two.example\n          c@sub.one.example\n\n"
+            f" 0m    26 0CCCCCCCCC <payam@{HOST}>\n          d@two.example\n\n"
+            "60m    26 0DDDDDDDDD <bob@far.example> *** frozen ***\n"
+            "          e@three.example\n\n"
+        )
+        assert self.told(call("exim", "-bpc")) == "4\n"
+
+    def test_qmail_has_its_own_words(self, call):
+        assert self.told(call("qmail-qstat")) == (
+            "messages in queue: 4\nmessages in queue but not yet preprocessed: 0\n"
+        )
+        shown = self.told(call("qmail-qread"))
+        zone = r"\d+ [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT  "
+        blocks = re.split(r"\n(?=\d)", shown.rstrip("\n"))
+        for block, (queue_id, sender, recipients, *_) in zip(blocks, STOCK):
+            head, *rows = block.split("\n")
+            assert re.fullmatch(rf"{zone}#{queue_id}  26  <{sender}>", head)
+            assert rows == [f"\tremote\t{name}" for name in recipients]
+        assert len(blocks) == 4
+
+
+class TestPostfixNames:
+    """postqueue, postsuper, postcat, beside a daemon and without."""
+
+    @pytest.fixture
+    def by(self, stocked, fingers_dir):
+        """Runs one of them, as root."""
+        how = {"bin_dir": fingers_dir, "user": "root"}
+        return lambda *words, **more: stocked.run(*words, **how, **more)
+
+    @pytest.mark.parametrize(
+        ("flag", "said", "total", "left"),
+        [
+            ("-d", "removed", "Deleted", "BC D"),
+            ("-h", "placed on hold", "Placed on hold", "BC AD"),
+        ],
+    )
+    def test_postsupers_words_are_postfixs(self, stocked, by, flag, said, total, left):
+        result = by("postsuper", flag, "0AAAAAAAAA")
+        assert result.err == (
+            f"postsuper: 0AAAAAAAAA: {said}\npostsuper: {total}: 1 message\n"
+        )
+        assert (result.code, result.out, in_queue(stocked)) == (0, "", left)
+
+    @pytest.mark.parametrize(
+        ("flag", "said", "total"),
+        [
+            ("-H", "released from hold", "Released from hold"),
+            ("-r", "requeued", "Requeued"),
+            ("-e", "expired", "Force-expired"),
+            ("-f", "expired", "Force-expired"),
+        ],
+    )
+    def test_postsuper_takes_what_is_on_hold(self, stocked, by, flag, said, total):
+        result = by("postsuper", flag, "0DDDDDDDDD")
+        assert result.err == (
+            f"postsuper: 0DDDDDDDDD: {said}\npostsuper: {total}: 1 message\n"
+        )
+        assert (result.code, result.out) == (0, "")
+        if flag != "-e":
+            assert os.listdir(stocked.queue / "hold") == []
+
+    def test_postsuper_releases_only_what_is_on_hold(self, stocked, by):
+        assert by("postsuper", "-H", "ALL").err == (
+            "postsuper: Released from hold: 1 message\n"
+        )
+
+    def test_postsuper_holds_only_what_is_not_on_hold(self, stocked, by):
+        assert by("postsuper", "-h", "ALL").err == (
+            "postsuper: Placed on hold: 3 messages\n"
+        )
+        assert in_queue(stocked) == " ABCD"
+
+    def test_postsuper_takes_ids_from_standard_input(self, stocked, by):
+        result = by("postsuper", "-d", "-", stdin="0AAAAAAAAA\n0CCCCCCCCC\n--\n\n")
+        assert result.err == (
+            "postsuper: 0AAAAAAAAA: removed\npostsuper: 0CCCCCCCCC: removed\n"
+            "postsuper: Deleted: 2 messages\n"
+        )
+        assert in_queue(stocked) == "B D"
+
+    def test_postsuper_says_the_sum_of_its_options_once(self, stocked, by):
+        result = by("postsuper", "-d", "0AAAAAAAAA", "-d", "0BBBBBBBBB")
+        assert result.err.endswith("postsuper: Deleted: 2 messages\n")
+        assert in_queue(stocked) == "C D"
+
+    def test_postsuper_may_be_told_two_things(self, stocked, by):
+        result = by("postsuper", "-h", "0AAAAAAAAA", "-d", "0BBBBBBBBB")
+        assert "postsuper: Placed on hold: 1 message\n" in result.err
+        assert "postsuper: Deleted: 1 message\n" in result.err
+        assert in_queue(stocked) == "C AD"
+
+    def test_postsuper_takes_the_names_of_queues(self, stocked, by):
+        result = by("postsuper", "-d", "ALL", "deferred")
+        assert result.err == "postsuper: Deleted: 2 messages\n"
+        assert in_queue(stocked) == "C D"
+
+    def test_postsuper_knows_no_such_id(self, stocked, by):
+        for name in ("0ZZZZZZZZZ", "0A", "all", "../queue/0AAAAAAAAA"):
+            result = by("postsuper", "-d", name)
+            assert (result.code, result.out) == (0, "")
+            assert result.err == "postsuper: Deleted: 0 messages\n"
+        assert in_queue(stocked) == "ABC D"
+
+    @pytest.mark.parametrize(
+        ("words", "pieces"),
+        [
+            (["-q"], ["recipient: a@one.example", "Subject: hello\n", "some text\n"]),
+            (["-qe"], ["recipient: a@one.example", "sender: alice@far.example"]),
+            (["-qh"], ["Subject: hello\n"]),
+            (["-qb"], ["some text\n"]),
+            (["-qbh"], ["Subject: hello\n\nsome text\n"]),
+            (["-bh", "-q"], ["Subject: hello\n\nsome text\n"]),
+        ],
+    )
+    def test_postcat_prints_the_parts_that_are_wanted(self, by, words, pieces):
+        result = by("postcat", *words, "0AAAAAAAAA")
+        assert (result.code, result.err) == (0, "")
+        every = {"recipient: a@one.example", "Subject: hello\n", "some text\n"}
+        assert [one for one in pieces if one not in result.out] == []
+        whole = "".join(pieces)
+        assert [one for one in every if one not in whole and one in result.out] == []
+
+    def test_postcat_marks_the_parts(self, by):
+        result = by("postcat", "-q", "0DDDDDDDDD")
+        marks = [line for line in result.out.splitlines() if line.startswith("***")]
+        assert [re.sub(r" \S*0DDDDDDDDD", "", line) for line in marks] == [
+            *("*** ENVELOPE RECORDS ***", "*** MESSAGE CONTENTS ***"),
+            "*** MESSAGE FILE END ***",
+        ]
+
+    def test_postcat_prints_a_message_as_it_is(self, stocked, by):
+        body = "".join(f"line {number} of many\n" for number in range(50_000))
+        head = "Subject:much\nX-Odd: folded\n\t here\nno field\n"
+        text = f"{head}\n{body}"
+        put(stocked, "0EEEEEEEEE", "far@far.example", text=text.encode())
+        assert by("postcat", "-hbq", "0EEEEEEEEE").out == text
+        assert by("postcat", "-bq", "0EEEEEEEEE").out.endswith(body)
+
+    def test_postcat_knows_no_such_file(self, by):
+        result = by("postcat", "-q", "0ZZZZZZZZZ")
+        assert (result.code, result.out) == (1, "")
+        assert "open queue file 0ZZZZZZZZZ: No such file or directory" in result.err
+
+    def test_the_recipe_of_the_manual_empties_the_queue(self, stocked, fingers_dir):
+        recipe = (
+            "mailq | tail -n +2 | grep -v '^ *(' | awk 'BEGIN{RS=\"\"} {print $1}'"
+            " | tr -d '*!' | postsuper -d -"
+        )
+        env = stocked.env("root")
+        env["PATH"] = f"{fingers_dir}:{env['PATH']}"
+        done = subprocess.run(
+            ["/bin/sh", "-c", recipe], env=env, capture_output=True, timeout=PATIENCE
+        )
+        assert b"postsuper: Deleted: 4 messages\n" in done.stderr
+        assert in_queue(stocked) == " "
+
+    @pytest.mark.parametrize(
+        ("words", "sent"),
+        [
+            (["-f"], ["ofA", "ofB"]),
+            (["-i", "0AAAAAAAAA"], ["ofA"]),
+            (["-s", "b.example"], ["ofB"]),
+            (["-i", "0ZZZZZZZZZ"], []),
+            (["-s", "other.example"], []),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("is_up", [False, True], ids=["no daemon", "daemon"])
+    def test_postqueue_tries_what_it_is_told_to(
+        self, instance, fingers_dir, make_sink, words, sent, is_up
+    ):
+        sink = make_sink()
+        for name in "ABC":
+            how = {"text": letter(f"of{name}").encode(), "why": "not yet"}
+            how["state"] = "hold" if name == "C" else ""
+            put(instance, f"0{name * 9}", f"far@{name.lower()}.example", **how)
+        instance.configure(relayhost=f"[127.0.0.1]:{sink.port}")
+        if is_up:
+            instance.start()
+        result = instance.run("postqueue", *words, bin_dir=fingers_dir)
+        assert (result.code, result.out, result.err) == (0, "", "")
+        left = "".join(one for one in "AB" if f"of{one}" not in sent) + " C"
+        if is_up:
+            wait_for(lambda: in_queue(instance) == left)
+        assert (sink_tokens(sink), in_queue(instance)) == (sent, left)
+
+    def test_without_an_option_postqueue_says_what_it_needs(self, by):
+        assert_one_clear_line(by("postqueue"), 64)
+
+
+class TestEximNames:
+    """exim's queue commands, beside a daemon and without."""
+
+    @pytest.fixture
+    def exim(self, stocked, fingers_dir):
+        """Runs exim, as root."""
+        how = {"bin_dir": fingers_dir, "user": "root"}
+        return lambda *words, **more: stocked.run("exim", *words, **how, **more)
+
+    @pytest.mark.parametrize(
+        ("flag", "queue_id", "said", "left"),
+        [
+            ("-Mrm", "0AAAAAAAAA", "has been removed", "BC D"),
+            ("-Mrm", "0DDDDDDDDD", "has been removed", "ABC "),
+            ("-Mf", "0AAAAAAAAA", "is now frozen", "BC AD"),
+        ],
+    )
+    def test_what_is_done_is_said_of_each(
+        self, stocked, exim, flag, queue_id, said, left
+    ):
+        result = exim(flag, queue_id)
+        assert (result.code, result.err) == (0, "")
+        assert result.out == f"Message {queue_id} {said}\n"
+        assert in_queue(stocked) == left
+
+    def test_several_are_done_one_by_one(self, stocked, exim):
+        assert exim("-Mrm", "0AAAAAAAAA", "0BBBBBBBBB").out == (
+            "Message 0AAAAAAAAA has been removed\nMessage 0BBBBBBBBB has been removed\n"
+        )
+        assert in_queue(stocked) == "C D"
+
+    def test_what_is_thawed_is_said(self, stocked, exim):
+        result = exim("-Mt", "0DDDDDDDDD")
+        assert (result.code, result.err) == (0, "")
+        assert result.out == "Message 0DDDDDDDDD is no longer frozen\n"
+        assert os.listdir(stocked.queue / "hold") == []
+
+    def test_what_is_frozen_is_not_frozen_again(self, exim):
+        result = exim("-Mf", "0DDDDDDDDD")
+        assert result.code == 1
+        assert "is already frozen" in result.out + result.err
+
+    @pytest.mark.parametrize("flag", ["-M", "-Mrm", "-Mf", "-Mt", "-Mg"])
+    def test_what_is_no_id_is_named(self, instance, fingers_dir, flag):
+        put_stock(instance)
+        for name in ("0A", "../0AAAAAAAAA", "0ZZZZZZZZZ"):
+            result = instance.run("exim", flag, name, bin_dir=fingers_dir)
+            assert (result.code, result.out) == (1, "")
+            said = f"malformed message id {name} after {flag} option"
+            assert (said if name != "0ZZZZZZZZZ" else name) in result.err
+        assert in_queue(instance) == "ABC D"
+
+    @pytest.mark.parametrize(
+        ("flag", "text"),
+        [
+            ("-Mvh", "Subject: hello\n"),
+            ("-Mvb", "some text\n"),
+            ("-Mvc", "Subject: hello\n\nsome text\n"),
+        ],
+    )
+    @pytest.mark.parametrize("queue_id", ["0AAAAAAAAA", "0DDDDDDDDD"])
+    def test_parts_of_a_message_are_shown(self, exim, flag, text, queue_id):
+        result = exim(flag, queue_id)
+        assert (result.code, result.err) == (0, "")
+        assert result.out.rstrip("\n") == text.rstrip("\n")
+
+    def test_what_happened_to_a_message_is_shown(self, exim):
+        result = exim("-Mvl", "0AAAAAAAAA")
+        assert (result.code, result.err) == (0, "")
+        assert "deferred" in result.out
+        assert STOCK_REASONS["a@one.example"] in result.out
+
+    @pytest.mark.parametrize("is_up", [False, True], ids=["no daemon", "daemon"])
+    @pytest.mark.parametrize(
+        ("words", "sent"),
+        [
+            (["-M", "0AAAAAAAAA"], ["ofA"]),
+            (["-M", "0AAAAAAAAA", "0BBBBBBBBB"], ["ofA", "ofB"]),
+            (["-M", "0CCCCCCCCC"], ["ofC"]),
+            (["-q"], ["ofA", "ofB"]),
+            (["-qff"], ["ofA", "ofB", "ofC"]),
+        ],
+        ids=str,
+    )
+    def test_exim_tries_what_it_is_told_to(
+        self, instance, fingers_dir, make_sink, words, sent, is_up
+    ):
+        sink = make_sink()
+        for name in "ABC":
+            how = {"text": letter(f"of{name}").encode(), "why": "not yet"}
+            how["state"] = "hold" if name == "C" else ""
+            put(instance, f"0{name * 9}", f"far@{name.lower()}.example", **how)
+        instance.configure(relayhost=f"[127.0.0.1]:{sink.port}")
+        if is_up:
+            instance.start()
+        result = instance.run("exim", *words, bin_dir=fingers_dir)
+        assert (result.code, result.out, result.err) == (0, "", "")
+        if is_up:
+            wait_for(lambda: len(sink.received) >= len(sent), 5)
+        assert sink_tokens(sink) == sent
+
+    @pytest.mark.parametrize("is_up", [False, True], ids=["no daemon", "daemon"])
+    @pytest.mark.parametrize("state", ["", "hold"])
+    def test_what_is_given_up_is_returned(self, instance, fingers_dir, is_up, state):
+        words = {"text": letter("tired").encode(), "state": state}
+        put(instance, "0AAAAAAAAA", "far@far.example", **words)
+        if is_up:
+            instance.start()
+        result = instance.run("exim", "-Mg", "0AAAAAAAAA", bin_dir=fingers_dir)
+        assert (result.code, result.out, result.err) == (0, "", "")
+        report = instance.wait_message("payam", "tired")
+        assert "cancelled by the administrator" in report
+        assert in_queue(instance) == " "
+
+    def test_who_has_it_is_marked(self, instance, fingers_dir):
+        put(instance, "0AAAAAAAAA", "had@x.example", "far@x.example")
+        spool = minimta.House({"MINIMTA_ROOT": str(instance.root)}).spool()
+        done = make_attempt("sent", "had@x.example", "remote had@x.example")
+        spool.note("0AAAAAAAAA", [done])
+        shown = instance.run("exim", "-bp", bin_dir=fingers_dir).out
+        assert "\n        D had@x.example\n          far@x.example\n\n" in shown
+        shown = instance.run("qmail-qread", bin_dir=fingers_dir).out
+        assert "\n  done\tremote\thad@x.example\n\tremote\tfar@x.example\n" in shown
 
 
 class TestMailSends:
@@ -9483,6 +17606,1614 @@ READING = {
     "an unknown command is told": ("frobnicate\nx", ["frobnicate"], [], "123"),
     "a number too high is told": ("9\nx", ["9: "], ["Message  9"], "123"),
 }
+
+
+# What was recorded of Heirloom mailx 12.5 as the course shows it, on 50 rows
+# of a terminal: what was typed, what was shown, and what was left behind.
+GOLDEN = json.loads((HERE / ".golden/mailx.json").read_text(encoding="utf-8"))
+GOLDEN_BOX = (HERE / ".golden/sample.mbox").read_text(encoding="utf-8")
+RAW_HTML = (
+    "<html><head><title>x</title></head><body><h1>News</h1><p>Hello <b>lpic1</b> "
+    '&amp; friends, see\n<a href="http://example.com/a?b=1&amp;c=2">this link</a>'
+    ".</p><ul><li>one</li><li>two</li></ul></body></html>\n"
+)
+READ_HTML = (
+    "News\n\nHello lpic1 & friends, see this link [1].\n\n* one\n* two\n\n"
+    "[1] http://example.com/a?b=1&c=2\n"
+)
+KEPT = "the text is kept in /home/lpic1/dead.letter\n"
+NO_USER1 = "user1@centos7-1.localdomain: User unknown: nothing was queued"
+HOPE = "Null message body; hope that's ok\n"
+# Scenario -> what is different on purpose.
+GOLDEN_CHANGES = {
+    # HTML can be read
+    "read every message": {"output": (RAW_HTML, READ_HTML)},
+    "delete undelete dp": {"output": (RAW_HTML, READ_HTML)},
+    # -e only tells by its exit code
+    "-e without mail": {"stderr": ("No mail for lpic1\n", "")},
+    # a complaint begins with the name of who complains
+    "-f missing": {"stderr": ("nosuch: ", "mail: nosuch: ")},
+    # what is attached is written byte for byte
+    "write attachment": {"report.csv": ("\n", "\r\n")},
+    # a remark is no output
+    "send empty body": {"output": (HOPE, ""), "stderr": ("", HOPE)},
+    # a letter that was not sent is told of, and kept
+    "send MTA fails": {"exit": 67, "stderr": ("", f"{KEPT}mail: {NO_USER1}\n")},
+    # nothing was sent
+    "send ^C ^C": {"exit": 1},
+}
+
+
+def golden_spool(data):
+    """The lines of a mailbox that a golden row holds."""
+    if data is None:
+        return None
+    found = []
+    for text in re.split(r"(?m)^(?=From \S+  \w{3} \w{3} )", data)[1:]:
+        head = text.partition("\n\n")[0]
+        found += re.findall(r"(?m)^(?:From |Subject: |Status: ).*", head)
+    return found
+
+
+class TestGolden:
+    """mail(1) beside the recorded sessions of Heirloom mailx."""
+
+    @pytest.fixture
+    def course(self, instance):
+        """An instance with the user of the sessions."""
+        home = instance.home("lpic1")
+        home.mkdir()
+        row = f"lpic1:x:{os.getuid()}:{os.getgid()}::{home}:/bin/sh\n"
+        with open(instance.root / "etc/passwd", "a") as file:
+            file.write(row)
+        return instance
+
+    def here(self, course, row, kind):
+        """What row `kind` has to be in this instance."""
+        old, new = GOLDEN_CHANGES.get(row["name"], {}).get(kind, ("", ""))
+        text = row.get(kind, "")
+        text = text.replace(old, new) if old else new or text
+        version = f"minimta mail {minimta.__version__}."
+        for word, ours in (
+            ("Heirloom Mail version 12.5 7/5/10.", version),
+            ("/var/spool/mail/lpic1", course.mailbox("lpic1")),
+            ("/home/lpic1/", f"{course.home('lpic1')}/"),
+        ):
+            text = text.replace(word, str(ours))
+        return text
+
+    def type_all(self, course, row, env):
+        """Plays a session at a terminal: what was shown, the exit code."""
+        wanted, seen, place = self.here(course, row, "output"), 0, 0
+        person = Terminal(course, "mail", *row["args"], user="lpic1", rows=50, env=env)
+        shown = ""
+        for line in row["input"]:
+            echo = {"\x03": "^C", "\x04": ""}.get(line, line)
+            prompt = "& " if wanted.find("& " + echo, place) >= 0 else ""
+            echoed = wanted.index(prompt + echo, place) + len(prompt)
+            if seen < echoed:
+                shown += person.expect(wanted[seen:echoed])
+            seen, place = echoed, echoed + len(echo)
+            if line == "\x03":
+                person.interrupt()
+            else:
+                person.type(line)
+        return shown + person.rest(), person.close()
+
+    @pytest.mark.parametrize("row", GOLDEN, ids=lambda row: row["name"])
+    def test_a_session_is_as_recorded(self, course, row):
+        name, env = row["name"], {"LC_ALL": "C.UTF-8", "PAGER": "cat"}
+        if row["spool"] is not None:
+            course.write("var/mail/lpic1", GOLDEN_BOX)
+        names = set() if name == "send MTA fails" else {"b1", "c1", "user1"}
+        changed = GOLDEN_CHANGES.get(name, {})
+        if name == "send MTA fails":
+            text = (course.root / "etc/passwd").read_text()
+            course.write("etc/passwd", text.replace("user1:", "nobody1:"))
+        course.aliases("".join(f"{one}: root\n" for one in names - {"user1"}))
+        course.run("newaliases")
+        if row["tty"]:
+            shown, code = self.type_all(course, row, env)
+            error = ""
+        else:
+            result = course.run(
+                "mail", *row["args"], stdin=row["input"], user="lpic1", env=env
+            )
+            shown, error, code = result.out, result.err, result.code
+        assert shown == self.here(course, row, "output")
+        assert error == self.here(course, row, "stderr")
+        assert code == changed.get("exit", row["exit"])
+        self.check_files(course, row)
+        self.check_sent(course, row)
+
+    def check_files(self, course, row):
+        """The mailbox, and what is in the home."""
+        path = course.mailbox("lpic1")
+        data = path.read_text() if path.exists() else None
+        assert golden_spool(data) == row["spool"]
+        left = {one.name: one for one in course.home("lpic1").iterdir()}
+        kept = left.pop("dead.letter", None)
+        if "dead.letter" in row["home"] or row["name"] == "send MTA fails":
+            # a letter: with its From_ line and its header
+            head, _, body = kept.read_text().partition("\n\n")
+            assert head.startswith("From lpic1  ")
+            assert "\nTo: user1" in head
+            wanted = row["home"].get("dead.letter", {"text": row["input"]})
+            assert (body, kept.stat().st_mode & 0o777) == (wanted["text"] + "\n", 0o600)
+        for name, wanted in row["home"].items():
+            if name != "dead.letter":
+                text = wanted["text"]
+                text = text.replace(*GOLDEN_CHANGES[row["name"]].get(name, ("", "")))
+                path = left.pop(name)
+                assert path.read_bytes().decode() == text
+                assert path.stat().st_mode & 0o777 == int(wanted["mode"], 8)
+        assert left == {}
+
+    def check_sent(self, course, row):
+        """The letter that was queued, delivered to who stands for all."""
+        wanted = [one["message"] for one in row["sent"]]
+        if row["name"] == "send MTA fails":
+            wanted = []
+        course.run("sendmail", "-q", user="root")
+        course.wait_empty()
+        user = "lpic1" if row["name"] == "send interactive" else "user1"
+        assert len(course.messages(user)) == len(wanted)
+        for recorded, (letter,) in zip(wanted, [course.messages(user)]):
+            recorded = f"From x\n{recorded}"
+            for name in ("To", "Cc"):
+                assert fields(letter, name) == fields(recorded, name)
+            assert fields(letter, "Bcc") == []
+            for name in ("Subject", "From"):
+                if fields(recorded, name):
+                    was, now = fields(recorded, name), fields(letter, name)
+                    assert list(map(minimta.decoded, now)) == list(
+                        map(minimta.decoded, was)
+                    )
+            _, body = head_and_body(recorded)
+            body = body.replace("\\xe9", "\xe9").replace("=\n", "")
+            assert head_and_body(letter)[1].strip() == body.strip()
+
+
+# What is typed before q -> where message 1, new at first, ends, with its
+# Status: without hold, and with it.
+QUIT_ROWS = {
+    "nothing": ([], "box O", "box O"),
+    "f": (["f 1"], "box O", "box O"),
+    "h": (["h 1"], "box O", "box O"),
+    "size": (["size 1"], "box O", "box O"),
+    "p": (["p 1"], "mbox RO", "box RO"),
+    "n": (["n"], "mbox RO", "box RO"),
+    "top": (["top 1"], "mbox RO", "box RO"),
+    "pipe": (["pipe 1 'cat >/dev/null'"], "mbox RO", "box RO"),
+    "s": (["s 1 out"], "gone", "gone"),
+    "s with keepsave": (["set keepsave", "s 1 out"], "mbox RO", "box RO"),
+    "c": (["c 1 out"], "mbox RO", "box RO"),
+    "w": (["w 1 out"], "mbox RO", "box RO"),
+    "d": (["d 1"], "gone", "gone"),
+    "d, u": (["d 1", "u 1"], "mbox RO", "box RO"),
+    "touch": (["touch 1"], "mbox O", "box O"),
+    "mbox": (["mbox 1"], "mbox O", "mbox O"),
+    "p, pre": (["p 1", "pre 1"], "box RO", "box RO"),
+    "d, pre": (["d 1", "pre 1"], "gone", "gone"),
+    "pre, d": (["pre 1", "d 1"], "gone", "gone"),
+    "mbox, d": (["mbox 1", "d 1"], "gone", "gone"),
+    "p, unread": (["p 1", "unread 1"], "box O", "box O"),
+    "p, U": (["p 1", "U 1"], "box O", "box O"),
+    "d, x": (["d 1", "x"], "box new", "box new"),
+    "p, x": (["p 1", "x"], "box new", "box new"),
+    "mbox, x": (["mbox 1", "x"], "box new", "box new"),
+}
+
+
+def ends_in(place, subject):
+    """Where a message is after the session: `box O`, `mbox RO`, `gone`."""
+    found = []
+    for name, path in (("box", place / "box"), ("mbox", place / "mbox")):
+        for text in read_mbox(path.read_bytes()) if path.exists() else []:
+            if fields(text, "Subject") == [subject]:
+                found.append(f"{name} {''.join(fields(text, 'Status')) or 'new'}")
+    return " and ".join(found) or "gone"
+
+
+class TestMailQuits:
+    """What becomes of the mail when a session is over."""
+
+    @pytest.fixture
+    def box(self, session, tmp_path, monkeypatch):
+        """Makes a session where mbox is beside the mailbox."""
+        monkeypatch.chdir(tmp_path)
+
+        def make(*lines, texts=None):
+            reader = session(*lines, texts=texts)
+            reader.variables.values["MBOX"] = str(tmp_path / "mbox")
+            return reader
+
+        return make
+
+    @pytest.mark.parametrize("variable", ["nohold", "hold"])
+    @pytest.mark.parametrize("row", QUIT_ROWS.values(), ids=QUIT_ROWS)
+    def test_a_message_ends_where_posix_says(self, box, tmp_path, row, variable):
+        lines, without, with_hold = row
+        texts = [mail("first"), mail("other")]
+        reader = box(f"set {variable}", *lines, "q", texts=texts)
+        assert minimta.run_session(reader) == 0
+        wanted = with_hold if variable == "hold" else without
+        assert ends_in(tmp_path, "first") == wanted
+        assert ends_in(tmp_path, "other") == ("box new" if "x" in lines else "box O")
+
+    def test_two_that_were_read_go_to_mbox_in_order(self, box, tmp_path):
+        texts = [mail(name) for name in "abc"]
+        reader = box("set nohold", "n", "n", "q", texts=texts)
+        minimta.run_session(reader)
+        wanted = mail("a", status="RO") + mail("b", status="RO")
+        assert (tmp_path / "mbox").read_text() == wanted
+        assert (tmp_path / "box").read_text() == mail("c", status="O")
+        assert "Saved 2 messages in mbox\n" in reader.terminal.shown
+        assert f"Held 1 message in {tmp_path}/box\n" in reader.terminal.shown
+
+    def test_what_was_read_in_an_earlier_session_stays(self, box, tmp_path):
+        minimta.run_session(box("set nohold", "d 2", "q", texts=None))
+        assert ends_in(tmp_path, "s1") == "box RO"
+
+    def test_mbox_is_for_its_owner_alone(self, box, tmp_path):
+        minimta.run_session(box("mbox 1", "q"))
+        assert (tmp_path / "mbox").stat().st_mode & 0o777 == 0o600
+
+    def test_mbox_is_appended_to(self, box, tmp_path):
+        (tmp_path / "mbox").write_text(mail("older"))
+        minimta.run_session(box("mbox 4", "q"))
+        wanted = mail("older") + mail("s4", status="O")
+        assert (tmp_path / "mbox").read_text() == wanted
+
+    def test_nothing_is_said_of_an_empty_mailbox_and_the_file_stays(
+        self, box, tmp_path
+    ):
+        reader = box("d *", "q")
+        before = (tmp_path / "box").stat()
+        minimta.run_session(reader)
+        after = (tmp_path / "box").stat()
+        assert "Held" not in reader.terminal.shown
+        assert (after.st_size, after.st_ino) == (0, before.st_ino)
+        assert after.st_mode == before.st_mode
+
+    def test_another_folder_keeps_what_was_saved_or_read(self, box, tmp_path):
+        reader = box("set nohold", "p 4", "s 4 out", "d 5", "q")
+        reader.is_system = False
+        minimta.run_session(reader)
+        assert ends_in(tmp_path, "s4") == "box RO"
+        assert ends_in(tmp_path, "s5") == "gone"
+        assert not (tmp_path / "mbox").exists()
+        assert f'"{tmp_path}/box" updated.\n' in reader.terminal.shown
+
+    def test_another_folder_holds_nothing(self, box):
+        reader = box()
+        reader.is_system = False
+        reader.obey("pre 4")
+        assert 'Cannot "preserve" in edit mode\n' in reader.terminal.shown
+
+    def test_mail_that_came_meanwhile_is_new_still(self, box, tmp_path):
+        reader = box("d *", "q")
+        with open(tmp_path / "box", "a") as file:
+            file.write(mail("late"))
+        minimta.run_session(reader)
+        assert (tmp_path / "box").read_text() == mail("late")
+
+    def test_mail_that_inc_took_in_is_old_next_time(self, box, tmp_path):
+        reader = box("inc", "q")
+        with open(tmp_path / "box", "a") as file:
+            file.write(mail("late"))
+        minimta.run_session(reader)
+        assert "Loaded 1 new message\n" in reader.terminal.shown
+        assert ends_in(tmp_path, "late") == "box O"
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="there is no strace here")
+class TestMailIsKilled:
+    """A kill -9 of q at every system call that changes a file."""
+
+    BEFORE = [mail("a", "one"), mail("b", "two"), mail("c", "three")]
+
+    def killed_at(self, instance, call, count, typed):
+        """Run mail, killed at that call; whether it came so far."""
+        command = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}"]
+        command += ["-e", f"inject={call}:signal=SIGKILL:when={count}"]
+        command += [instance.bin / "mail", "-N"]
+        done = subprocess.run(
+            command,
+            input=typed.encode(),
+            capture_output=True,
+            env=instance.env("payam"),
+            cwd=instance.home("payam"),
+            timeout=PATIENCE,
+        )
+        return done.returncode != 0
+
+    def left(self, instance):
+        """The text of each file with mail."""
+        places = (instance.mailbox("payam").parent, instance.home("payam"))
+        paths = [path for place in places for path in place.iterdir()]
+        return {path.name: path.read_text() for path in paths if path.is_file()}
+
+    @pytest.mark.parametrize(
+        "call", ["write", "fsync", "ftruncate", "?unlink,unlinkat"]
+    )
+    @pytest.mark.parametrize(
+        "typed", ["d 1\nq\n", "p 2\nq\n", "set nohold\np 1\nd 3\nq\n", "s 2 out\nq\n"]
+    )
+    def test_no_message_is_lost(self, make_instance, call, typed):
+        bodies = [f"\n\n{word}\n\n" for word in ("one", "two", "three")]
+        for count in itertools.count(1):
+            instance = make_instance()
+            box = instance.make_mailbox("payam", "".join(self.BEFORE))
+            was_killed = self.killed_at(instance, call, count, typed)
+            left = self.left(instance)
+            everything = "".join(left.values())
+            gone = {"d 1": bodies[:1], "d 3": bodies[2:]}
+            may_go = [b for word, texts in gone.items() if word in typed for b in texts]
+            for body in bodies:
+                assert body in everything or body in may_go, (count, left)
+            if was_killed and box.read_text() == "".join(self.BEFORE):
+                assert all(body in left["payam"] for body in bodies)
+            if not was_killed:
+                assert not any(name.endswith(".rescued") for name in left)
+                assert count > 1
+                return
+
+
+def letter_sent(instance):
+    """The one letter that was sent, as the first of who got it has it."""
+    instance.run("sendmail", "-q", user="root")
+    instance.wait_empty()
+    found = next(filter(None, map(instance.messages, LOCAL_USERS)))
+    (letter,) = found
+    return letter
+
+
+def nothing_sent(instance):
+    """Whether no letter is in the queue or was in it."""
+    return not instance.queued() and not any(map(instance.messages, LOCAL_USERS[:2]))
+
+
+def is_refused(result, code, why):
+    """Whether it ended so, and said why in one line."""
+    return result.code == code and why in result.err and "Traceback" not in result.err
+
+
+# Options and operands, stdin -> what the letter has, what it has not.
+# Patterns of whole lines; {file} is a file with the text `data`.
+LETTER_ROWS = {
+    "-s": (["-s", "x", "user1"], "text\n", ["Subject: x", "To: user1", "text"], []),
+    "-s behind": (["user1", "-s", "x"], "text\n", ["Subject: x", "To: user1"], []),
+    "-sX": (["-sx y", "user1"], "text\n", ["Subject: x y"], []),
+    "-s with line ends": (
+        ["-s", "x\nBcc: user2\r\nC: d", "user1"],
+        "text\n",
+        ["Subject: x Bcc: user2 C: d"],
+        ["Bcc:.*", "C: d"],
+    ),
+    "-s of utf-8": (
+        ["-s", "ü", "user1"],
+        "text\n",
+        [r"Subject: =\?utf-8\?B\?w7w=\?="],
+        [],
+    ),
+    "no -s": (["user1"], "text\n", ["To: user1"], ["Subject:.*"]),
+    "-c list": (["-c", "user2,payam", "user1"], "text\n", ["Cc: user2, payam"], []),
+    "-c blanks": (["-c", "user2 payam", "user1"], "text\n", ["Cc: user2, payam"], []),
+    "-c twice": (
+        ["-c", "user2", "-c", "payam", "user1"],
+        "t\n",
+        ["Cc: user2, payam"],
+        [],
+    ),
+    "-c of nobody": (["-c", "", "user1"], "text\n", ["To: user1"], ["Cc:.*"]),
+    "-b": (["-b", "user2", "user1"], "text\n", ["To: user1"], ["Bcc:.*", ".*user2.*"]),
+    "in order": (["user2", "user1"], "text\n", ["To: user2, user1"], []),
+    "at a comma": (["user2,user1"], "text\n", ["To: user2, user1"], []),
+    "with a name": (
+        ["User One <user1@localhost>"],
+        "text\n",
+        ["To: User One <user1@localhost>"],
+        [],
+    ),
+    "-r": (["-r", "b@example.com", "user1"], "t\n", ["From: b@example.com"], []),
+    "-r with a name": (
+        ["-r", "The Boss <b@example.com>", "user1"],
+        "text\n",
+        ["From: The Boss <b@example.com>"],
+        [],
+    ),
+    "-S from": (
+        ["-S", "from=b@example.com", "user1"],
+        "t\n",
+        ["From: b@example.com"],
+        [],
+    ),
+    "-S smtp": (["-S", "smtp=smtp.example:25", "user1"], "text\n", ["text"], []),
+    "-a field": (["-a", "X-Test: yes", "user1"], "text\n", ["X-Test: yes"], []),
+    "-a Content-Type": (
+        ["-a", "Content-Type: text/html", "user1"],
+        "<p>\n",
+        ["Content-Type: text/html"],
+        ["Content-Type: text/plain.*"],
+    ),
+    "-a Subject": (
+        ["-s", "x", "-a", "Subject: y", "user1"],
+        "t\n",
+        ["Subject: y"],
+        ["Subject: x"],
+    ),
+    "-a From": (
+        ["-a", "From: B <b@example.com>", "user1"],
+        "text\n",
+        ["From: B <b@example.com>"],
+        ["From: (?!B).*"],
+    ),
+    "-a file": (
+        ["-a", "{file}", "user1"],
+        "text\n",
+        ["Content-Type: multipart/mixed;.*", "text", "ZGF0YQo="],
+        [],
+    ),
+    "-a file twice": (
+        ["-a", "{file}", "-a", "{file}", "user1"],
+        "text\n",
+        [r'Content-Disposition: attachment; filename="file.txt"'],
+        [],
+    ),
+    "-a file and field": (
+        ["-a", "{file}", "-a", "X-Test: yes", "user1"],
+        "text\n",
+        ["X-Test: yes", "ZGF0YQo="],
+        [],
+    ),
+    "-A file": (["-A", "{file}", "user1"], "text\n", ["ZGF0YQo="], []),
+    "-q": (["-q", "{file}", "user1"], "text\n", ["data", "text"], []),
+    "-C": (["-C", "X-Test: yes", "user1"], "text\n", ["X-Test: yes"], []),
+    "-M": (["-M", "text/html", "user1"], "<p>\n", ["Content-Type: text/html"], []),
+    "-t": (
+        ["-t"],
+        "To: user1\nX-Own: 1\nBcc: user2\nSubject: x\n\ntext\n",
+        ["To: user1", "X-Own: 1", "Subject: x", "text"],
+        ["Bcc:.*", ".*user2.*"],
+    ),
+    "-t and recipients": (["-t", "user2"], "To: user1\n\ntext\n", ["text"], []),
+    "-E": (["-E", "user1"], "text\n", ["text"], []),
+    "-i": (["-i", "user1"], "text\n", ["text"], []),
+    "-n": (["-n", "user1"], "text\n", ["text"], []),
+    "-B": (["-B", "user1"], "text\n", ["text"], []),
+    "--": (["-s", "x", "--", "user1"], "text\n", ["To: user1"], []),
+    "no line end": (["user1"], "text", ["text"], []),
+    "a dot": (["user1"], "one\n.\ntwo\n", [r"\.", "two"], []),
+    "a tilde": (["user1"], "~s y\ntext\n", ["~s y"], ["Subject:.*"]),
+    "ascii": (
+        ["user1"],
+        "text\n",
+        [
+            "Content-Type: text/plain; charset=us-ascii",
+            "Content-Transfer-Encoding: 7bit",
+        ],
+        [],
+    ),
+    "utf-8": (["user1"], "ü\n", ["Content-Type: text/plain; charset=utf-8"], []),
+    "latin-1": (
+        ["user1"],
+        b"\xfc\n",
+        ["Content-Type: text/plain; charset=unknown-8bit"],
+        [],
+    ),
+}
+
+# What is refused -> the exit code, what is said.
+REFUSED_LETTERS = {
+    "a file that is missing": (
+        ["-a", "nosuch", "user1"],
+        1,
+        "No such file or directory",
+    ),
+    "no recipient": (["-s", "x"], 64, "You must specify to-addr recipients"),
+    "no recipient but a copy": (["-c", "user1"], 64, "You must specify to-addr"),
+    "no such option": (["-%", "user1"], 64, "-%"),
+    "an option without value": (["user1", "-s"], 64, "-s"),
+    "a word that looks like an option": (["--", "-oQ/tmp"], 64, "-oQ/tmp"),
+    "a command": (["|touch ran"], None, "touch"),
+    "a file": (["/tmp/nosuch-file"], None, "/tmp/nosuch-file"),
+    "no such user": (["nosuchuser"], 67, "nosuchuser"),
+}
+
+
+class TestMailOptions:
+    """mail(1)'s command line."""
+
+    def sent(self, instance, words, stdin, env=()):
+        """The text of the one letter that was queued."""
+        stdin = stdin.encode() if isinstance(stdin, str) else stdin
+        text = stdin.decode("utf-8", "surrogateescape")
+        result = instance.run("mail", *words, stdin=text, user="payam", env=env)
+        assert (result.code, result.out) == (0, ""), result
+        return letter_sent(instance)
+
+    @pytest.mark.parametrize("row", LETTER_ROWS.values(), ids=LETTER_ROWS)
+    def test_a_letter_is_made(self, instance, row):
+        words, stdin, wanted, unwanted = row
+        path = instance.write("file.txt", "data\n")
+        words = [word.replace("{file}", str(path)) for word in words]
+        text = self.sent(instance, words, stdin)
+        for pattern in wanted:
+            assert re.search(f"(?m)^{pattern}$", text), (pattern, text)
+        for pattern in unwanted:
+            assert not re.search(f"(?m)^{pattern}$", text), (pattern, text)
+
+    @pytest.mark.parametrize("row", REFUSED_LETTERS.values(), ids=REFUSED_LETTERS)
+    def test_what_cannot_be_is_refused(self, instance, row):
+        words, code, why = row
+        result = instance.run("mail", *words, stdin="text\n", user="payam")
+        assert is_refused(result, code or result.code, why), result
+        assert result.code != 0
+        assert nothing_sent(instance)
+        assert not (instance.root / "ran").exists()
+
+    def test_a_language_changes_nothing(self, instance):
+        text = self.sent(instance, ["-s", "ü", "user1"], "ü\n", {"LC_ALL": "C"})
+        assert "charset=utf-8" in text
+
+    def test_every_field_is_there_once(self, instance):
+        words = ["-s", "x", "-a", "Reply-To: a@x", "-a", "Reply-To: b@x", "user1"]
+        text = self.sent(instance, words, "text\n")
+        for name in ("From", "To", "Subject", "Date", "Message-ID", "Content-Type"):
+            assert len(re.findall(f"(?m)^{name}:", text)) == 1, (name, text)
+        assert re.findall("(?m)^Reply-To: .*", text) == ["Reply-To: b@x"]
+
+    def test_an_attachment_is_byte_for_byte(self, instance):
+        data = bytes(range(256)) * 9 + b"\r\n"
+        path = instance.root / "a b.bin"
+        path.write_bytes(data)
+        message = message_from_string(self.sent(instance, ["-a", path, "user1"], "t\n"))
+        text, part = message.get_payload()
+        assert part.get_payload(decode=True) == data
+        assert part.get_filename() == "a b.bin"
+        assert text.get_payload(decode=True) == b"t\n"
+
+    @pytest.mark.parametrize("option", ["-E", "-Sskipempty"])
+    def test_an_empty_letter_is_not_sent_if_so_asked(self, instance, option):
+        result = instance.run("mail", option, "-s", "x", "user1", user="payam")
+        assert (result.code, result.out, result.err) == (0, "", "")
+        assert nothing_sent(instance)
+
+    def test_d_only_shows(self, instance):
+        result = instance.run("mail", "-d", "-s", "x", "user1", stdin="text\n")
+        assert "Subject: x\n" in result.out
+        assert result.out.endswith("\n\ntext\n")
+        assert nothing_sent(instance)
+
+    def test_v_names_the_queue_id(self, instance):
+        result = instance.run("mail", "-v", "-s", "x", "user1", stdin="text\n")
+        assert result.code == 0
+        assert re.search(r"queued as \w{10}\n", result.err)
+
+    def test_r_and_a_from_set_the_envelope(self, server):
+        for token, words in (
+            ("one", ["-r", "The Boss <b@example.com>"]),
+            ("two", ["-a", "From: The Boss <b@example.com>"]),
+        ):
+            server.run("mail", *words, "-s", token, "user1", stdin="text\n")
+            message = server.wait_message("user1", token)
+            assert fields(message, "Return-Path") == ["<b@example.com>"]
+
+    def test_options_behind_operands_may_be_stopped(self, instance):
+        env = {"POSIXLY_CORRECT": "1"}
+        words = ("user1", "-s", "x")
+        result = instance.run("mail", *words, stdin="text\n", env=env)
+        assert result.code != 0
+        assert nothing_sent(instance)
+
+    @pytest.mark.parametrize("words", [["-V"], ["--version"], ["--help"]])
+    def test_it_tells_of_itself(self, instance, words):
+        result = instance.run("mail", *words)
+        assert result.code == 0
+        assert "m" in result.out
+
+    def test_a_letter_that_is_not_sent_is_kept_whole(self, instance):
+        instance.run("mail", "-s", "x", "nosuch", stdin="precious\n", user="payam")
+        kept = (instance.home("payam") / "dead.letter").read_text()
+        assert kept.startswith("From payam  ")
+        assert "\nSubject: x\n" in kept
+        assert kept.endswith("\n\nprecious\n\n")
+
+    def test_dead_letter_keeps_older_ones(self, instance):
+        for word in ("older", "newer"):
+            instance.run("mail", "-s", word, "nosuch", stdin="text\n", user="payam")
+        kept = read_mbox((instance.home("payam") / "dead.letter").read_bytes())
+        assert [fields(one, "Subject") for one in kept] == [["older"], ["newer"]]
+
+    def test_dead_may_be_nowhere(self, instance):
+        env = {"DEAD": "/dev/null"}
+        instance.run("mail", "nosuch", stdin="text\n", user="payam", env=env)
+        assert not (instance.home("payam") / "dead.letter").exists()
+
+
+# Options of who reads, the exit code, what is shown, what is not, whether
+# there is mail. {box} is a mailbox of two messages.
+READER_ROWS = {
+    "-e": (["-e"], 0, [], ["."], True),
+    "-e, none": (["-e"], 1, [], ["."], False),
+    "-e -f": (["-e", "-f", "{box}"], 0, [], ["."], False),
+    "-e -f, none": (["-e", "-f", "nosuch"], 1, [], ["."], False),
+    "-e -u": (["-e", "-u", "payam"], 0, [], ["."], True),
+    "-H": (["-H"], 0, ["^>N  1 ", "^ N  2 "], ["messages"], True),
+    "-H, none": (["-H"], 1, ["No mail for payam"], [" N "], False),
+    "-N": (["-N"], 0, [], ["messages", "N  1"], True),
+    "-f": (["-f"], 0, ['mbox": 2 messages'], [], True),
+    "-f file": (["-f", "{box}"], 0, ['folder": 2 messages'], [], False),
+    "-fN file": (["-fN", "{box}"], 0, [], ["messages"], False),
+    "-f -N file": (["-f", "-N", "{box}"], 0, [], ["messages"], False),
+    "-f missing": (
+        ["-f", "nosuch"],
+        1,
+        ["nosuch: No such file or directory"],
+        [],
+        True,
+    ),
+    "-f directory": (["-f", "/"], 1, ["/"], ["Traceback"], True),
+    "-f no mailbox": (["-f", "{text}"], 1, ["not a mailbox"], ["Traceback"], True),
+    "-u": (["-u", "payam"], 0, ["2 messages 2 new"], [], True),
+    "-u nobody": (
+        ["-u", "nosuch"],
+        1,
+        ['"nosuch" is not a user of this sys'],
+        [],
+        True,
+    ),
+    "-R": (["-R"], 0, [r"\[Read only\]"], [], True),
+    "no mail": ([], 1, ["No mail for payam"], ["messages"], False),
+}
+
+
+class TestMailboxes:
+    """mail(1)'s options for who reads."""
+
+    @pytest.fixture
+    def place(self, instance):
+        """An instance with a folder, an mbox and a text in payam's home."""
+        for name in ("folder", "mbox"):
+            path = instance.home("payam") / name
+            path.write_text(mail("a") + mail("b"))
+            instance.give(path, "payam")
+        (instance.home("payam") / "text").write_text("no mail\n")
+        return instance
+
+    @pytest.mark.parametrize("row", READER_ROWS.values(), ids=READER_ROWS)
+    def test_a_mailbox_is_chosen(self, place, row):
+        words, code, wanted, unwanted, has_mail = row
+        if has_mail:
+            place.make_mailbox("payam", mail("a") + mail("b"))
+        for name in ("folder", "text"):
+            key = {"folder": "{box}", "text": "{text}"}[name]
+            path = str(place.home("payam") / name)
+            words = [word.replace(key, path) for word in words]
+        result = place.run("mail", *words, stdin="x\n", user="payam")
+        shown = result.out + result.err
+        assert result.code == code, result
+        assert [one for one in wanted if not re.search(one, shown, re.M)] == [], shown
+        assert [one for one in unwanted if re.search(one, shown, re.M)] == [], shown
+
+    def test_r_writes_nothing(self, place):
+        box = place.make_mailbox("payam", mail("a") + mail("b"))
+        before = box.read_bytes()
+        result = place.run("mail", "-R", stdin="p 1\nd 2\nq\n", user="payam")
+        assert (result.code, box.read_bytes()) == (0, before)
+
+    def test_mail_names_the_mailbox(self, place):
+        path = place.home("payam") / "folder"
+        result = place.run("mail", stdin="x\n", user="payam", env={"MAIL": path})
+        assert f'"{path}": 2 messages' in result.out
+
+    @pytest.mark.parametrize(
+        "typed", ["d *", "d*\nq", "1", "p 1\nd 2", "quux\nd 99\nq", "q"]
+    )
+    def test_a_script_ends_well(self, place, typed):
+        place.make_mailbox("payam", mail("a") + mail("b"))
+        result = place.run("mail", "-N", stdin=f"{typed}\n", user="payam")
+        assert (result.code, result.err) == (0, "")
+
+    def test_a_letter_in_a_script_is_the_rest_of_it(self, place):
+        place.make_mailbox("payam", mail("a"))
+        typed = "m user1\ntext\n~s x\nx\n"
+        result = place.run("mail", "-N", stdin=typed, user="payam")
+        assert result.code == 0
+        assert head_and_body(letter_sent(place))[1] == "text\n~s x\nx\n\n"
+
+
+# Files of the start -> what mail -N then says to `set` or `alias`.
+START_ROWS = {
+    "the system's": ({"etc/mail.rc": "set one=1"}, [], {}, "set", ['one="1"'], []),
+    "the person's": ({".mailrc": "set one=1"}, [], {}, "set", ['one="1"'], []),
+    "-n leaves the system's out": (
+        {"etc/mail.rc": "set one=1", ".mailrc": "set two=2"},
+        ["-n"],
+        {},
+        "set",
+        ['two="2"'],
+        ["one"],
+    ),
+    "the person's comes last": (
+        {"etc/mail.rc": "set one=1", ".mailrc": "set one=2"},
+        [],
+        {},
+        "set",
+        ['one="2"'],
+        ['one="1"'],
+    ),
+    "MAILRC is instead": (
+        {".mailrc": "set one=1", "other": "set two=2"},
+        [],
+        {"MAILRC": "{home}/other"},
+        "set",
+        ['two="2"'],
+        ["one"],
+    ),
+    "MAILRC may be empty": (
+        {".mailrc": "set one=1"},
+        [],
+        {"MAILRC": "/dev/null"},
+        "set",
+        [],
+        ["one"],
+    ),
+    "-S wins": ({".mailrc": "set one=1"}, ["-S", "one=3"], {}, "set", ['one="3"'], []),
+    "a file wins over the environment": (
+        {".mailrc": "set PAGER=x"},
+        [],
+        {"PAGER": "y"},
+        "set",
+        ['PAGER="x"'],
+        [],
+    ),
+    "the environment": (
+        {},
+        [],
+        {"PAGER": "y", "ODD": "z"},
+        "set",
+        ['PAGER="y"'],
+        ["ODD"],
+    ),
+    "aliases": ({".mailrc": "alias us a b"}, [], {}, "alias us", ["us\ta b"], []),
+    "if reading": (
+        {".mailrc": "if r\nset one=1\nelse\nset two=2\nendif\nset three=3"},
+        [],
+        {},
+        "set",
+        ['one="1"', 'three="3"'],
+        ["two"],
+    ),
+    "if sending": ({".mailrc": "if s\nset one=1\nendif"}, [], {}, "set", [], ["one"]),
+    "empty lines and remarks": (
+        {".mailrc": "\n# set two=2\n\nset one=1\n"},
+        [],
+        {},
+        "set",
+        ['one="1"'],
+        ["two"],
+    ),
+    "a long line": (
+        {".mailrc": "set one=1 \\\n two=2"},
+        [],
+        {},
+        "set",
+        ['two="2"'],
+        [],
+    ),
+    "unknown variables": (
+        {".mailrc": "set smtp=x ssl-verify=ignore nss-config-dir=/x\nset one=1"},
+        [],
+        {},
+        "set",
+        ['one="1"'],
+        ["nknown"],
+    ),
+}
+
+
+class TestMailStart:
+    """The start-up files of mail(1)."""
+
+    @pytest.mark.parametrize("row", START_ROWS.values(), ids=START_ROWS)
+    def test_start_up_files_are_obeyed(self, instance, row):
+        files, words, env, command, wanted, unwanted = row
+        instance.make_mailbox("payam", mail("a"))
+        home = instance.home("payam")
+        for name, text in files.items():
+            path = instance.root / name if "/" in name else home / name
+            path.write_text(f"{text}\n")
+        env = {name: value.replace("{home}", str(home)) for name, value in env.items()}
+        typed = f"{command}\nx\n"
+        result = instance.run("mail", "-N", *words, stdin=typed, user="payam", env=env)
+        lines = (result.out + result.err).split("\n")
+        assert [one for one in wanted if one not in lines] == [], lines
+        assert [one for one in unwanted if any(one in line for line in lines)] == []
+
+    @pytest.mark.parametrize(
+        "line", ["edit", "hold", "mail user1", "reply", "Reply", "visual", "!touch ran"]
+    )
+    def test_some_commands_are_not_for_start_up_files(self, instance, line):
+        box = instance.make_mailbox("payam", mail("a"))
+        (instance.home("payam") / ".mailrc").write_text(f"{line}\nset one=1\n")
+        result = instance.run("mail", "-N", stdin="q\n", user="payam")
+        assert result.code == 0
+        assert result.out + result.err != ""
+        assert nothing_sent(instance)
+        assert not (instance.root / "ran").exists()
+        assert box.read_text() == mail("a", status="O")
+
+    def test_aliases_of_start_up_files_are_for_letters(self, instance):
+        (instance.home("payam") / ".mailrc").write_text("alias us user1 user2\n")
+        instance.run("mail", "-s", "x", "us", stdin="text\n", user="payam")
+        instance.run("sendmail", "-q", user="root")
+        for user in ("user1", "user2"):
+            assert len(instance.messages(user)) == 1
+
+
+# What is typed, what is shown (in this order), what is not. Five messages,
+# s1 to s5: two read, one old, two new; {top} is a directory.
+SHOWN_ROWS = {
+    "no command": (["frobnicate"], ['Unknown command: "frobnicate"\n'], []),
+    "d *": (["d*", "p 1"], ["1: Inappropriate message\n"], ["text"]),
+    "p list": (["p 1-2"], ["Message  1:\n", "Message  2:\n"], ["Message  3"]),
+    "p$": (["p$"], ["Message  5:\n"], ["Message  4"]),
+    "a bare list prints one": (["2-3"], ["Message  2:\n"], ["Message  3"]),
+    "t": (["t 1"], ["Message  1:\n"], []),
+    "type": (["type 1"], ["Message  1:\n"], []),
+    "more": (["more 1"], ["Message  1:\n"], []),
+    "page": (["page 1"], ["Message  1:\n"], []),
+    "Print": (["ignore subject", "P 1"], ["Subject: s1"], []),
+    "Type": (["ignore subject", "T 1"], ["Subject: s1"], []),
+    "ignore": (["ignore subject", "p 1"], ["Message  1:\n"], ["Subject"]),
+    "discard": (["discard Subject", "p 1"], ["Message  1:\n"], ["Subject"]),
+    "retain": (["ignore subject", "retain subject", "p 1"], ["Subject: s1"], []),
+    "retain alone": (["retain x", "p 1"], ["Message  1:\n"], ["Subject"]),
+    "retained": (["retain x", "retain"], ["x"], []),
+    "h": (["h"], ["    1 ", " U  3 ", ">N  4 ", " N  5 "], []),
+    "h leaves d out": (["d 1", "h"], [">   2 "], ["    1 "]),
+    "f": (["f 2-3"], ["    2 ", " U  3 "], ["  4 "]),
+    "from": (["from $"], ["  5 "], ["  4 "]),
+    "f moves the dot": (["f 2 3", "="], ["3\n"], []),
+    "h moves none": (["h", "="], ["4\n"], []),
+    "=": (["="], ["4\n"], []),
+    "size": (["size 1"], ["1: 6/"], []),
+    "si": (["si 1-2"], ["1: 6/", "2: 6/"], []),
+    "top": (["top 1"], ["Message  1:\nFrom eve@far.example", "s1"], []),
+    "to": (["to 1"], ["Message  1:\n"], []),
+    "toplines": (["set toplines=1", "top 1"], ["Subject: s1"], ["Status"]),
+    "show": (["show 1"], ["From eve@far.example", "Subject: s1\nStatus: RO\n"], []),
+    "version": (["version"], ["minimta"], []),
+    "l": (["l"], ["Commands are:\n", "delete", "undelete"], []),
+    "list": (["list"], ["Commands are:\n"], []),
+    "?": (["?"], ["delete", "quit"], []),
+    "help": (["help"], ["delete", "quit"], []),
+    "hel": (["hel"], ["delete", "quit"], []),
+    "? of one": (["? delete"], ["delete"], ["undelete"]),
+    "echo": (["echo a 'b  c'"], ["a b  c\n"], []),
+    "ec": (["ec one"], ["one\n"], []),
+    "a remark": (["# p 1"], [], ["Message", "Unknown"]),
+    "set": (["set one=1", "set"], ['one="1"\n'], []),
+    "se": (["se one=1", "se"], ['one="1"\n'], []),
+    "set no": (["set one", "set noone", "set"], ["append"], ["one\n"]),
+    "unset": (["set one", "unset one", "set"], ["append"], ["one\n"]),
+    "unset of none": (["unset one"], ['"one": undefined variable\n'], []),
+    "alias": (["alias us a b", "alias us"], ["us\ta b\n"], []),
+    "group": (["g us a", "group us b", "a"], ["us\ta b\n"], []),
+    "unalias": (["a us a", "una us", "a us"], ["us"], ["us\ta"]),
+    "alternates": (["alt one two", "alternates"], ["one two\n"], []),
+    "folders of none": (["folders"], ['No value set for "folder"\n'], []),
+    "folders": (["set folder={top}", "folders"], ["box\n"], []),
+    "cd": (["cd {top}", "!test -e box && echo here >seen", "ec x"], ["!\n", "x"], []),
+    "chdir of none": (["chdir /nosuch"], [], []),
+    "dp": (["dp 1"], ["Message  2:\n"], ["At EOF"]),
+    "dt": (["dt 1"], ["Message  2:\n"], []),
+    "dp at the end": (["dp 5"], ["At EOF\n"], ["Message"]),
+    "autoprint": (["set autoprint", "d 1"], ["Message  2:\n"], []),
+    "n at the end": (["5", "n"], ["At EOF\n"], []),
+    "n of a list": (["n 2"], ["Message  2:\n"], []),
+    "n with text": (["/s3"], ["Message  3:\n"], []),
+    "Enter behind d": (["d 2", ""], ["Message  3:\n"], []),
+    "+": (["1", "+"], ["Message  1", "Message  2:\n"], []),
+    "+2": (["1", "+2"], ["Message  3:\n"], ["Message  2"]),
+    "-": (["3", "-"], ["Message  3", "Message  2:\n"], []),
+    "-2": (["3", "-2"], ["Message  1:\n"], ["Message  2"]),
+    "+ too far": (["5", "+"], ["Referencing beyond EOF\n"], []),
+    "- too far": (["1", "-"], ["Referencing before 1\n"], []),
+    "pipe without a command": (["|"], ["variable cmd not set\n"], []),
+    "pi": (["pi 1 'cat >{top}/piped'"], [], ["Unknown"]),
+    "if": (["if s", "echo one", "else", "echo two", "endif"], ["two\n"], ["one"]),
+    "if r": (["i r", "echo one", "el", "echo two", "en"], ["one\n"], ["two"]),
+    "source": (["source {top}/rc"], ["from a file\n"], []),
+    "so": (["so {top}/rc"], ["from a file\n"], []),
+    "source of none": (["source {top}/nosuch", "="], ["4\n"], []),
+    "s without a list": (["s {top}/out"], ['out" [New file] 5/'], []),
+    "s twice": (["s 1 {top}/out", "s 2 {top}/out"], ["[New file]", "[Appended]"], []),
+    "w without a file": (["w"], ["No file specified\n"], []),
+    "m without a name": (["m"], ["recipient"], []),
+    "z at the end": (["z"], ["On last screenful of messages\n"], []),
+    "z- at the start": (["z-"], ["On first screenful of messages\n"], []),
+    "file": (["file"], ['box": 5 messages 2 new 3 unread\n'], []),
+    "fi": (["d 1", "s 2 {top}/out", "fi"], [" 1 deleted 1 saved\n"], []),
+    "folder of none": (["folder {top}/nosuch", "="], ["4\n"], []),
+    "folder": (["folder {top}/other"], ['other": 1 message 1 new\n'], []),
+    "folder and back": (
+        ["folder {top}/other", "file #", "="],
+        ['box": 5 messages'],
+        [],
+    ),
+    "fold %": (["folder {top}/other", "fold %"], ['box": 5 messages'], []),
+    "folder +": (["set folder={top}", "fi +other"], ["1 message 1 new\n"], []),
+    "folder &": (["set MBOX={top}/other", "fi &"], ['other": 1 message'], []),
+    "inc of none": (["inc"], ["new mail"], []),
+    "flags": (["flag 1", "h", "p :f"], ["F  1 ", "Message  1:\n"], []),
+    "unread": (["p 1", "unread 1", "f 1"], ["U  1 "], []),
+    "U": (["p 1", "U 1", "f 1"], ["U  1 "], []),
+    "new": (["p 1", "new 1", "f 1"], ["U  1 "], []),
+    "held": (["pre 1", "f 1"], ["H  1 "], []),
+    "mboxed": (["mbox 1", "f 1"], ["M  1 "], []),
+    "saved": (["s 1 {top}/out", "f 1"], ["*  1 "], []),
+    "a list that is nothing": (["p :d"], ["No messages satisfy :d\n"], ["Message"]),
+    "nobody": (["p carol"], ["No applicable messages from {carol}\n"], []),
+    "a wrong number": (["p 99"], ["99: Invalid message number\n"], []),
+    "a quoted word": (["set 'one=a b'", "set"], ['one="a b"\n'], []),
+}
+
+
+class TestMailCommands:
+    """The commands of mail(1)."""
+
+    @pytest.mark.parametrize("row", SHOWN_ROWS.values(), ids=SHOWN_ROWS)
+    def test_a_command_shows(self, session, tmp_path, monkeypatch, row):
+        monkeypatch.chdir(tmp_path)
+        lines, wanted, unwanted = row
+        (tmp_path / "rc").write_text("echo from a file\n")
+        (tmp_path / "other").write_text(mail("other"))
+        reader = session()
+        for line in lines:
+            reader.obey(line.replace("{top}", str(tmp_path)))
+        shown, place = reader.terminal.shown, 0
+        for text in wanted:
+            assert text in shown[place:], shown
+            place = shown.index(text, place) + len(text)
+        assert [text for text in unwanted if text in shown] == [], shown
+
+    @pytest.mark.parametrize(
+        ("name", "wanted"),
+        [
+            *[("a", "alias"), ("g", "alias"), ("alt", "alternates"), ("cd", "cd")],
+            *[("ch", "cd"), ("c", "copy"), ("C", "Copy"), ("d", "delete")],
+            *[("di", "discard"), ("ig", "discard"), ("ret", "retain"), ("dp", "dp")],
+            *[("dt", "dp"), ("ec", "echo"), ("e", "edit"), ("v", "visual")],
+            *[("ex", "exit"), ("x", "exit"), ("fi", "file"), ("fold", "file")],
+            *[("folders", "folders"), ("f", "from"), ("h", "headers")],
+            *[("hel", "help"), ("?", "help"), ("ho", "hold"), ("pre", "hold")],
+            *[("i", "if"), ("el", "else"), ("en", "endif"), ("l", "list")],
+            *[("m", "mail"), ("mb", "mbox"), ("n", "next"), ("pi", "pipe")],
+            *[("|", "pipe"), ("P", "Print"), ("T", "Print"), ("p", "print")],
+            *[("t", "print"), ("q", "quit"), ("r", "reply"), ("R", "Reply")],
+            *[("s", "save"), ("S", "Save"), ("se", "set"), ("uns", "unset")],
+            *[("sh", "shell"), ("si", "size"), ("so", "source"), ("to", "top")],
+            *[("tou", "touch"), ("una", "unalias"), ("u", "undelete")],
+            *[("w", "write"), ("z", "z"), ("=", "="), ("#", "#"), ("!", "shell")],
+            *[],
+            *[],
+            *[("fwd", "forward"), ("redirect", "resend"), ("inc", "inc")],
+            *[("newmail", "inc"), ("unread", "unread"), ("new", "unread")],
+            *[("More", "Print"), ("Page", "Print"), ("more", "print")],
+        ],
+    )
+    def test_posixs_abbreviations_are_known(self, session, name, wanted):
+        reader = session()
+        assert reader.find_command(name) is reader.find_command(wanted) is not None
+
+    def test_a_copy_is_read_and_stays(self, session, tmp_path):
+        reader = session(f"c 4 {tmp_path}/out", "q")
+        minimta.run_session(reader)
+        assert (tmp_path / "out").read_text() == mail("s4")
+        assert mail("s4", status="RO") in (tmp_path / "box").read_text()
+
+    def test_saved_mail_is_for_its_owner_alone(self, session, tmp_path):
+        for command in ("s", "c"):
+            session().obey(f"{command} 1 {tmp_path}/{command}")
+            assert (tmp_path / command).stat().st_mode & 0o777 == 0o600
+
+    def test_save_names_the_file_after_the_author(self, session, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        reader = session()
+        reader.obey("S 1")
+        reader.obey("C 2")
+        assert (tmp_path / "eve").read_text() == mail("s1", status="RO") + mail(
+            "s2", status="RO"
+        )
+        assert reader.messages[0].state == "saved"
+        assert reader.messages[1].state == ""
+
+    def test_pipe_gives_the_message_as_it_is(self, session, tmp_path):
+        session().obey(f"pipe 4 'cat >{tmp_path}/piped'")
+        assert (tmp_path / "piped").read_text() == mail("s4")
+
+    def test_pipe_uses_cmd(self, session, tmp_path):
+        reader = session()
+        reader.variables.set(f"cmd=cat >{tmp_path}/piped")
+        reader.obey("|")
+        assert (tmp_path / "piped").read_text() == mail("s4")
+
+    def test_an_editor_changes_no_mailbox(self, session, tmp_path):
+        reader = session("q")
+        reader.variables.set("EDITOR=echo changed >>")
+        reader.obey("e 1")
+        minimta.run_session(reader)
+        assert mail("s1", status="RO") in (tmp_path / "box").read_text()
+        assert "changed" not in (tmp_path / "box").read_text()
+
+    def test_printing_alone_marks_as_read(self, session):
+        reader = session()
+        for line in ("f 4", "h 4", "size 4", "=", "parts 4"):
+            reader.obey(line)
+        assert reader.messages[3].is_new and reader.messages[3].is_unread
+        reader.obey("p 4")
+        assert not reader.messages[3].is_unread
+
+    def test_another_folder_is_settled_first(self, session, tmp_path):
+        (tmp_path / "other").write_text(mail("other"))
+        reader = session()
+        reader.obey("d 1-4")
+        reader.obey(f"folder {tmp_path}/nosuch")
+        assert "s1" in (tmp_path / "box").read_text()
+        reader.obey(f"folder {tmp_path}/other")
+        assert (tmp_path / "box").read_text() == mail("s5", status="O")
+
+    def test_a_file_name_is_no_shell_line(self, session, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for line in ("folder $(touch ran)", "folder `touch ran`", "s 1 ';touch ran'"):
+            session().obey(line)
+        assert not (tmp_path / "ran").exists()
+
+
+FIFTY = [
+    mail(f"n{n}", status="RO" if n < 20 else "O" if n < 30 else "")
+    for n in range(1, 51)
+]
+# What is typed -> the numbers that are shown, and the current one. The screen
+# has 20 rows for them.
+PAGE_ROWS = [
+    (["h"], (21, 40), 30),
+    (["z"], (41, 50), 41),
+    (["z", "z"], (41, 50), 41),
+    (["z-"], (1, 20), 1),
+    (["z-", "z-"], (1, 20), 1),
+    (["h 45"], (41, 50), 41),
+    (["h 1"], (1, 20), 1),
+    (["z 0"], (1, 20), 1),
+    (["z $"], (41, 50), 41),
+    (["z-", "z+2"], (41, 50), 41),
+    (["z+"], (41, 50), 41),
+]
+
+
+class TestMailPages:
+    """Fifty messages on a screen of twenty."""
+
+    @pytest.mark.parametrize(("lines", "ends", "dot"), PAGE_ROWS)
+    def test_a_screen_is_shown(self, session, lines, ends, dot):
+        reader = session(texts=FIFTY)
+        for line in lines:
+            reader.terminal.shown = ""
+            reader.obey(line)
+        numbers = re.findall(r"(?m)^[> ]. +(\d+) ", reader.terminal.shown)
+        first, last = ends
+        assert list(map(int, numbers)) == list(range(first, last + 1))
+        assert reader.dot == dot
+
+    def test_screen_says_how_many(self, session):
+        reader = session(texts=FIFTY)
+        reader.obey("set screen=7")
+        reader.obey("h 1")
+        assert reader.terminal.shown.count("\n") == 7
+
+
+ATTACHED = (
+    "From eve@far.example  Wed Feb 19 05:10:01 2025\nSubject: s\n"
+    'Content-Type: multipart/mixed; boundary="b"\n\n'
+    "--b\nContent-Type: text/plain\n\nown text\n"
+    "--b\nContent-Type: text/csv\nContent-Transfer-Encoding: base64\n"
+    "Content-Disposition: attachment; filename=%s\n\nYQ0KYg0K\n--b--\n\n"
+)
+
+
+class TestMailParts:
+    """What is attached."""
+
+    @pytest.fixture
+    def attached(self, session, tmp_path, monkeypatch):
+        """Makes a session on a message with an attachment of that name."""
+        monkeypatch.chdir(tmp_path)
+        return lambda name: session(texts=[ATTACHED % name])
+
+    @pytest.mark.parametrize(
+        ("name", "wanted"),
+        [
+            ("a.csv", "a.csv"),
+            ('"../../up.csv"', "up.csv"),
+            ('"/etc/up.csv"', "up.csv"),
+            ('".hidden"', "hidden"),
+            ('"a\x1bb.csv"', "a␛b.csv"),
+            ('"..\\\\up.csv"', "up.csv"),
+        ],
+    )
+    def test_a_part_goes_to_no_other_place(self, attached, tmp_path, name, wanted):
+        attached(name).obey("w 1 text")
+        names = set(os.listdir(tmp_path))
+        assert names == {"box", "text", wanted} or "\x1b" in name
+        assert (tmp_path / "text").read_text().strip() == "own text"
+        (part,) = names - {"box", "text"}
+        assert (tmp_path / part).read_bytes() == b"a\r\nb\r\n"
+        assert not any(char < " " for char in part)
+
+    def test_write_spoils_no_file(self, attached, tmp_path):
+        (tmp_path / "a.csv").write_text("precious")
+        attached("a.csv").obey("w 1 text")
+        assert (tmp_path / "a.csv").read_text() == "precious"
+
+    def test_one_part_may_be_written(self, attached, tmp_path):
+        attached("a.csv").obey("w 1.2 other")
+        assert (tmp_path / "other").read_bytes() == b"a\r\nb\r\n"
+
+    def test_parts_are_listed(self, attached):
+        reader = attached("a.csv")
+        reader.obey("parts 1")
+        assert "1.1 text/plain" in reader.terminal.shown
+        assert "1.2 text/csv a.csv" in reader.terminal.shown
+
+    def test_a_written_message_is_read_and_not_saved(self, attached, tmp_path):
+        reader = attached("a.csv")
+        reader.obey("w 1 text")
+        assert (reader.messages[0].state, reader.messages[0].was_read) == ("", True)
+
+
+# A header of what is answered, the command, what is set before -> To and Cc.
+ANSWER_ROWS = {
+    "r": ("From: a@x\nTo: bob, c@x\nCc: d@x\n", [], "r", ("a@x, c@x", "d@x")),
+    "reply all": ("From: a@x\nTo: bob, c@x\n", [], "reply all", ("a@x, c@x", "")),
+    "R": ("From: a@x\nTo: bob, c@x\nCc: d@x\n", [], "R", ("a@x", "")),
+    "Reply-To": ("From: a@x\nReply-To: l@x\nTo: bob\n", [], "r", ("l@x", "")),
+    "own host": ("From: a@x\nTo: bob@host.example\n", [], "r", ("a@x", "")),
+    "localhost": ("From: a@x\nTo: bob@localhost\n", [], "r", ("a@x", "")),
+    "metoo": (
+        "From: a@x\nTo: bob@host.example\n",
+        ["set metoo"],
+        "r",
+        ("a@x, bob@host.example", ""),
+    ),
+    "alternates": ("From: a@x\nTo: me@y, C@x\n", ["alt ME@Y"], "r", ("a@x, C@x", "")),
+    "flipr": ("From: a@x\nTo: bob, c@x\n", ["set flipr"], "r", ("a@x", "")),
+    "flipr R": ("From: a@x\nTo: bob, c@x\n", ["set flipr"], "R", ("a@x, c@x", "")),
+    "Replyall": ("From: a@x\nTo: bob, c@x\n", ["set Replyall"], "r", ("a@x", "")),
+}
+
+
+class TestMailAnswers:
+    """Replies."""
+
+    @pytest.fixture
+    def sheets(self, monkeypatch):
+        """The letters that were written, instead of sent."""
+        written = []
+        monkeypatch.setattr(
+            minimta.Composer, "send", lambda _, one: written.append(one)
+        )
+        return written
+
+    @pytest.mark.parametrize("row", ANSWER_ROWS.values(), ids=ANSWER_ROWS)
+    def test_an_answer_is_for_whom_it_should(self, session, sheets, row):
+        header, before, command, wanted = row
+        text = f"From eve@far.example  Wed Feb 19 05:10:01 2025\n{header}\ntext\n\n"
+        reader = session(texts=[text])
+        for line in before:
+            reader.obey(line)
+        reader.obey(f"{command} 1")
+        (sheet,) = sheets
+        assert tuple(", ".join(sheet.people[n]) for n in ("To", "Cc")) == wanted
+
+    def test_senders_of_all_messages_get_it(self, session, sheets):
+        head = "From eve@far.example  Wed Feb 19 05:10:01 2025\nFrom: "
+        reader = session("text", texts=[f"{head}{name}@x\n\nt\n\n" for name in "ab"])
+        reader.obey("R *")
+        assert sheets[0].people["To"] == ["a@x", "b@x"]
+
+    def test_a_letter_that_is_answered_is_marked(self, session, sheets):
+        reader = session("text")
+        reader.obey("r 4")
+        assert reader.messages[3].flags == "A"
+        reader.obey("set nomarkanswered")
+        reader.obey("r 5")
+        assert reader.messages[4].flags == ""
+
+    def test_an_answer_quotes_where_a_person_types(self, session, sheets):
+        text = mail("s", "one", "two").replace("\nSub", "\nFrom: A <a@x>\nSub")
+        reader = session(texts=[text])
+        reader.terminal.is_interactive = True
+        reader.obey("r 1")
+        assert sheets[0].text == b"A <a@x> wrote:\n\n> one\n> two\n\n"
+
+    def test_indentprefix_stands_before_quotes(self, session, sheets):
+        reader = session()
+        reader.terminal.is_interactive = True
+        reader.obey("set indentprefix='| '")
+        reader.obey("r 1")
+        assert b"\n| text\n" in sheets[0].text
+        reader.obey("set noquote")
+        reader.obey("r 2")
+        assert sheets[1].text == b""
+
+    def test_an_alias_is_not_for_answers(self, session, sheets):
+        text = mail("s").replace("\nSub", "\nFrom: us\nSub")
+        reader = session("text", texts=[text])
+        reader.obey("alias us a@x b@x")
+        reader.obey("r 1")
+        assert sheets[0].people["To"] in (["us"], ["us@host.example"])
+
+
+HOSTILE_MAIL = {
+    "a title": "\x1b]0;title\x07",
+    "a clear screen": "\x1b[2J",
+    "a backspace": "a\x08b",
+    "a carriage return": "a\rb",
+    "a C1 control": "a\x9b2Jb",
+    "DEL": "a\x7fb",
+    "right to left": "a\u202eb\u2066c",
+}
+
+
+class TestMailIsSafe:
+    """Nothing in a message does something to the terminal."""
+
+    @pytest.mark.parametrize("text", HOSTILE_MAIL.values(), ids=HOSTILE_MAIL)
+    def test_no_control_gets_through(self, session, text):
+        head = "From eve@far.example  Wed Feb 19 05:10:01 2025\n"
+        word = base64.b64encode(text.encode()).decode()
+        encoded = f"Subject: =?utf-8?B?{word}?=\nFrom: =?utf-8?B?{word}?= <a@x>\n"
+        plain = f"Subject: {text}\nFrom: {text} <a@x>\n".replace("\r", "")
+        kind = 'Content-Type: multipart/mixed; boundary="b"\n\n--b\n\nx\n--b\n'
+        name = text.replace("\r", "").replace("\x1b", "")
+        part = (
+            f'Content-Disposition: attachment; filename="{name}"\n\n{text}\n--b--\n\n'
+        )
+        reader = session(
+            texts=[
+                f"{head}{encoded}\n{text}\n\n",
+                f"{head}{plain}\n{text}\n\n",
+                f"{head}{encoded}{kind}{part}",
+            ]
+        )
+        for line in ("h", "p *", "P *", "top *", "show *", "parts *", "f *"):
+            reader.obey(line)
+        shown = set(reader.terminal.shown) - set("\n\t")
+        assert not {c for c in shown if c < " " or "\x7f" <= c < "\xa0"}
+        assert not shown & set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+    def test_what_persian_needs_stays(self, session):
+        head = "From eve@far.example  Wed Feb 19 05:10:01 2025\n"
+        reader = session(texts=[f"{head}Subject: می\u200cخواهم\n\nمی\u200cخواهم\n\n"])
+        reader.obey("p 1")
+        assert reader.terminal.shown.count("می\u200cخواهم") == 2
+
+
+# What is typed -> what is then shown, and what is in the letter.
+TYPED_ESCAPES = {
+    "~s": ("~s other", None, "Subject: other\n"),
+    "~t": ("~t user2", None, "To: user1, user2\n"),
+    "~c": ("~c user2", None, "Cc: user2\n"),
+    "~b": ("~b user2", None, "To: user1\n"),
+    "~~": ("~~text", None, "\n~text\n"),
+    "~r": ("~r {home}/file", '"{home}/file" 1/5\n', "\ndata\n"),
+    "~<": ("~< {home}/file", '"{home}/file" 1/5\n', "\ndata\n"),
+    "~r !": ("~r !echo out", "1/4\n", "\nout\n"),
+    "~<!": ("~<!echo out", "1/4\n", "\nout\n"),
+    "~r of none": ("~r {home}/nosuch", "No such file or directory\n", "\nline\n"),
+    "~w": ("~w {home}/out", '"{home}/out" 1/5\n', "\nline\n"),
+    "~!": ("~!echo a-word", "a-word\n!\n", "\nline\n"),
+    "~|": ("~|tr a-z A-Z", "(continue)\n", "\nLINE\n"),
+    "~| that fails": ("~|echo x; false", "failed", "\nline\n"),
+    "~| that says nothing": ("~|true", "(continue)\n", "\nline\n"),
+    "~e": ("~e", "(continue)\n", "\nline\nedited\n"),
+    "~v": ("~v", "(continue)\n", "\nline\nedited\n"),
+    "~p": (
+        "~p",
+        "-------\nMessage contains:\nTo: user1\nSubject: x\n\nline\n(c",
+        "\nline\n",
+    ),
+    "~d": ("~d", "1/5\n", "\nline\ndead\n"),
+    "~@": ("~@ {home}/file", None, "\nZGF0YQo=\n"),
+    "~i": ("~i own", "own value\n", "\nown value\n"),
+    "~a": ("~a", "a sign\n", "\na sign\n"),
+    "~A": ("~A", "a Sign\n", "\na Sign\n"),
+    "~zz": ("~zz", "Unknown tilde escape.\n", "\nline\n"),
+    "~m": ("~m", "", "\nline\n"),
+}
+
+
+class TestMailTyping:
+    """A letter that is typed at a terminal."""
+
+    @pytest.fixture
+    def home(self, instance):
+        """The home of who types."""
+        home = instance.home("payam")
+        (home / "file").write_text("data\n")
+        (home / "dead.letter").write_text("dead\n")
+        editor = home / "editor"
+        editor.write_text('#!/bin/sh\necho edited >>"$1"\n')
+        editor.chmod(0o755)
+        (home / ".mailrc").write_text(
+            f"set own='own value' sign='a sign' Sign='a Sign'\n"
+            f"set EDITOR={editor} VISUAL={editor}\n"
+        )
+        return home
+
+    def letter(self, instance):
+        """The one letter in the queue."""
+        return letter_sent(instance)
+
+    @pytest.mark.parametrize("row", TYPED_ESCAPES.values(), ids=TYPED_ESCAPES)
+    def test_an_escape_does_its_work(self, instance, home, row):
+        typed, shown, wanted = row
+        person = Terminal(instance, "mail", "-s", "x", "user1")
+        person.type("line\n")
+        person.expect("line\n")
+        typed = typed.replace("{home}", str(home))
+        person.type(f"{typed}\n")
+        person.expect(f"{typed}\n")
+        if shown:
+            person.expect(shown.replace("{home}", str(home)))
+        person.type("~.\n")
+        person.expect("EOT\n")
+        assert person.close() == 0
+        assert wanted in self.letter(instance)
+
+    def test_tilde_w_appends(self, instance, home):
+        person = Terminal(instance, "mail", "-s", "x", "user1")
+        person.type(f"line\n~w {home}/file\n~.\n")
+        person.expect("EOT\n")
+        assert person.close() == 0
+        assert (home / "file").read_text() == "data\nline\n"
+
+    def test_tilde_h_asks_for_the_header(self, instance, home):
+        person = Terminal(instance, "mail", "-s", "x", "user1")
+        person.type("~h\n")
+        person.expect("To: user1")
+        person.type(" user2\n")
+        person.expect("Cc: ")
+        person.type("payam\n")
+        person.expect("Bcc: ")
+        person.type("\n")
+        person.expect("Subject: x")
+        person.type("y\n")
+        person.type("line\n~.\n")
+        person.expect("EOT\n")
+        assert person.close() == 0
+        text = self.letter(instance)
+        for field in ("To: user1, user2", "Cc: payam", "Subject: xy"):
+            assert f"{field}\n" in text
+
+    @pytest.mark.parametrize(("typed", "is_kept"), [("~q", True), ("~x", False)])
+    def test_a_letter_may_be_given_up(self, instance, home, typed, is_kept):
+        (home / "dead.letter").unlink()
+        person = Terminal(instance, "mail", "-s", "x", "user1")
+        person.type(f"line\n{typed}\n")
+        person.rest()
+        assert person.close() == 1
+        assert (home / "dead.letter").exists() == is_kept
+        assert nothing_sent(instance)
+
+    def test_messages_are_put_in(self, instance, home):
+        instance.make_mailbox("payam", mail("s1", "first") + mail("s2", "second"))
+        person = Terminal(instance, "mail", "-N")
+        person.expect("& ")
+        person.type("m user1\n")
+        person.expect("Subject: ")
+        person.type("x\n~f 1\n")
+        person.expect("Interpolating: 1\n(continue)\n")
+        person.type("~m 2\n")
+        person.expect("Interpolating: 2\n(continue)\n")
+        person.type("~:echo a-word\n")
+        person.expect("\na-word\n")
+        person.type("~.\n")
+        person.expect("EOT\n")
+        person.expect("& ")
+        person.type("x\n")
+        assert person.close() == 0
+        text = self.letter(instance)
+        assert "\nSubject: s1\n" in text
+        assert "\nfirst\n" in text
+        assert "\n> Subject: s2\n" in text
+        assert "\n> second\n" in text
+
+    def test_another_escape_may_be_set(self, instance, home):
+        person = Terminal(instance, "mail", "-S", "escape=!", "-s", "x", "user1")
+        person.type("~s y\n!s z\n!.\n")
+        person.expect("EOT\n")
+        assert person.close() == 0
+        assert "Subject: z\n" in self.letter(instance)
+        assert "\n~s y\n" in self.letter(instance)
+
+    def test_no_escape_may_be_set(self, instance, home):
+        person = Terminal(instance, "mail", "-S", "escape=", "-s", "x", "user1")
+        person.type("~s y\n.\n")
+        person.expect("EOT\n")
+        assert person.close() == 0
+        assert "\n~s y\n" in self.letter(instance)
+
+    def test_ignoreeof_wants_a_dot(self, instance, home):
+        person = Terminal(instance, "mail", "-S", "ignoreeof", "-s", "x", "user1")
+        person.type("line\n\x04")
+        person.expect('Use "." to terminate letter\n')
+        person.type(".\n")
+        person.expect("EOT\n")
+        assert person.close() == 0
+
+    def test_askcc_asks(self, instance, home):
+        person = Terminal(instance, "mail", "-S", "askcc", "-s", "x", "user1")
+        person.type("line\n\x04")
+        person.expect("Cc: ")
+        person.type("user2\n")
+        person.rest()
+        assert person.close() == 0
+        assert "Cc: user2\n" in self.letter(instance)
+
+    def test_noask_does_not_ask(self, instance, home):
+        person = Terminal(instance, "mail", "-S", "noask", "user1")
+        person.type("line\n\x04")
+        assert "Subject: " not in person.expect("EOT\n")
+        assert person.close() == 0
+
+    def test_an_interrupt_is_told_and_drops_a_half_line(self, instance, home):
+        person = Terminal(instance, "mail", "-s", "x", "user1")
+        person.type("line\n")
+        person.expect("line\n")
+        person.type("half")
+        person.expect("half")
+        person.interrupt()
+        person.expect("(Interrupt -- one more to kill letter)\n")
+        person.type("more\n")
+        person.expect("more\n")
+        person.interrupt()
+        person.expect("(Interrupt -- one more to kill letter)\n")
+        person.type(".\n")
+        person.expect("EOT\n")
+        assert person.close() == 0
+        assert self.letter(instance).endswith("\n\nline\nmore\n\n")
+
+    def test_the_second_interrupt_keeps_the_text(self, instance, home):
+        person = Terminal(instance, "mail", "-s", "x", "user1")
+        person.type("line\n")
+        person.expect("line\n")
+        person.interrupt()
+        person.expect("(Interrupt -- one more to kill letter)\n")
+        person.interrupt()
+        person.expect(f'"{home}/dead.letter" 1/5\n')
+        assert person.close() == 1
+        kept = (home / "dead.letter").read_text()
+        assert kept.startswith("dead\n")
+        assert kept.endswith("\n\nline\n\n")
+        assert nothing_sent(instance)
+
+    def test_nosave_keeps_nothing(self, instance, home):
+        person = Terminal(instance, "mail", "-S", "nosave", "-s", "x", "user1")
+        person.type("line\n")
+        person.expect("line\n")
+        for shown in ("(Interrupt -- one more to kill letter)\n", "^C"):
+            person.interrupt()
+            person.expect(shown)
+        person.rest()
+        assert person.close() == 1
+        assert (home / "dead.letter").read_text() == "dead\n"
+
+
+class TestMailAtPrompt:
+    """A reader at a terminal."""
+
+    @pytest.fixture
+    def person(self, instance):
+        """Someone with two messages, at the prompt."""
+        instance.make_mailbox("payam", mail("a") + mail("b"))
+        person = Terminal(instance, "mail")
+        person.expect("& ")
+        return person
+
+    def test_an_interrupt_brings_another_prompt(self, person):
+        person.interrupt()
+        person.expect("& ")
+        person.type("x\n")
+        assert person.close() == 0
+
+    def test_an_interrupt_ends_a_command(self, person):
+        person.type("!exec sleep 1000\n")
+        person.expect("1000\n")
+        wait_for(lambda: children(person.child.pid))
+        person.type("\x03")
+        person.expect("& ")
+        person.type("x\n")
+        assert person.close() == 0
+
+    def test_control_d_quits(self, person, instance):
+        person.type("d 1\n")
+        person.expect("& ")
+        person.type("\x04")
+        person.expect("Held 1 message in ")
+        assert person.close() == 0
+        assert len(instance.messages("payam")) == 1
+
+    def test_ignoreeof_wants_quit(self, person):
+        person.type("set ignoreeof\n")
+        person.expect("& ")
+        person.type("\x04")
+        person.expect('Use "quit" to quit.\n')
+        person.expect("& ")
+        person.type("x\n")
+        assert person.close() == 0
+
+    def test_another_prompt_may_be_set(self, person):
+        person.type("set prompt='what? '\n")
+        person.expect("\nwhat? ")
+        person.type("x\n")
+        assert person.close() == 0
+
+    @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+    def test_a_hang_up_changes_nothing(self, person, instance, number):
+        before = instance.mailbox("payam").read_bytes()
+        person.type("d *\n")
+        person.expect("& ")
+        person.child.send_signal(number)
+        person.close()
+        assert instance.mailbox("payam").read_bytes() == before
+
+    def test_new_mail_is_told_at_the_prompt(self, person, instance):
+        with open(instance.mailbox("payam"), "a") as file:
+            file.write(mail("late"))
+        person.type("=\n")
+        person.expect("1\nNew mail has arrived.\nLoaded 1 new message\n& ")
+        person.type("h 3\n")
+        person.expect(" N  3 ")
+        person.type("x\n")
+        assert person.close() == 0
+
+    def test_a_killed_letter_leaves_the_session(self, person, instance):
+        person.type("m user1\n")
+        person.expect("Subject: ")
+        person.type("x\nline\n")
+        person.expect("line\n")
+        for shown in ("(Interrupt -- one more to kill letter)\n", "& "):
+            person.interrupt()
+            person.expect(shown)
+        person.type("x\n")
+        assert person.close() == 0
+        assert nothing_sent(instance)
+
+    def test_a_long_message_is_paged(self, instance):
+        lines = [f"line {n}" for n in range(100)]
+        instance.make_mailbox("payam", mail("a", *lines))
+        env = {"PAGER": "sed s/line/paged/"}
+        person = Terminal(instance, "mail", "-N", env=env)
+        person.expect("& ")
+        person.type("1\n")
+        person.expect("paged 99\n")
+        person.expect("& ")
+        person.type("x\n")
+        assert person.close() == 0
+
+    def test_a_short_message_is_not_paged(self, instance):
+        instance.make_mailbox("payam", mail("a", "line"))
+        person = Terminal(instance, "mail", "-N", env={"PAGER": "sed s/line/paged/"})
+        person.expect("& ")
+        person.type("1\n")
+        person.expect("\nline\n")
+        person.expect("& ")
+        person.type("x\n")
+        assert person.close() == 0
 
 
 class TestMailReads:
@@ -9639,6 +19370,748 @@ class TestDisk:
         assert server.with_token("payam", "first") == []
 
 
+def tool(name):
+    """The path of a program of Debian's; skips the test where it is not."""
+    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    return found or pytest.skip(f"{name} is not installed")
+
+
+def shown_by(*words):
+    """What a program prints, which must end well."""
+    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done
+    return done.stdout
+
+
+def make_certificate(instance):
+    """A file with a key and its certificate."""
+    path = instance.root / "etc/cert.pem"
+    words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost".split()
+    shown_by(tool("openssl"), *words, "-keyout", path, "-out", f"{path}.crt")
+    path.write_text(path.read_text() + Path(f"{path}.crt").read_text())
+    return path
+
+
+def fill_log(instance):
+    """One of each: by SMTP, by sendmail, two refused, deferred, bounced."""
+    instance.mailbox("user1").mkdir(parents=True)
+    instance.aliases('bad: "|exit 67"\n')
+    instance.configure(syslog_name="postfix", mynetworks="192.0.2.0/24")
+    instance.start()
+    instance.send("payam@localhost", letter("by-smtp"))
+    instance.sendmail("user2", stdin=letter("by-sendmail"), user="payam")
+    for name in ("nosuchuser@localhost", "other@example.com"):
+        with pytest.raises(smtplib.SMTPRecipientsRefused):
+            instance.send(name, letter("refused"))
+    instance.send("user1@localhost", letter("deferred"))
+    instance.sendmail("bad", stdin=letter("bounced"), user="payam")
+    wait_for(lambda: instance.log().count("status=sent") == 3)
+    wait_for(lambda: instance.log().count("status=deferred") == 1)
+    wait_for(lambda: instance.log().count(": removed") >= 4)
+    return instance.root / "var/log/mail.log"
+
+
+class TestLogReaders:
+    """Programs that read Postfix's log read ours."""
+
+    FILTER = "/etc/fail2ban/filter.d/postfix.conf"
+
+    def matches(self, log, mode):
+        """How many lines fail2ban's filter finds in a mode."""
+        program = tool("fail2ban-regex")
+        shown = shown_by(program, str(log), f"{self.FILTER}[mode={mode}]")
+        return int(re.search(r"Lines: .* (\d+) matched", shown).group(1))
+
+    def test_pflogsumm_counts_each_message(self, instance):
+        program = tool("pflogsumm")
+        shown = shown_by(program, fill_log(instance))
+        found = {name: int(n) for n, name in re.findall(r"(?m)^ +(\d+) +(\w+)", shown)}
+        wanted = {"received": 4, "delivered": 3, "deferred": 1, "bounced": 1}
+        wanted["rejected"] = 2
+        assert {name: found[name] for name in wanted} == wanted, shown
+
+    def test_fail2ban_finds_the_two_refusals(self, instance):
+        tool("fail2ban-regex")
+        assert self.matches(fill_log(instance), "normal") == 2
+
+    def test_fail2ban_finds_a_wrong_password(self, instance):
+        tool("fail2ban-regex")
+        passwords = instance.write("etc/passwords", "")
+        instance.configure(
+            syslog_name="postfix",
+            smtpd_tls_cert_file=make_certificate(instance),
+            smtpd_sasl_password_file=passwords,
+        )
+        instance.start()
+        with instance.smtp() as client:
+            client.starttls()
+            client.ehlo()
+            code, _ = client.docmd("AUTH", "PLAIN AHBheWFtAHdyb25n")
+            assert code == 535
+        wait_for(lambda: "authentication failed" in instance.log())
+        count = instance.log().count("authentication failed")
+        assert self.matches(instance.root / "var/log/mail.log", "auth") == count > 0
+
+    def test_fail2ban_finds_a_connection_that_is_dropped(self, instance):
+        tool("fail2ban-regex")
+        instance.configure(syslog_name="postfix")
+        instance.start()
+        log, lost = instance.root / "var/log/mail.log", "lost connection after "
+        wait_for(lambda: lost in instance.log())
+        before = self.matches(log, "ddos")
+        with Wire(instance.port) as wire:
+            play(wire, "S: 220\nC: EHLO client.example\nS: 250")
+        wait_for(lambda: lost + "EHLO" in instance.log())
+        with Wire(instance.port) as wire:
+            play(wire, BEGIN)
+        wait_for(lambda: lost + "DATA" in instance.log())
+        assert self.matches(log, "ddos") == before + 1
+
+
+# What programs are given to send, and what the mailbox then shows of it.
+TEXT = "one\n.\nFrom here\nGrüße\n"
+SHOWN = "one\n.\n>From here\nGrüße\n\n"
+CODED = "one\n.\n=46rom here\nGr=C3=BC=C3=9Fe\n\n"
+WITH_HEAD = f"""\
+From: Payam <payam@example.com>
+To: user1@localhost
+Bcc: user2@localhost
+Subject: {{token}}
+
+{TEXT}"""
+
+# A program that sends: its command and its stdin, with {sendmail} or {port}
+# for where to; the argv of sendmail, none by SMTP; and what then arrives.
+Sending = collections.namedtuple(
+    "Sending",
+    "command argv sender author to body stdin users",
+    defaults=("user1", SHOWN, TEXT, "user1 user2"),
+)
+
+MUTT = (
+    "mutt -n -F /dev/null -e 'set sendmail=\"{sendmail} -oem -oi\"'"
+    " -e 'set hostname=centos7-1 from=payam@centos7-1 copy=no send_charset=utf-8'"
+)
+PHP = "mail('user1', '{token}', stream_get_contents(STDIN), "
+SMTPLIB = (
+    "import smtplib, sys\n"
+    "text = sys.stdin.buffer.read().replace(b'\\n', b'\\r\\n')\n"
+    "with smtplib.SMTP('127.0.0.1', {port}) as client:\n"
+    "    names = ['user1@localhost', 'user2@localhost']\n"
+    "    client.sendmail('friend@example.com', names, text)\n"
+)
+SENDINGS = {
+    "mutt": Sending(
+        MUTT + " -s {token} -b user2 -- user1",
+        "-oem -oi -- user1@centos7-1 user2@centos7-1",
+        f"{{me}}@{HOST}",
+        "[^<]*<payam@centos7-1>",
+        "user1@centos7-1",
+    ),
+    "mutt with all that it can ask for": Sending(
+        MUTT + " -e 'set use_8bitmime use_envelope_from dsn_notify=failure'"
+        " -e 'set dsn_return=hdrs' -s {token} -b user2 -- user1",
+        "-oem -oi -B8BITMIME -f payam@centos7-1 -N failure -R hdrs --"
+        " user1@centos7-1 user2@centos7-1",
+        "payam@centos7-1",
+        "[^<]*<payam@centos7-1>",
+        "user1@centos7-1",
+    ),
+    "s-nail": Sending(
+        "s-nail -:/ -S mta={sendmail} -s {token} -b user2 user1",
+        "-i -- user1 user2",
+        f"{{me}}@{HOST}",
+        f".*{{me}}.*@{HOST}.*",
+        body=CODED.replace(".", "=2E"),
+    ),
+    "s-nail -r": Sending(
+        "s-nail -:/ -S mta={sendmail} -r payam@example.com -s {token} -b user2 user1",
+        "-i -f payam@example.com -- user1 user2",
+        "payam@example.com",
+        "payam@example.com",
+        body=CODED.replace(".", "=2E"),
+    ),
+    "php mail()": Sending(
+        f"php -n -d 'sendmail_path={{sendmail}} -t -i' -r \"{PHP}'Bcc: user2');\"",
+        "-t -i",
+        f"{{me}}@{HOST}",
+        f".*{{me}}@{HOST}.*",
+        body=SHOWN + "\n",
+    ),
+    "php mail() with mixed line ends and -f": Sending(
+        f"php -n -d 'sendmail_path={{sendmail}} -t -i' -r \"{PHP}"
+        '\\"From: Web <web@example.com>\\r\\nBcc: user2\\nX-More: yes\\", '
+        "'-fbounce@example.com');\"",
+        "-t -i -fbounce@example.com",
+        "bounce@example.com",
+        "Web <web@example.com>",
+        body=SHOWN + "\n",
+    ),
+    "perl open |sendmail -t": Sending(
+        'perl -e \'open(my $mail, "|{sendmail} -t") or die; print $mail <STDIN>;'
+        " close($mail) or die'",
+        "-t",
+        f"{{me}}@{HOST}",
+        "Payam <payam@example.com>",
+        "user1@localhost",
+        body="one\n\n",
+        stdin=WITH_HEAD,
+    ),
+    "mime-construct of logcheck": Sending(
+        "mime-construct --subject {token} --to user1 --to user2"
+        " --encoding quoted-printable --file -",
+        "-oi user1 user2",
+        f"{{me}}@{HOST}",
+        f".*{{me}}@{HOST}.*",
+        "user1, user2",
+        body=CODED,
+    ),
+    "swaks": Sending(
+        "swaks --hide-all --server 127.0.0.1:{port} --helo client.example"
+        " --from friend@example.com --to user1@localhost,user2@localhost"
+        " --header 'Subject: {token}' --body -",
+        "",
+        "friend@example.com",
+        "friend@example.com",
+        "user1@localhost,user2@localhost",
+        body=SHOWN + "\n\n",
+    ),
+    "msmtp": Sending(
+        "msmtp --host=127.0.0.1 --port={port} --from=friend@example.com"
+        " user1@localhost user2@localhost",
+        "",
+        "friend@example.com",
+        "Payam <payam@example.com>",
+        "user1@localhost",
+        stdin=WITH_HEAD,
+    ),
+    "msmtp -t": Sending(
+        "msmtp --host=127.0.0.1 --port={port} --read-envelope-from -t",
+        "",
+        "payam@example.com",
+        "Payam <payam@example.com>",
+        "user1@localhost",
+        stdin=WITH_HEAD,
+    ),
+    "python3 smtplib": Sending(
+        f'{{python}} -c "{SMTPLIB}"',
+        "",
+        "friend@example.com",
+        "Payam <payam@example.com>",
+        "user1@localhost",
+        stdin=WITH_HEAD.replace("Bcc: user2@localhost\n", ""),
+    ),
+}
+
+
+class Caller:
+    """A sendmail of an instance's that notes how it is called."""
+
+    def __init__(self, instance):
+        self.instance, self.token = instance, new_token()
+        self.folder = open_folder(instance, self.token)
+        self.note = self.folder / "argv"
+        self.sendmail = self.folder / "sendmail"
+        self.sendmail.write_text(
+            f"#!/bin/sh\nprintf '%s\\n' \"$@\" >{self.note}\n"
+            f'MINIMTA_ROOT={instance.root} exec {instance.bin}/sendmail "$@"\n'
+        )
+        self.sendmail.chmod(0o755)
+        self.me = pwd.getpwuid(os.getuid()).pw_name
+
+    def fill(self, text):
+        """`text` with what is known by now in it."""
+        return text.format(
+            sendmail=self.sendmail,
+            token=self.token,
+            port=self.instance.port,
+            me=self.me,
+            python=sys.executable,
+        )
+
+    def env(self, **more):
+        path = f"{self.folder}:/usr/sbin:/usr/bin:/sbin:/bin"
+        return self.instance.env(self.me, PATH=path, LANG="C.UTF-8", **more)
+
+    def run(self, words, stdin="", **how):
+        """Run a program to its end and return its Result."""
+        done = subprocess.run(
+            words,
+            input=stdin.encode(),
+            capture_output=True,
+            timeout=PATIENCE,
+            **{"env": self.env(), "cwd": self.folder, **how},
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def argv(self):
+        """How sendmail was called, if it was."""
+        return self.note.read_text().splitlines() if self.note.exists() else []
+
+    def send(self, row, **how):
+        """Run the program of a row, which says nothing and succeeds."""
+        words = shlex.split(self.fill(row.command))
+        words[0] = tool(words[0])
+        result = self.run(self.words(words), self.fill(row.stdin), **how)
+        assert (result.code, result.out, result.err) == (0, "", ""), result
+        self.assert_arrives(row)
+
+    def words(self, words):
+        return words
+
+    def assert_arrives(self, row, subject="{token}"):
+        """Each of the users has once what the row says; the body."""
+        for user in row.users.split():
+            message = self.instance.wait_message(user, self.token)
+            _, body = head_and_body(message)
+            sender = self.fill(row.sender)
+            assert message.startswith(f"From {sender}  ")
+            assert fields(message, "Return-Path") == [f"<{sender}>"]
+            (author,) = fields(message, "From")
+            assert re.fullmatch(self.fill(row.author), author)
+            assert fields(message, "To") == [self.fill(row.to)]
+            assert fields(message, "Subject") == [self.fill(subject)]
+            assert fields(message, "Bcc") == []
+            assert row.body in (None, body)
+        assert self.argv() == self.fill(row.argv).split()
+        return body
+
+
+SHORT = HOST.partition(".")[0]
+# What a user runs where minimta is /usr/sbin/sendmail, the path built in.
+BUILT_IN = {
+    "bsd-mailx": Sending(
+        "bsd-mailx -s {token} -b user2 user1",
+        "-i -t",
+        f"payam@{HOST}",
+        f"payam <payam@{HOST}>",
+    ),
+    "bsd-mailx -r": Sending(
+        "bsd-mailx -r other@example.com -s {token} -b user2 user1",
+        "-i -t -f other@example.com",
+        "other@example.com",
+        "other@example.com",
+    ),
+    "s-nail": Sending(
+        "s-nail -:/ -s {token} -b user2 user1",
+        "-i -- user1 user2",
+        f"payam@{HOST}",
+        f"payam <payam@{HOST}>",
+        body=CODED.replace(".", "=2E"),
+    ),
+    "mutt": Sending(
+        "mutt -n -F /dev/null -e 'set copy=no send_charset=utf-8'"
+        " -s {token} -b user2 -- user1",
+        f"-oem -oi -- user1@{HOST} user2@{HOST}",
+        f"payam@{HOST}",
+        f"payam@{HOST}",
+        f"user1@{HOST}",
+    ),
+    "php mail()": Sending(
+        f"php -n -r \"{PHP}'Bcc: user2');\"",
+        "-t -i",
+        f"payam@{HOST}",
+        f"payam <payam@{HOST}>",
+        body=SHOWN + "\n",
+    ),
+}
+
+# The argv of programs that are not run here, and the sender of the envelope.
+REPLAYED = {
+    "systemd-cron": ("-i -B 8BITMIME user1", "{me}"),
+    "cronie": ("-FCronDaemon -i -odi -oem -oi -t -f user2", "user2"),
+    "busybox crond": ("-ti", "{me}"),
+    "GNU mailutils mail": (f"-oi -f user2@{HOST} -t", "user2"),
+    "unattended-upgrades": ("-oi -t", "{me}"),
+    "reportbug": (f"-f payam@{HOST} -oi -oem user1", "payam"),
+    "Ruby mail": (f"-i -f payam@{HOST} -- user1", "payam"),
+    "nodemailer": (f"-i -f payam@{HOST} user1", "payam"),
+    "PHPMailer": (f"-fpayam@{HOST} -i -t", "payam"),
+}
+
+# What at sends to the user whose job it is.
+AT = Sending(
+    "",
+    "-i payam",
+    f"payam@{HOST}",
+    f"payam <payam@{HOST}>",
+    "payam",
+    users="payam",
+)
+SUDOERS = """
+Defaults passwd_tries=1, mail_badpass, mailto=user1
+payam ALL=(ALL) ALL
+"""
+
+
+class Repository:
+    """A git repository in the folder of a caller."""
+
+    NAMES = ("AUTHOR_NAME", "AUTHOR_EMAIL", "COMMITTER_NAME", "COMMITTER_EMAIL")
+
+    def __init__(self, caller, name):
+        self.caller, self.path = caller, caller.folder / name
+        self.path.mkdir()
+        names = (f"GIT_{name}" for name in self.NAMES)
+        self.env = dict.fromkeys(names, "payam@example.com")
+        self.git("init", "-q")
+
+    def git(self, *words):
+        """What git prints, which must succeed and not complain."""
+        env = self.caller.env(GIT_CONFIG_NOSYSTEM="1", **self.env)
+        done = self.caller.run([tool("git"), *words], env=env, cwd=self.path)
+        assert (done.code, done.err) == (0, ""), done
+        return done.out
+
+    def send(self):
+        """Has git send the last commit to user1 and user2."""
+        words = "--quiet --confirm=never --suppress-cc=all --8bit-encoding=UTF-8"
+        words += " --from=payam@example.com --envelope-sender=back@example.com"
+        setting = f"sendemail.smtpServer={self.caller.sendmail}"
+        words += " --to=user1 --bcc=user2 -1"
+        self.git("-c", setting, "send-email", *words.split())
+
+
+class Machine(Caller):
+    """The same as /usr/sbin/sendmail of a host of its own, made of mounts."""
+
+    def __init__(self, instance):
+        super().__init__(instance)
+        self.me = "payam"
+        self.mounts = [f"--bind {self.sendmail} /usr/sbin/sendmail"]
+        users = [Path("/etc/passwd").read_text()]
+        for name, uid in UIDS.items():
+            users.append(f"{name}:*:{uid}:{uid}::{instance.home(name)}:/bin/sh\n")
+        self.lay("/etc/passwd", "".join(users))
+        self.lay("/etc/hosts", f"127.0.0.1 {HOST} {SHORT} localhost\n")
+        self.mounts.append("-t tmpfs none /run")
+
+    def lay(self, place, text, mode=0o644):
+        """Has who runs in here see `text` in that place."""
+        path = self.folder / place.replace("/", "-")
+        path.write_text(text, encoding="utf-8")
+        path.chmod(mode)
+        self.mounts.append(f"--bind {path} {place}")
+
+    def lay_spool(self):
+        """Has cron and at see a spool of their own, and no PAM."""
+        spool = self.folder / "spool"
+        for name in ("crontabs", "atjobs", "atspool"):
+            (spool / name).mkdir(parents=True)
+            shutil.chown(spool / name, "daemon", "daemon")
+            (spool / name).chmod(0o770)
+        number = spool / "atjobs/.SEQ"
+        number.write_text("0")
+        shutil.chown(number, "daemon", "daemon")
+        self.mounts.append(f"--bind {spool} /var/spool/cron")
+        for name in ("cron", "atd"):
+            if Path("/etc/pam.d", name).exists():
+                kinds = ("auth", "account", "session")
+                rows = (f"{kind} required pam_permit.so\n" for kind in kinds)
+                self.lay(f"/etc/pam.d/{name}", "".join(rows))
+        return spool
+
+    def env(self):
+        return {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/", "LANG": "C.UTF-8"}
+
+    def words(self, words, user="payam"):
+        uid = UIDS.get(user, 0)
+        enter = f'setpriv --reuid={uid} --regid={uid} --clear-groups "$@"'
+        steps = [f"hostname {SHORT}", *(f"mount {mount}" for mount in self.mounts)]
+        script = " && ".join([*steps, f"exec {enter}"])
+        return ["unshare", "--mount", "--uts", "sh", "-c", script, "sh", *words]
+
+    def at(self, *words, stdin):
+        """Run a job of the user's by at, and atd once."""
+        tool("at")
+        self.lay_spool()
+        self.token = "Output from your job        1"
+        done = self.run(self.words(["at", *words, "now"]), stdin)
+        assert done.code == 0, done
+        done = self.run(self.words(["atd", "-s"], "root"))
+        assert (done.code, done.out, done.err) == (0, "", ""), done
+
+
+@pytest.fixture
+def machine(public_bin):
+    """A host in which minimta is sendmail, for what has that path built in."""
+    if not AS_ROOT:
+        pytest.skip("only root can set this up")
+    if not os.path.exists("/usr/sbin/sendmail"):
+        pytest.skip("there is no /usr/sbin/sendmail to lay another over")
+    one = Instance(public_bin, syslog_name="postfix")
+    try:
+        made = Machine(one)
+        done = made.run(made.words(["true"]))
+        if done.code:
+            pytest.skip(f"no mount namespace can be made here: {done.err.strip()}")
+        one.start()
+        yield made
+    finally:
+        one.close()
+
+
+@pytest.fixture
+def crond(machine):
+    """Starts a cron daemon in the machine."""
+    started = []
+
+    def start():
+        words = machine.words([tool("cron"), "-f"], "root")
+        how = {"env": machine.env(), "stdin": subprocess.DEVNULL}
+        started.append(subprocess.Popen(words, start_new_session=True, **how))
+
+    yield start
+    for process in started:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+class TestRealPrograms:
+    """What Debian's programs send arrives as they sent it."""
+
+    @pytest.mark.parametrize("name", SENDINGS)
+    def test_what_a_program_sends_arrives(self, shared, name):
+        Caller(shared).send(SENDINGS[name])
+
+    @pytest.mark.parametrize("name", BUILT_IN)
+    def test_what_a_user_sends_by_the_path_built_in_arrives(self, machine, name):
+        machine.send(BUILT_IN[name])
+
+    @pytest.mark.parametrize("name", REPLAYED)
+    def test_the_argv_of_a_program_that_is_not_run_is_understood(self, shared, name):
+        argv, sender = REPLAYED[name]
+        author, to = "Payam <payam@example.com>", "user1@localhost"
+        row = Sending("{sendmail} " + argv, argv, f"{sender}@{HOST}", author, to)
+        text = WITH_HEAD.replace("Bcc: user2@localhost\n", "")
+        Caller(shared).send(row._replace(stdin=text, users="user1"))
+
+    def test_a_patch_that_git_sends_makes_the_same_tree(self, shared):
+        caller = Caller(shared)
+        source, target = Repository(caller, "source"), Repository(caller, "target")
+        if not os.access(
+            f"{source.git('--exec-path').strip()}/git-send-email", os.X_OK
+        ):
+            pytest.skip("git send-email is not installed")
+        (source.path / "file").write_text(TEXT, encoding="utf-8")
+        source.git("add", "file")
+        message = f"{caller.token}\n\nFrom here\n.\n>From there\n"
+        source.git("commit", "-q", "-m", message)
+        source.send()
+        argv, sender = "-f back@example.com -i user1 user2", "back@example.com"
+        row = Sending("", argv, sender, "payam@example.com", body=None)
+        caller.assert_arrives(row, "[PATCH] {token}")
+        box = target.path / "box"
+        box.write_text(shared.wait_message("user2", caller.token), encoding="utf-8")
+        target.git("am", "-q", "--patch-format=mboxrd", "box")
+        shown = ("log", "--format=%an %ae %T %B")
+        assert target.git(*shown) == source.git(*shown)
+
+    def test_sudo_reports_a_wrong_password(self, machine):
+        tool("sudo")
+        machine.lay("/etc/sudoers", SUDOERS, 0o440)
+        words = machine.words(["sudo", "-S", "true", machine.token])
+        done = machine.run(words, "wrong\n")
+        assert (done.code, done.out) == (1, ""), done
+        row = Sending("", "-t", f"payam@{HOST}", "payam", body=None, users="user1")
+        subject = f"*** SECURITY information for {HOST} ***"
+        body = machine.assert_arrives(row, subject)
+        assert body.startswith(f"{HOST} : ")
+        assert " : payam : 1 incorrect password attempt ; " in body
+        assert body.endswith(f"COMMAND=/usr/bin/true {machine.token}\n\n\n")
+
+    def test_logwatch_reports_what_minimta_did(self, machine):
+        instance = machine.instance
+        instance.send("user2@localhost", letter("first"))
+        instance.wait_message("user2", "first")
+        words = "logwatch --output mail --mailto user1 --range all --service postfix"
+        words += f" --logdir {instance.root}/var/log --hostname {machine.token}"
+        tool("logwatch")
+        done = machine.run(machine.words(words.split(), "root"))
+        assert (done.code, done.out, done.err) == (0, "", ""), done
+        row = Sending("", "-t", f"root@{HOST}", "root", body=None, users="user1")
+        body = machine.assert_arrives(row, "Logwatch for {token} (Linux)")
+        assert re.search(r"(?m)^ +1 +Accepted ", body), body
+
+    def test_at_mails_what_a_job_prints(self, machine):
+        machine.at(stdin="echo one; echo .; echo From here; echo Grüße")
+        machine.assert_arrives(AT, machine.token)
+
+    def test_at_m_mails_an_empty_body(self, machine):
+        machine.at("-m", stdin="true")
+        machine.assert_arrives(AT._replace(body="\n"), machine.token)
+
+    def test_cron_mails_what_a_job_prints(self, machine, crond):
+        tool("cron")
+        table = machine.lay_spool() / "crontabs/payam"
+        job = f"echo one; echo .; echo From here; echo Grüße; : {machine.token}"
+        table.write_text(f"MAILTO=user1\n@reboot {job}\n", encoding="utf-8")
+        table.chmod(0o600)
+        machine.instance.give(table, "payam")
+        machine.lay("/etc/crontab", "")
+        machine.mounts.append("-t tmpfs none /etc/cron.d")
+        crond()
+        argv = "-FCronDaemon -i -B8BITMIME -oem user1"
+        author = re.escape("root (Cron Daemon)")
+        row = Sending("", argv, f"payam@{HOST}", author, users="user1")
+        machine.assert_arrives(row, f"Cron <payam@{SHORT}> {job}")
+
+
+QUEUED = int(os.environ.get("MINIMTA_TEST_QUEUE", "20000"))
+
+
+def fill_queue(instance, count):
+    """Puts messages into queue/ that are not due for a day."""
+    run = instance.run("minimta.py", "sendmail", "-q", user="root")
+    assert run.code == 0, run
+    folder = instance.queue / "queue"
+    owner, later = folder.stat(), time.time() + 86400
+    now = time.time()
+    words = {"arrived": now, "origin": "uid 0"}
+    far = minimta.Envelope("payam@far.example", ["far@far.example"], **words)
+    text = bytes(far) + b"Subject: later\n\ntext\n"
+    for number in range(count):
+        path = folder / minimta.new_id(now - number * 0.001, number % 65536)
+        path.write_bytes(text)
+        os.utime(path, (later, later))
+        if AS_ROOT:
+            os.chown(path, owner.st_uid, owner.st_gid)
+    assert len(os.listdir(folder)) == count
+
+
+def most_memory(instance):
+    """The most memory of each process of the daemon, in MB."""
+    return [memory_of(pid) >> 20 for pid in instance.pids()]
+
+
+class TestLoad:
+    """Much mail, large mail, slow mail."""
+
+    def test_a_long_queue_delays_neither_start_nor_mail(self, instance):
+        fill_queue(instance, QUEUED)
+        began = time.monotonic()
+        instance.start()
+        greeted = time.monotonic() - began
+        instance.send("payam@localhost", letter("new"))
+        sent = time.monotonic()
+        instance.wait_message_only("payam", "new")
+        took = time.monotonic() - sent
+        memory = most_memory(instance)
+        print(f"{QUEUED}: greeting {greeted:.1f} s, mail {took:.1f} s, {memory} MB")
+        assert greeted < 5 * max(1, QUEUED / 100_000)
+        assert took < 5
+        assert max(memory) <= 60
+
+    def test_50_megabytes_by_smtp_fit_into_40(self, instance):
+        instance.configure(message_size_limit="60M")
+        instance.start()
+        instance.send("payam@localhost", letter("big", LOREM * (50_000_000 // 59)))
+        instance.wait_message_only("payam", "big")
+        instance.wait_empty()
+        memory = most_memory(instance)
+        print(f"50 MB by SMTP: {memory} MB")
+        assert max(memory) < 40
+
+    def test_50_megabytes_by_sendmail_fit_into_40(self, instance):
+        instance.configure(message_size_limit="60M")
+        instance.start()
+        instance.sendmail("payam", stdin=letter("big", LOREM * (50_000_000 // 59)))
+        instance.wait_message_only("payam", "big")
+        instance.wait_empty()
+        memory = most_memory(instance)
+        print(f"50 MB by sendmail: {memory} MB")
+        assert max(memory) < 40
+
+    def test_a_locked_mailbox_delays_nobody_else(self, server):
+        path = server.make_mailbox("user1", "")
+        with locked(path):
+            server.send("user1@localhost", letter("waits"))
+            self.assert_prompt(server)
+
+    def test_a_slow_command_delays_nobody_else(self, server):
+        server.aliases('slow: "|sleep 5"\n')
+        server.send("slow@localhost", letter("waits"))
+        self.assert_prompt(server)
+
+    def test_a_silent_host_delays_nobody_else(self, instance):
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            port = silent.getsockname()[1]
+            instance.configure(relayhost=f"[127.0.0.1]:{port}")
+            instance.start()
+            instance.send("far@example.com", letter("waits"))
+            with silent.accept()[0]:
+                self.assert_prompt(instance)
+
+    @staticmethod
+    def assert_prompt(server):
+        """Mail for another user arrives within two seconds."""
+        server.send("user2@localhost", letter("prompt"))
+        wait_for(lambda: server.with_token("user2", "prompt"), 2)
+
+
+def cpu_time(pid):
+    """Seconds of processor time that a process has used."""
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def smtpd_pid(instance):
+    """The process that the log's last line of smtpd is from."""
+    wait_for(lambda: "/smtpd[" in instance.log())
+    return int(re.findall(r"/smtpd\[(\d+)\]", instance.log())[-1])
+
+
+class TestShortage:
+    """Descriptors and space that run out."""
+
+    def test_more_clients_than_descriptors_get_421_or_wait(self, instance):
+        instance.start(limits=[(resource.RLIMIT_NOFILE, 60)])
+        pid = smtpd_pid(instance)
+        with contextlib.ExitStack() as stack:
+            wires = [stack.enter_context(Wire(instance.port)) for _ in range(80)]
+            before, began = cpu_time(pid), time.monotonic()
+            sockets = [wire.socket for wire in wires]
+            heads = []
+            while time.monotonic() < began + 2:
+                ready, _, _ = select.select(sockets, [], [], 0.2)
+                heads += [one.recv(3) for one in ready]
+                sockets = [one for one in sockets if one not in ready]
+            used = cpu_time(pid) - before
+        print(f"{heads.count(b'220')} greeted, {heads.count(b'421')} 421, {used} s CPU")
+        assert b"220" in heads
+        assert set(heads) <= {b"220", b"421"}
+        assert used < 0.5
+        wait_for(instance.is_ready)
+        assert smtpd_pid(instance) == pid
+        instance.send("payam@localhost", letter("after"))
+        instance.wait_message("payam", "after")
+
+    def test_less_than_queue_minfree_is_452(self, instance):
+        instance.configure(queue_minfree="1000000G")
+        instance.start()
+        with Wire(instance.port) as wire:
+            play(wire, "S: 220\nC: EHLO client.example\nS: 250")
+            play(wire, "C: MAIL FROM:<friend@example.com>\nS: 452 4.3.1")
+
+    @needs_root
+    def test_a_disk_is_never_filled_and_serves_again(self, instance):
+        instance.queue.mkdir(parents=True)
+        instance.configure(queue_minfree="1M")
+        words = ("-t", "tmpfs", "-o", "size=3m", "none", instance.queue)
+        with mounted(*words):
+            instance.start()
+            ballast = instance.queue / "ballast"
+            ballast.write_bytes(bytes(2_500_000))
+            with pytest.raises(smtplib.SMTPSenderRefused) as refused:
+                instance.send("payam@localhost", letter("full"))
+            assert refused.value.smtp_code == 452
+            assert refused.value.smtp_error.startswith(b"4.3.1")
+            ballast.unlink()
+            instance.send("payam@localhost", letter("again"))
+            instance.wait_message("payam", "again")
+            instance.kill()
+
+
 @needs_root
 class TestPrivileges:
     """What a user who is not root can do."""
@@ -9747,32 +20220,66 @@ class TestPrivileges:
         assert "Traceback" not in done.err
 
 
+# Recipient -> the places that get a copy, see Landed.
+WAYS = {
+    "payam": ["payam"],
+    "user1": ["user1"],
+    "user2": ["user2", "copy"],  # by ~/.forward
+    "trio": ["payam", "user1", "user2", "copy"],  # by an alias
+    "prog": ["command"],
+    "far@far.example": ["relay"],
+}
+# Where a copy cannot be looked for: kind of destination -> place.
+OUTSIDE = {"pipe": "command", "remote": "relay"}
+
+
+def furnish(instance, sink):
+    """Has `instance` deliver in every way of WAYS; not started yet."""
+    instance.out = open_folder(instance) / "out"
+    instance.aliases(
+        f'trio: {", ".join(LOCAL_USERS)}\nprog: "|grep ^Subject: >>{instance.out}"\n'
+    )
+    instance.forward("user2", "\\user2, ~/copy\n")
+    instance.configure(
+        minimal_backoff_time="1s",
+        maximal_backoff_time="1s",
+        relayhost=f"[127.0.0.1]:{sink.port}",
+    )
+    return instance
+
+
 class Postman:
-    """Clients that send until all is accepted, whatever the server does."""
+    """Clients that send by SMTP and by sendmail, whatever the server does.
 
-    CONNECTIONS = 10
-    MESSAGES = 200
+    Every attempt is a message of its own, and is made once: what was accepted
+    must arrive, what was refused or cut short may not arrive twice.
+    """
 
-    def __init__(self, instance):
+    CLIENTS = 4
+    PROGRAMS = 2
+
+    def __init__(self, instance, seed):
         self.instance = instance
-        self.accepted = {}  # token -> user
-        self.tried = 0
+        self.tried = {}  # token -> recipients
+        self.accepted = {}
         self.changed = threading.Condition()
+        self.gate = threading.Lock()  # its holder lets nobody start a program
+        self.is_over = False
         self.errors = []
-        each = self.MESSAGES // self.CONNECTIONS
+        senders = [self.by_smtp] * self.CLIENTS + [self.by_sendmail] * self.PROGRAMS
         self.threads = [
-            threading.Thread(target=self.send_all, args=(number, each), daemon=True)
-            for number in range(self.CONNECTIONS)
+            threading.Thread(
+                target=self.send_all, args=(send, f"{seed} {number}"), daemon=True
+            )
+            for number, send in enumerate(senders)
         ]
 
-    def send_all(self, number, count):
-        client = None
+    def send_all(self, send, seed):
+        chance = random.Random(seed)
         try:
-            for letter_number in range(count):
-                user = LOCAL_USERS[(number + letter_number) % 3]
-                while not (client and self.send_one(client, user)):
-                    client = wait_for(self.connect)
-        except (AssertionError, pytest.fail.Exception) as error:  # for finish()
+            while not self.is_over:
+                send(chance)
+        except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001 for judge()
             self.errors.append(error)
 
     def connect(self):
@@ -9780,66 +20287,338 @@ class Postman:
             return self.instance.smtp()
         return None
 
-    def send_one(self, client, user):
-        """True when the message got its 250; every attempt is a new token."""
+    def by_smtp(self, chance):
+        """One connection, as many messages as it lives for."""
+        client = wait_for(lambda: self.is_over or self.connect(), 4 * PATIENCE)
+        if self.is_over:
+            return
+        with contextlib.suppress(OSError, smtplib.SMTPException):
+            for _ in range(chance.randint(1, 3)):
+                token, to, text = self.write(chance)
+                to = [name if "@" in name else f"{name}@localhost" for name in to]
+                client.sendmail("friend@example.com", to, text)
+                self.accept(token)
+            client.quit()
+        client.close()
+
+    def by_sendmail(self, chance):
+        token, to, text = self.write(chance)
+        with self.gate:
+            child = subprocess.Popen(
+                [self.instance.bin / "sendmail", *to],
+                stdin=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=self.instance.env(),
+            )
+        child.communicate(text.encode(), PATIENCE)
+        if child.returncode == 0:
+            self.accept(token)
+
+    def write(self, chance):
+        """A new message: its token, recipients and text."""
+        to = chance.sample(sorted(WAYS), chance.randint(1, 3))
+        size = min(50_000, int(200 * chance.paretovariate(1)))
         with self.changed:
-            self.tried += 1
-            assert self.tried < 10 * self.MESSAGES, "the server refuses for ever"
-            token = f"attempt{self.tried}."
-        try:
-            client.sendmail("friend@example.com", f"{user}@localhost", letter(token))
-        except (OSError, smtplib.SMTPException):
-            client.close()
-            return False
+            token = f"attempt{len(self.tried) + 1}."
+            self.tried[token] = to
+        text = letter(token, LOREM * (size // len(LOREM)), f"END {token}")
+        return token, to, text
+
+    def accept(self, token):
         with self.changed:
-            self.accepted[token] = user
+            self.accepted[token] = self.tried[token]
             self.changed.notify_all()
-        return True
 
     def start(self):
         for thread in self.threads:
             thread.start()
+        return self
 
-    def wait_accepted(self, count):
+    def wait_accepted(self, more):
+        """Until so many messages more are accepted."""
         with self.changed:
-            assert self.changed.wait_for(lambda: len(self.accepted) >= count, PATIENCE)
+            count = len(self.accepted) + more
+            assert self.changed.wait_for(
+                lambda: len(self.accepted) >= count or self.errors, 4 * PATIENCE
+            )
 
-    def finish(self):
+    def end(self):
+        """No message more; what was begun is ended."""
+        self.is_over = True
         for thread in self.threads:
             thread.join()
-        assert self.errors == []
-        assert len(self.accepted) == self.MESSAGES
 
 
-def copies(instance):
-    """How often each attempt arrived: (user, token) -> count."""
-    found = {}
-    for user in LOCAL_USERS:
-        for message in instance.messages(user):
+class Landed:
+    """What arrived, held against what a postman sent.
+
+    `lost`, `phantoms`, `doubled` and `repeated` (outside) hold (place, token);
+    `hidden` are messages that a reader of the mailbox would not see, `torn`
+    those without their end.
+    """
+
+    def __init__(self, instance, sink, postman):
+        self.count = {}
+        self.torn = []
+        self.hidden = 0
+        for user in LOCAL_USERS:
+            self.read(user, instance.mailbox(user))
+        self.read("copy", instance.home("user2") / "copy")
+        if instance.out.exists():
+            for line in instance.out.read_text().splitlines():
+                self.add("command", line.partition(" ")[2])
+        for _, _, text in list(sink.received):
+            token = re.search(rb"(?m)^Subject: (.*)\r$", text).group(1).decode()
+            self.add("relay", token)
+        places = {
+            token: {place for name in to for place in WAYS[name]}
+            for token, to in postman.tried.items()
+        }
+        self.lost = sorted(
+            (place, token)
+            for token in postman.accepted
+            for place in places[token]
+            if (place, token) not in self.count
+        )
+        self.phantoms = [
+            key for key in self.count if key[0] not in places.get(key[1], ())
+        ]
+        more = [key for key, count in self.count.items() for _ in range(count - 1)]
+        self.doubled = [key for key in more if key[0] not in OUTSIDE.values()]
+        self.repeated = [key for key in more if key[0] in OUTSIDE.values()]
+
+    def add(self, place, token):
+        self.count[place, token] = self.count.get((place, token), 0) + 1
+
+    def read(self, place, path):
+        data = path.read_bytes() if path.exists() else b""
+        messages = read_mbox(data) if data else []
+        self.hidden += data.count(b"\nSubject: ") - len(messages) + data.count(b"\0")
+        for message in messages:
             (token,) = fields(message, "Subject")
-            found[user, token] = found.get((user, token), 0) + 1
-    return found
+            if message.endswith(f"\nEND {token}\n\n"):
+                self.add(place, token)
+            else:
+                self.torn.append((place, token))
+
+
+@pytest.fixture(scope="class")
+def tally():
+    """Figures of the tests of a class, printed at their end."""
+    figures = collections.Counter()
+    yield figures
+    if figures:
+        print(f"\n{figures_text(figures)} in all")
+
+
+def figures_text(figures):
+    return ", ".join(f"{count} {name}" for name, count in figures.items())
+
+
+class Rack:
+    """A furnished instance under load, and what is done to it."""
+
+    KINDS = ("all", "master", "server", "runner", "courier")
+
+    def __init__(self, instance, sink, seed):
+        print(f"MINIMTA_TEST_SEED={SEED}: {seed}")
+        self.instance = furnish(instance, sink)
+        self.instance.start()
+        self.sink = sink
+        self.refused = 0  # starts, while sendmail was at the queue
+        self.chance = random.Random(seed)
+        self.postman = Postman(instance, seed).start()
+        self.couriers = 0  # that were at work, at all kills
+        self.unsettled = set()  # (place, token) not noted as done, at a kill
+
+    def look(self, runner):
+        """Notes what the death of the runner or a courier may repeat.
+
+        What was handed to a courier, and is not in the journal, is in flight.
+        """
+        spool = minimta.Spool(str(self.instance.queue), minimta.User("", 0, 0, "", "/"))
+        self.couriers += len(children(runner))
+        for queue_id in spool.ids():
+            kinds = {
+                a.destination.split()[0] for a in spool.journal(queue_id) if a.is_final
+            }
+            try:
+                text = Path(spool.path("queue", queue_id)).read_text()
+            except FileNotFoundError:
+                continue  # the runner was not stopped yet: it is done with it
+            token = re.search(r"(?m)^Subject: (.*)$", text).group(1)
+            self.unsettled |= {
+                (place, token) for kind, place in OUTSIDE.items() if kind not in kinds
+            }
+
+    def kill(self, kind):
+        """kill -9 of that part; returns when everything runs again."""
+        master, server, runner = parts(self.instance)
+        if kind != "server":
+            os.kill(runner, signal.SIGSTOP)  # what is in flight now, stays it
+            self.look(runner)
+        if kind == "all":
+            with self.postman.gate:
+                self.instance.kill()
+            self.start()
+        elif kind == "master":
+            os.kill(master, signal.SIGKILL)
+            os.kill(runner, signal.SIGCONT)
+            self.instance.process.wait()
+            self.start()
+        elif kind == "courier":
+            for pid in children(runner)[:1]:
+                os.kill(pid, signal.SIGKILL)
+            os.kill(runner, signal.SIGCONT)
+        else:
+            victim = server if kind == "server" else runner
+            os.kill(victim, signal.SIGKILL)
+            wait_for(lambda: victim not in parts(self.instance))
+
+    def start(self):
+        """Starts the daemon; where sendmail keeps it from that, without it."""
+        try:
+            self.instance.start()
+            parts(self.instance)  # another's server may have answered
+        except pytest.fail.Exception as failure:
+            if "another minimta runs the queue" not in str(failure):
+                raise
+            self.refused += 1
+            with self.postman.gate:
+                wait_for(self.is_idle, 4 * PATIENCE)
+                self.instance.start()
+
+    def is_idle(self):
+        """Whether no program of the instance runs."""
+        return not self.instance.pids()
+
+    def crash(self, kind):
+        """A kill at a random moment."""
+        self.postman.wait_accepted(self.chance.randint(1, 60))
+        self.kill(kind)
+
+    def finish(self):
+        """Ends the load, lets everything arrive; what did."""
+        instance = self.instance
+        self.postman.end()
+        assert self.postman.errors == []
+        assert instance.stop() == 0
+        drafts = list((instance.queue / "incoming").iterdir())
+        for path in drafts:  # two days later:
+            os.utime(path, (0, time.time() - 2 * 24 * 3600))
+        self.start()
+        wait_for(lambda: not instance.queued(), 4 * PATIENCE)
+        assert instance.stop() == 0
+        found = (
+            path.relative_to(instance.queue) for path in instance.queue.glob("*/*")
+        )
+        self.left = [str(path) for path in found if path.parts[0] != "trace"]
+        mailboxes = instance.mailbox("payam").parent.iterdir()
+        self.left += sorted({path.name for path in mailboxes} - {*LOCAL_USERS})
+        return Landed(instance, self.sink, self.postman)
+
+    def judge(self, found, tally):
+        """Nothing is lost, hidden, torn, invented, doubled or left over."""
+        figures = {
+            "accepted": len(self.postman.accepted),
+            "lost": len(found.lost),
+            "hidden": found.hidden,
+            "torn": len(found.torn),
+            "phantoms": len(found.phantoms),
+            "doubled": len(found.doubled),
+            "couriers at the kills": self.couriers,
+            "repeated by couriers": len(found.repeated),
+            "left over": len(self.left),
+            "starts refused": self.refused,
+        }
+        print(figures_text(figures))
+        tally.update(figures)
+        assert (found.lost, found.hidden, found.torn) == ([], 0, [])
+        assert (found.phantoms, found.doubled, self.left) == ([], [], [])
+
+
+@pytest.fixture
+def make_rack(instance, make_sink):
+    """Makes the rack of a test, and ends its load however the test ends."""
+    made = []
+
+    def make(seed):
+        made.append(Rack(instance, make_sink(), f"{SEED} {seed}"))
+        return made[-1]
+
+    yield make
+    for rack in made:
+        rack.postman.end()
+
+
+def children(pid):
+    """The processes that `pid` has started, but for those that are dead."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            text = Path("/proc", name, "stat").read_text()
+            state, parent = text.rpartition(")")[2].split()[:2]
+            if parent == str(pid) and state not in "ZX":
+                found.append(int(name))
+    return sorted(found)
+
+
+def parts(instance):
+    """The pids of master, SMTP server and runner, once all of them run."""
+
+    def sockets(pid):
+        names = os.listdir(f"/proc/{pid}/fd")
+        links = [os.readlink(f"/proc/{pid}/fd/{name}") for name in names]
+        return sum(link.startswith("socket:") for link in links)
+
+    def is_complete():
+        if instance.process.poll() is not None:
+            pytest.fail("the daemon ended: " + instance.stderr()[-2000:])
+        with contextlib.suppress(OSError):
+            found = sorted(
+                (sockets(pid), pid) for pid in children(instance.process.pid)
+            )
+            # The C library's may be left, where close() was made to fail.
+            if len(found) == 2 and found[0][0] < 2 <= found[1][0]:
+                return [pid for _, pid in found]
+        return None
+
+    runner, server = wait_for(is_complete, 4 * PATIENCE)
+    return instance.process.pid, server, runner
 
 
 class TestCrash:
-    """kill -9 of every process, in the middle."""
+    """kill -9 of any process, in the middle."""
 
-    @pytest.mark.parametrize("cycle", range(CRASHES))
-    def test_accepted_mail_survives_and_is_not_doubled(self, instance, cycle):
-        instance.configure(minimal_backoff_time="1s", maximal_backoff_time="1s")
-        instance.start()
-        postman = Postman(instance)
-        postman.start()
-        postman.wait_accepted(10 + cycle * 67 % 170)
-        instance.kill()
-        instance.start()
-        postman.finish()
+    ROUND = 10  # kills of one instance
+
+    @pytest.mark.parametrize("number", range(-(-CRASHES // ROUND)))
+    def test_no_kill_loses_or_doubles_what_was_accepted(self, make_rack, tally, number):
+        rack = make_rack(number)
+        count = min(self.ROUND, CRASHES - number * self.ROUND)
+        kinds = 2 * Rack.KINDS
+        for kind in rack.chance.sample(kinds, len(kinds))[:count]:
+            rack.crash(kind)
+        found = rack.finish()
+        tally["kills"] += count
+        rack.judge(found, tally)
+        assert set(found.repeated) <= rack.unsettled
+
+    def test_a_daemon_starts_while_sendmail_still_delivers(self, instance):
+        fifo = open_folder(instance) / "fifo"
+        os.mkfifo(fifo)
+        fifo.chmod(0o666)
+        instance.aliases(f'slow: "|cat {fifo}"\n')
+        instance.sendmail("slow", stdin=letter("slow"))  # and goes on behind us
+
+        def began():
+            with contextlib.suppress(OSError):
+                return os.fdopen(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK), "wb")
+            return None
+
+        with wait_for(began):
+            instance.start()
         instance.wait_empty()
-        found = copies(instance)
-        wanted = {(user, token) for token, user in postman.accepted.items()}
-        lost = sorted(wanted - set(found))
-        doubled = sorted(key for key, count in found.items() if count > 1)
-        assert (lost, doubled) == ([], [])
 
     def test_a_kill_before_delivery_loses_nothing(self, instance):
         instance.start()
@@ -9852,20 +20631,86 @@ class TestCrash:
         assert instance.run("sendmail", "-q", user="root").code == 0
         instance.wait_message("payam", "kept")
 
-    def test_a_second_kill_during_the_repair_loses_nothing(self, instance):
-        instance.start()
-        postman = Postman(instance)
-        postman.start()
-        for count in (30, 60, 90):
-            postman.wait_accepted(count)
-            instance.kill()
-            instance.start()
-        postman.finish()
-        instance.wait_empty()
-        found = copies(instance)
-        wanted = {(user, token) for token, user in postman.accepted.items()}
-        assert wanted - set(found) == set()
-        assert [key for key, count in found.items() if count > 1] == []
+    def test_a_second_kill_during_the_repair_loses_nothing(self, make_rack, tally):
+        rack = make_rack("repair")
+        rack.postman.wait_accepted(60)
+        for _ in range(3):
+            rack.kill("all")
+        tally["kills"] += 3
+        rack.judge(rack.finish(), tally)
+
+
+class Disk:
+    """A file system in a file, whose power can be cut."""
+
+    SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN, _IOR('X', 125, u32)
+    NO_LOG_FLUSH = 2  # what is not in the journal on disk is gone
+
+    def __init__(self, kind, image, place):
+        self.image, self.place = image, place
+        with open(image, "wb") as file:
+            file.truncate(1 << 29)
+        self.run(f"mkfs.{kind}", "-q", image)
+        place.mkdir()
+        self.is_mounted = False
+        self.mount()
+
+    def run(self, *words):
+        try:
+            done = subprocess.run(words, capture_output=True, text=True)
+        except FileNotFoundError:
+            pytest.skip(f"there is no {words[0]} here")
+        if done.returncode:
+            pytest.skip(f"{words[0]}: {done.stderr.strip()}")
+
+    def mount(self):
+        self.run("mount", "-o", "loop", self.image, self.place)
+        self.is_mounted = True
+
+    def cut(self):
+        """Power off, and on again: what the disk has not got is gone."""
+        fd = os.open(self.place, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, self.SHUTDOWN, struct.pack("I", self.NO_LOG_FLUSH))
+        finally:
+            os.close(fd)
+        self.close()
+        self.mount()
+
+    def close(self):
+        """Unmounted, as soon as the kernel has buried who was killed."""
+        if self.is_mounted:
+            wait_for(lambda: not subprocess.call(["umount", "-q", self.place]))
+        self.is_mounted = False
+
+
+@needs_root
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+class TestPowerCut:
+    """The disk with the queue, the mailboxes and the log has no power."""
+
+    @pytest.fixture
+    def disk(self, instance, kind):
+        one = Disk(kind, instance.top / "image", instance.root / "var")
+        yield one
+        instance.kill()
+        one.close()
+
+    def test_a_power_cut_loses_or_doubles_nothing_that_was_accepted(
+        self, instance, kind, disk, make_rack, tally
+    ):
+        rack = make_rack(kind)
+        for _ in range(CUTS):
+            rack.postman.wait_accepted(rack.chance.randint(1, 200))
+            with rack.postman.gate:
+                for pid in instance.pids():
+                    with contextlib.suppress(ProcessLookupError):  # a courier's end
+                        os.kill(pid, signal.SIGSTOP)
+                instance.kill()
+                disk.cut()
+            rack.start()
+        tally[f"cuts of {kind}"] += CUTS
+        rack.judge(rack.finish(), tally)
 
 
 # strace kills the process at the k-th call of each of these, for every k.
@@ -9964,6 +20809,186 @@ class TestEveryInstant:
             assert instance.queued() == []
 
 
+# What fails -> the system calls that fail; ? for those not every machine has.
+CALLS = {
+    "fsync": "fsync",
+    "rename": "?rename,?renameat,renameat2",
+    "write": "write",
+    "open": "?open,openat",
+    "unlink": "?unlink,unlinkat",
+    "close": "close",
+    "ftruncate": "ftruncate",
+    "fsync and ftruncate": "fsync,ftruncate",
+    "every change": "fsync,ftruncate,?rename,?renameat,renameat2,?unlink,unlinkat",
+}
+FAULTS = [
+    *itertools.product(("fsync", "rename", "write", "open"), ("EIO", "ENOSPC")),
+    *itertools.product(("unlink", "close", "ftruncate"), ("EIO",)),
+    *itertools.product(("fsync and ftruncate", "every change"), ("EIO",)),
+    *[("write", "EDQUOT"), ("open", "EMFILE"), ("close", "ENOSPC")],
+]
+each_fault = pytest.mark.parametrize("fault", FAULTS, ids=" ".join)
+# The k-th call fails, or all from it on; all k where there is time for it.
+SOME_INSTANTS = ("1", "2", "1+")
+
+
+def instants():
+    """1, 1+, 2, 2+ and so on, or some of them.
+
+    The first makes the mailbox, whatever else fails.
+    """
+    if CRASHES < 100:
+        return SOME_INSTANTS
+    return (f"{k}{more}" for k in itertools.count(1) for more in ("", "+"))
+
+
+class Fault:
+    """System calls of a process and its children fail while a block lasts."""
+
+    def __init__(self, instance, pid, fault, when):
+        calls, error = CALLS[fault[0]], fault[1]
+        self.pid = pid
+        self.path = instance.top / "trace"
+        self.line = ["strace", "-f", "-qq", "-o", self.path, "-p", str(pid)]
+        self.line += ["-e", f"trace={calls},?select,pselect6"]
+        self.line += ["-e", f"inject={calls}:error={error}:when={when}"]
+
+    def __enter__(self):
+        self.tracer = subprocess.Popen(self.line, stderr=subprocess.PIPE)
+        wait_for(lambda: self.has_ended() or self.is_attached())
+        why = self.has_ended() and self.tracer.stderr.read().decode().strip()
+        if why:
+            pytest.skip(why)
+        return self
+
+    def __exit__(self, *_):
+        self.tracer.send_signal(signal.SIGINT)
+        self.tracer.communicate()
+
+    def is_attached(self):
+        """Whether no thread of the process is left out."""
+        texts = [
+            path.read_text() for path in Path(f"/proc/{self.pid}/task").glob("*/status")
+        ]
+        return all("\nTracerPid:\t0\n" not in text for text in texts)
+
+    def has_ended(self):
+        """Whether there is nothing more to trace."""
+        return self.tracer.poll() is not None
+
+    def lines(self):
+        return self.path.read_text(errors="replace").splitlines()
+
+    @property
+    def was_met(self):
+        """Whether a call failed."""
+        return any(line.endswith("(INJECTED)") for line in self.lines())
+
+    def is_over(self):
+        """Whether the process waits for something new, or is gone."""
+        own = [line for line in self.lines() if line.startswith(f"{self.pid} ")]
+        return self.has_ended() or bool(own) and "select" in own[-1].partition("(")[0]
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="there is no strace here")
+class TestFaults:
+    """A disk that fails at any call, for once or from then on."""
+
+    @pytest.fixture
+    def server(self, instance):
+        """A running instance; pair@ is two places, a mailbox and a file."""
+        instance.out = open_folder(instance) / "file"
+        instance.aliases(f"pair: payam, {instance.out}\n")
+        instance.configure(minimal_backoff_time="1s", maximal_backoff_time="1s")
+        instance.start()
+        instance.send("user1@localhost", letter("first"))
+        instance.wait_message("user1", "first")
+        return instance
+
+    def offer(self, server, token):
+        """The code that a message gets; None where the server just goes."""
+        try:
+            client = smtplib.SMTP("127.0.0.1", server.port, "client.example", 10)
+            client.sendmail("friend@example.com", "payam@localhost", letter(token))
+        except smtplib.SMTPRecipientsRefused as error:
+            return error.recipients["payam@localhost"][0]
+        except smtplib.SMTPResponseException as error:
+            return error.smtp_code
+        except (OSError, smtplib.SMTPException):
+            return None
+        with contextlib.suppress(OSError, smtplib.SMTPException):
+            client.quit()
+        return 250
+
+    @each_fault
+    def test_what_is_accepted_arrives_once_and_nothing_else(self, server, fault):
+        pids = parts(server)
+        codes = {}
+        for when in instants():
+            with Fault(server, pids[1], fault, when) as met:
+                token = new_token() + "."
+                codes[token, f"the call {when}"] = self.offer(server, token)
+            token = new_token() + "."
+            codes[token, f"after {when}"] = self.offer(server, token)
+            if not met.was_met and when not in SOME_INSTANTS:
+                break
+        server.wait_empty()
+        wrong = []
+        for (token, what), code in codes.items():
+            count = len(server.with_token("payam", token))
+            refused = code and code // 100 == 4 and "after" not in what
+            if (code != 250 and not refused) or count != (code == 250):
+                wrong.append(f"{what}: answer {code}, copies {count}")
+        assert not wrong, "\n".join(wrong)
+        if "unlink" not in CALLS[fault[0]]:  # else it is swept when it is old
+            assert os.listdir(server.queue / "incoming") == []
+        assert parts(server) == pids
+
+    def deliver(self, server, pid, fault, when):
+        """Has mail delivered meanwhile: (token, whether a call failed)."""
+        token = new_token() + "."
+        with Fault(server, pid, fault, when) as met:
+            server.send("pair@localhost", letter(token))
+            wait_for(lambda: met.is_over() and (met.was_met or not server.queued()))
+        assert server.run("sendmail", "-q", user="root").code == 0
+        return token, met.was_met
+
+    @each_fault
+    def test_what_was_accepted_is_delivered_once(self, server, fault):
+        pids = parts(server)
+        wrong = []
+        for when in instants():
+            token, was_met = self.deliver(server, pids[2], fault, when)
+            with contextlib.suppress(pytest.fail.Exception):
+                server.wait_empty()
+            copies = [
+                path.read_text().count(f"\nSubject: {token}\n\ntext\n\n")
+                for path in (server.mailbox("payam"), server.out)
+            ]
+            if (copies, server.queued()) != ([1, 1], []):
+                wrong.append(f"the call {when}: {copies}, queue {server.queued()}")
+            if parts(server) != pids:
+                wrong.append(f"the call {when}: {pids} are {parts(server)}")
+                pids = parts(server)
+            if not was_met and when not in SOME_INSTANTS or server.queued():
+                break
+        assert not wrong, "\n".join(wrong)
+        for path in (server.mailbox("payam"), server.out):
+            messages = read_mbox(path.read_bytes())
+            assert len(messages) == path.read_text().count("\nSubject: ")
+            assert all(text.endswith("\n\ntext\n\n") for text in messages)
+
+    @pytest.mark.parametrize("error", ["EMFILE", "EIO"])
+    def test_a_queue_that_cannot_be_listed_is_listed_later(self, server, error):
+        pids = parts(server)
+        with Fault(server, pids[2], ("open", error), "1+") as met:
+            assert server.run("sendmail", "-q", user="root").code == 0
+            wait_for(lambda: met.was_met and met.is_over())
+        server.send("payam@localhost", letter("later"))
+        server.wait_message("payam", "later")
+        assert parts(server) == pids
+
+
 # == House: the laws of the file ==============================================
 # Read with ast: what minimta.py promises about itself.
 
@@ -10023,6 +21048,13 @@ def storey(name):
 class TestHouse:
     """The laws that the front page of minimta.py names."""
 
+    def test_a_name_is_given_once_and_has_its_whole_value_there(self):
+        # Byte code is kept by names: nothing else in the file is run.
+        names = [name for node in TREE.body for name in minimta.bound_names(node)]
+        assert sorted(name for name in set(names) if names.count(name) > 1) == []
+        bare = [node.lineno for node in TREE.body[1:] if not minimta.bound_names(node)]
+        assert bare == [TREE.body[-1].lineno]
+
     def test_a_name_uses_only_names_above_it(self):
         born = {}
         for node in TREE.body:
@@ -10035,6 +21067,15 @@ class TestHouse:
                 if name not in inside and born.get(name, 0) > room.end_lineno:
                     upward.append(f"line {line}: {room.name} uses {name}")
         assert upward == []
+
+    def test_a_name_has_all_of_its_value_where_it_is_born(self):
+        """Each is loaded by itself: a line that adds to it is not run."""
+        kinds = (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+        imports = (ast.Import, ast.ImportFrom)
+        _, *nodes, main = TREE.body
+        others = [node for node in nodes if not isinstance(node, kinds + imports)]
+        assert isinstance(main, ast.If)
+        assert [f"line {node.lineno}" for node in others] == []
 
     def test_the_banners_are_the_contents(self):
         banners = re.findall(r"(?m)^# == (\d+ [^:=\n]+?) *[:=]", SOURCE)

@@ -7939,8 +7939,9 @@ class Relay:
                 self.log_in(secret)
         except (OSError, BadReply) as error:
             failure = self.lost(error)
-            if self.tls and hasattr(error, "library"):  # TLS 1.3 refuses this late
-                why = f"TLS with {self.name} failed: {error.reason}"
+            if self.is_tls_refused(error):
+                why = getattr(error, "reason", "") or "it hung up after the handshake"
+                why = f"TLS with {self.name} failed: {why}"
                 raise MailError("4.7.5", why, "none") from None
             raise MailError("4.4.1", failure.text, "none") from None
         except MailError:
@@ -8030,6 +8031,17 @@ class Relay:
         cipher, protocol, _ = sock.cipher()
         self.tls = f"{protocol} {cipher}, {'verified' if checks else 'not verified'}"
         self.smtp.note("-", self.tls)
+
+    def is_tls_refused(self, error: Exception) -> bool:
+        """Whether the host hung up before its first word over TLS.
+
+        So late does TLS 1.3 refuse; what it says of why can get lost.
+        """
+        if not self.tls or isinstance(error, BadReply) or "timed out" in str(error):
+            return False
+        said = self.said()
+        said = said[said.index(f"-: {self.tls}") :]
+        return hasattr(error, "library") or not any(line[0] == "S" for line in said)
 
     def distrust(self, contexts: Contexts, error: object) -> MailError:
         """The failure for a certificate: which, for which name, until when.

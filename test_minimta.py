@@ -12495,6 +12495,21 @@ class TestRelayTls:
         assert outcomes(hub, *names) == ["deferred", "sent"]
         assert "TLS with" in told(hub, names[0])
 
+    def test_who_hangs_up_after_the_handshake_gets_may_in_clear(
+        self, hub, far, certificates
+    ):
+        def no_word_over_tls(session, line):
+            if session.is_secure:
+                raise HangUp
+            return "250 mx.far.example"
+
+        domain, _ = far(certificate=certificates["good"], EHLO=no_word_over_tls)
+        names = [f"a@encrypt.{domain}", f"a@{domain}"]
+        for name in names:
+            post(hub, [name], letter("hangs up"))
+        assert outcomes(hub, *names) == ["deferred", "sent"]
+        assert "TLS with" in told(hub, names[0])
+
     def test_a_route_without_a_level_is_may(self, hub, far, certificates):
         domain, sink = far(certificate=certificates["self-signed"])
         post(hub, [f"a@{domain}"], letter("route"))

@@ -2199,9 +2199,12 @@ class Trace:
 
     @property
     def attempts(self) -> list[Attempt]:
-        """Every attempt, in the order of time."""
+        """Every attempt, in the order of time.
+
+        What is done while others are on their way is noted twice.
+        """
         found = []
-        for line in self.values("attempt"):
+        for line in dict.fromkeys(self.values("attempt")):
             try:
                 found.append(Attempt.parse(line))
             except ValueError:
@@ -2229,8 +2232,8 @@ class Trace:
             rows += [f"  {line}" for line in self.outcomes(recipient)]
         if self.value("next"):
             rows.append(f"next try   {rfc_date(float(self.value('next')))}")
-        if self.dialogues:
-            rows += self.dialogue(self.dialogues[-1])
+        for dialogue in self.latest():
+            rows += self.dialogue(dialogue)
         return "".join(f"{printable(row)}\n" for row in rows)
 
     def outcomes(self, recipient: str) -> list[str]:
@@ -2256,12 +2259,23 @@ class Trace:
                 return f"TLS {found[0]}" if found else ""
         return ""
 
+    def latest(self) -> list[list[str]]:
+        """The last dialogue with each host, the last one last."""
+        found: dict[str, list[str]] = {}
+        for rows in self.dialogues:
+            relay = next((row for row in rows if row.startswith("relay: ")), "")
+            found.pop(relay, None)
+            found[relay] = rows
+        return list(found.values())
+
     def dialogue(self, rows: list[str]) -> list[str]:
-        """The last dialogue, with where it was held."""
+        """A dialogue as lines, with where it was held."""
         words = dict(row.partition(": ")[::2] for row in rows)
         said = [row for row in rows if row[:3] in ("C: ", "S: ", "-: ")]
+        earlier = [row[9:] for row in rows if row.startswith("earlier: ")]
         head = f"dialogue   {words.get('relay', '')}, route {words.get('route', '')}"
         return [
+            *(f"earlier    {text}" for text in earlier),
             f"{head}, TLS {words.get('tls', 'none')}",
             *(f"  {row}" for row in said),
         ]
@@ -2275,6 +2289,7 @@ class Trace:
         names = Attempt.__slots__
         found["attempts"] = [dict(zip(names, one.fields())) for one in self.attempts]
         found["dialogue"] = self.dialogues[-1] if self.dialogues else []
+        found["dialogues"] = self.latest()
         return found
 
 
@@ -3844,6 +3859,21 @@ def is_named(target: str) -> bool:
     return target.partition(" ")[0] not in ("", ":", "smtp:", "relay:")
 
 
+def read_transport(line: MapLine) -> tuple[str, str]:
+    """(error, retry, discard or local, the rest), or ("", next hop).
+
+    Raises MailError for a line of transport_maps that is none of these.
+    """
+    kind, colon, rest = line.value.partition(":")
+    kind = "smtp" if kind.startswith("[") else kind.strip().lower()
+    if colon and kind in ("", *HOP_KINDS):
+        return "", line.value
+    if kind not in ("error", "retry", "discard", "local"):
+        why = f"transport_maps: {line.where}: {printable(line.value, 100)}: "
+        raise MailError("4.3.5", f"{why}need smtp:[host]:port or its like", "none")
+    return kind, rest.strip()
+
+
 def find_transport(lines: list[MapLine], address: Address) -> MapLine | None:
     """The first line of transport_maps that an address matches."""
     full, domain = str(address).lower(), address.domain.lower().rstrip(".")
@@ -3854,17 +3884,22 @@ def find_transport(lines: list[MapLine], address: Address) -> MapLine | None:
     return None
 
 
-def find_secret(lines: list[MapLine], hop: NextHop) -> tuple[str, str]:
-    """(user, password) for a host, both "" where there is no line for it.
+def find_secret(lines: list[MapLine], hop: NextHop) -> MapLine | None:
+    """The line `host user:password` for a host.
 
     The password is "" where the line leaves it to a command.
     """
     names = hop.names()
-    for line in lines:
-        if line.key in names:
-            user, _, password = line.value.partition(":")
-            return user, password
-    return "", ""
+    return next((line for line in lines if line.key in names), None)
+
+
+def check_secret(line: MapLine, has_command: bool) -> None:
+    """Raises MailError for a line of a password file without a login."""
+    user, _, password = line.value.partition(":")
+    if not user or not (password or has_command):
+        what = "password" if user else "user"
+        why = f"smtp_sasl_password_maps: {line.where}: no {what}: need user:password"
+        raise MailError("4.7.8", why, "none")
 
 
 def skip_token(text: str, place: int) -> int:
@@ -5011,7 +5046,8 @@ class Secrets:
         """(user, password) for a host, or None. Raises MailError."""
         if self.failure:
             raise self.failure
-        user, password = find_secret(self.lines, hop)
+        line = find_secret(self.lines, hop)
+        user, _, password = line.value.partition(":") if line else ("", "", "")
         if not password and self.printed:
             if not user and str(hop.with_level("")) not in self.relayhosts:
                 return None  # a password for the smarthost is nobody else's
@@ -7921,6 +7957,7 @@ class Relay:
         self.is_used = False
         self.offers_dsn = False
         self.crowded: list[str] = []  # for whom there was no room just now
+        self.missed: list[MailError] = []  # why those tried before it did not do
         self.smtp: object = None
 
     def said(self) -> list[str]:
@@ -8851,28 +8888,21 @@ class Router:
         """Destinations of an address elsewhere, by transport_maps or not."""
         try:
             line = find_transport(self.transports.lines(), address)
+            kind, rest = read_transport(line) if line else ("", "")
         except MailError as error:
             yield self.refused(trail, address, error)
             return
-        kind, colon, rest = line.value.partition(":") if line else ("", ":", "")
         if line:
             trail = trail.draw(f"transport {line.key} -> {line.value}", line.where)
-        kind = "smtp" if kind.startswith("[") else kind.strip().lower()
         if kind in ("error", "retry"):
-            error = read_refusal(rest.strip(), 450 if kind == "retry" else 0)
+            error = read_refusal(rest, 450 if kind == "retry" else 0)
             yield self.refused(trail, address, error)
         elif kind == "discard":
             yield self.drawn(Destination("null", str(address), "/dev/null"), trail)
         elif kind == "local":
             yield from self.expand_user(address, trail)
-        elif not colon or kind not in ("", *HOP_KINDS):
-            why = f"transport_maps: {line.where}: {printable(line.value, 100)}: "
-            error = MailError(
-                "4.3.5", f"{why}need smtp:[host]:port or its like", "none"
-            )
-            yield self.refused(trail, address, error)
         else:
-            yield self.remote(address, line.value if line else "", trail)
+            yield self.remote(address, rest, trail)
 
     def remote(self, address: Address, target: str, trail: Trail) -> Destination:
         """Where mail for another host goes; `target` "" is the usual way."""
@@ -8932,10 +8962,21 @@ class Router:
         try:
             for host in ask(hop.host):
                 trail.draw(str(host))
+            self.draw_login(hop, trail)
         except MailError as error:
             trail.draw(error.text, "", error.status)
             return error
         return None
+
+    def draw_login(self, hop: NextHop, trail: Trail) -> None:
+        """Draws as whom we log in there, as far as we may know. MailError."""
+        is_private = not self.settings.root and os.geteuid() != 0
+        if hop.kind not in ("smtp", "smtps") or is_private:
+            return
+        line = find_secret(MapFiles(self.settings, PASSWORDS).lines(), hop)
+        if line:
+            check_secret(line, bool(self.settings.smtp_sasl_password_command))
+            trail.draw(f"log in as {line.value.partition(':')[0]}", line.where)
 
     def forwarders(self, trail: Trail, *kinds: str) -> tuple[str, ...]:
         """Through whom a trail went, last one first."""
@@ -9758,7 +9799,8 @@ class Line:
 class Outbox:
     """All lines of the relay process; run() is its life.
 
-    `teller` is told what becomes of tasks: report(), report_dead().
+    `teller` is told what becomes of tasks and of hosts: report(),
+    report_dead(), report_missed().
     """
 
     def __init__(
@@ -9958,14 +10000,19 @@ class Outbox:
         Then all that waits for it has failed: nobody else tries in vain.
         """
         tried: list[Relay] = []
+        missed: list[MailError] = []
         try:
-            relay = self.reach(line.place, tried)
+            relay = self.reach(line.place, tried, missed)
         except MailError as error:
-            for relay in tried:
-                self.remember(relay, errand, errand.recipients)
+            relay = None
+            for one in tried:
+                one.missed = missed
+                self.remember(one, errand, errand.recipients)
             self.give_up(line, errand, error)
-            return None
-        line.is_up = True
+        else:
+            line.is_up, relay.missed = True, missed
+        for failure in missed:
+            self.teller.report_missed(line.place, failure)
         return relay
 
     def give_up(self, line: Line, errand: Errand, error: MailError) -> None:
@@ -9982,24 +10029,29 @@ class Outbox:
         for one in failed:
             self.fail(one, error)
 
-    def reach(self, place: str, tried: list[Relay]) -> Relay:
-        """A connection by a route: its hops in order. Raises MailError."""
-        failure, left = None, MAX_TARGETS
+    def reach(self, place: str, tried: list[Relay], missed: list[MailError]) -> Relay:
+        """A connection by a route: its hops in order. Raises MailError.
+
+        What it tried, and why those before did not do, is added to the lists.
+        """
+        left = MAX_TARGETS
         for hop in parse_route(place, "next hop"):
             try:
                 for target in self.targets(hop)[:left]:
                     left -= 1
                     try:
-                        return self.open(target, tried)
+                        return self.open(target, tried, missed)
                     except MailError as error:
-                        failure = softened(error, hop)
+                        missed.append(softened(error, hop))
             except MailError as error:
-                failure = softened(error, hop)
-        if failure is None:
+                missed.append(softened(error, hop))
+        if not missed:
             raise MailError("4.4.4", f"no host to hand over to: {place}", "none")
-        raise failure
+        raise missed.pop()
 
-    def open(self, target: FarHost, tried: list[Relay]) -> Relay:
+    def open(
+        self, target: FarHost, tried: list[Relay], missed: list[MailError]
+    ) -> Relay:
         """A connection to one address. Raises MailError."""
         hop = target.hop
         secret = None
@@ -10013,6 +10065,7 @@ class Outbox:
         except MailError as error:
             if level != "may" or error.status != "4.7.5":
                 raise
+            missed.append(error)
             tried.append(Relay(self.settings, target, "none"))  # as if without TLS
             tried[-1].connect(self.contexts, secret)
         return tried[-1]
@@ -10067,9 +10120,10 @@ class Outbox:
         return any(map(is_own_address, host.addresses))
 
     def remember(self, relay: Relay, errand: Errand, names: object) -> None:
-        """What was said, for the trace."""
+        """What was said, and who was tried before in vain, for the trace."""
         rows = [f"when: {time.time():.3f}", f"route: {relay.target.hop.with_level('')}"]
         rows += [f"relay: {relay.name}", f"tls: {relay.tls or 'none'}"]
+        rows += [f"earlier: {printable(failure.text)}" for failure in relay.missed]
         rows += [f"recipient: {name}" for name in names]
         with self.lock:
             self.history.add(errand.queue_id, "dialogue", rows + relay.said())
@@ -10098,6 +10152,7 @@ class RelayJob(Job):
         self.count = 0
         self.unsent = b""
         self.dead: list[tuple[str, MailError]] = []  # what was found out
+        self.missed: list[str] = []  # sentences for the log
         self.served: set[str] = set()  # places that have taken mail from it
         self.is_stopped = False
         self.idle_since = time.monotonic()
@@ -10146,12 +10201,19 @@ class RelayJob(Job):
         """That a destination cannot be reached now."""
         self.report(-1, place, error.status, error.relay, error.text)
 
+    def report_missed(self, place: str, error: MailError) -> None:
+        """Why a host of a destination did not do, though a later one may."""
+        self.report(-2, place, error.status, error.relay, error.text)
+
     def settle(
         self, number: str, outcome: str, status: str, relay: str, text: str
     ) -> Task | None:
-        """Takes in one result line, or that a destination is dead."""
+        """Takes in one result line, or what is said of a destination."""
         self.due = time.monotonic() + self.patience
         self.idle_since = time.monotonic()
+        if number == "-2":
+            self.missed.append(text)
+            return None
         if number == "-1":
             self.dead.append((outcome, MailError(status, text, relay)))
             if is_about_us(status):
@@ -10252,6 +10314,7 @@ class Outgoing:
         self.dead: dict[str, tuple[float, MailError]] = {}
         self.put_off: dict[str, dict[str, bool]] = {}  # place -> ids, for the dead
         self.answered: set[str] = set()  # places that have settled something
+        self.missed: list[str] = []  # why hosts did not do, for the log
 
     def add(self, task: Task) -> bool:
         """Puts a task in line; False if the line is full."""
@@ -10303,6 +10366,8 @@ class Outgoing:
                 self.dead[place] = (time.monotonic() + pause, error)
             self.put_off.setdefault(place, {})
         job.dead.clear()
+        self.missed += job.missed
+        job.missed.clear()
         self.forget()
         for task in settled:
             place, message = task.destination.place, id(task.message)
@@ -10961,8 +11026,11 @@ class QueueRunner:
                 self.checkpoint(message)
             else:
                 self.go_on(message)
-        now = time.time()
-        for queue_id in self.lanes.outgoing.waiting():
+        now, outgoing = time.time(), self.lanes.outgoing
+        for sentence in outgoing.missed:
+            self.log.line("smtp", sentence)
+        outgoing.missed.clear()
+        for queue_id in outgoing.waiting():
             self.hasten(queue_id, now)
         self.start_jobs()
 
@@ -13045,8 +13113,56 @@ class Child:
         self.due = now + self.rest
 
 
-def check_settings(house: House) -> None:
-    """Raises ProgramError for settings that the children could not use."""
+def bad_lines(files: MapFiles, check: object) -> list[str]:
+    """What check(line) raises for lines of a map, or reading raises."""
+    try:
+        lines = files.lines()
+    except MailError as error:
+        return [error.text]
+    found = []
+    for line in lines:
+        try:
+            check(line)
+        except MailError as error:
+            is_told = line.where in error.text
+            found.append(error.text if is_told else f"{line.where}: {error.text}")
+    return found
+
+
+def map_problems(house: House) -> list[str]:
+    """Why mail will wait: maps and password files that are to be mended."""
+    settings, router = house.settings, house.router()
+    anyone = Address("anyone", "example.com")
+
+    def check_generic(line: MapLine) -> None:
+        any_line = MapLine(line.where, "*", line.value)
+        Rewriter([any_line], settings.myorigin, settings.is_local).change(anyone)
+
+    def check_transport(line: MapLine) -> None:
+        if not read_transport(line)[0]:
+            router.hops(anyone, line.value)
+
+    def check_login(line: MapLine) -> None:
+        check_secret(line, bool(settings.smtp_sasl_password_command))
+
+    found = []
+    for name, check in (
+        ("transport_maps", check_transport),
+        ("smtp_generic_maps", check_generic),
+        (PASSWORDS, check_login),
+    ):
+        found += bad_lines(MapFiles(settings, name), check)
+    for path in settings.map_paths("alias_maps"):
+        if os.path.isdir(path):
+            found.append(f"alias_maps: {path} is a directory")
+    return found
+
+
+def check_settings(house: House) -> list[str]:
+    """Raises ProgramError for settings that the children could not use.
+
+    What only has mail wait is returned, to be warned of.
+    """
     settings = house.settings
     Networks(settings.mynetworks)
     queue_owner(settings, house.users)
@@ -13059,14 +13175,7 @@ def check_settings(house: House) -> None:
             NextHop.parse(settings.mailbox_transport, "mailbox_transport", "lmtp")
     except MailError as error:
         raise ProgramError(EX_CONFIG, error.text) from None
-    for name in ("transport_maps", *RELAY_MAPS):
-        try:
-            MapFiles(settings, name).lines()
-        except MailError as error:  # mail waits until it is mended
-            house.log.warning("master", error.text)
-    for path in settings.map_paths("alias_maps"):
-        if os.path.isdir(path):
-            house.log.warning("master", f"alias_maps: {path} is a directory")
+    return map_problems(house)
 
 
 class Daemon:
@@ -13094,7 +13203,7 @@ class Daemon:
         """Makes the queue, locks it, binds sockets. Raises ProgramError."""
         import signal
 
-        check_settings(self.house)  # before anything is opened
+        self.warn(check_settings(self.house))  # before anything is opened
         self.spool.make()
         self.lock = take_lock(self.spool, LOCK_PATIENCE, "hold")
         if self.lock is None:
@@ -13371,6 +13480,11 @@ class Daemon:
                         text = f"process {child.name}[{pid}] ended with {status}"
                         self.house.log.warning("master", text)
 
+    def warn(self, texts: list[str]) -> None:
+        """Says what has mail wait until it is mended."""
+        for text in texts:
+            self.house.log.warning("master", text)
+
     def reload(self) -> None:
         """Reads the settings again; bad ones change nothing."""
         import signal
@@ -13380,7 +13494,7 @@ class Daemon:
         self.supervisor.tell("RELOADING=1", f"MONOTONIC_USEC={now}")
         try:
             self.house = House(self.environ, self.path, before.log.echo)
-            check_settings(self.house)
+            warnings = check_settings(self.house)
             if self.house.settings.queue_directory != self.spool.directory:
                 raise ProgramError(EX_CONFIG, "queue_directory: needs a restart")
             self.bind_all()
@@ -13391,6 +13505,7 @@ class Daemon:
             return
         self.supervisor.tell("READY=1", "STATUS=serving")
         self.house.log.line("master", "settings read again")
+        self.warn(warnings)
         for child in self.children:
             if child.pid:
                 self.asked.add(child.pid)
@@ -16392,7 +16507,7 @@ def cmd_trace(args: list[str], environ: dict) -> int:
     """usage: minimta.py trace [-C FILE] [--json] ID | MESSAGE-ID | --last
 
     Says what happened to a message: when it came and from whom, each attempt
-    at each recipient, what was said to the last host, and the next attempt;
+    at each recipient, what was last said to each host, and the next attempt;
     for a while also when it is gone. A user sees the mail that the user sent.
     """
     options, words = read_flags(args, "C:", ["json", "last"])
@@ -17217,8 +17332,10 @@ def forget_hosts(options: SendmailOptions, environ: dict) -> int:
 
 def check_config(options: SendmailOptions, environ: dict) -> int:
     """-bC: whether a daemon could work with the settings."""
-    check_settings(House(environ, options.config))
-    return EX_OK
+    problems = check_settings(House(environ, options.config))
+    for text in problems:
+        complain("sendmail", text)
+    return EX_CONFIG if problems else EX_OK
 
 
 MAX_WARNINGS = 100  # that newaliases prints of one file

@@ -4135,12 +4135,16 @@ class TestRoutes:
     def test_a_secret_is_found_by_the_names_of_its_hop(self, key, hop, wanted):
         lines = minimta.parse_map(f"other x:y\n{key} me:pass:word\n", "s")
         found = minimta.find_secret(lines, minimta.NextHop.parse(hop, "relayhost"))
-        assert found == (("me", "pass:word") if wanted else ("", ""))
+        assert found == (lines[1] if wanted else None)
+        assert lines[1].value == "me:pass:word"
 
     def test_a_secret_may_leave_the_password_to_a_command(self):
         lines = minimta.parse_map("mx.example me@x.example\n", "s")
         hop = minimta.NextHop.parse("mx.example", "relayhost")
-        assert minimta.find_secret(lines, hop) == ("me@x.example", "")
+        assert minimta.find_secret(lines, hop) == lines[0]
+        minimta.check_secret(lines[0], True)
+        with pytest.raises(minimta.MailError, match="s:1: no password: need"):
+            minimta.check_secret(lines[0], False)
 
 
 class TestRewriter:
@@ -10459,6 +10463,31 @@ class TestOptionTable:
         shared.wait_empty()
         assert shared.with_token("payam", token) == []
 
+    def test_a_check_of_settings_names_what_has_mail_wait(self, instance):
+        texts = {
+            "transport_maps": "a.example smtp:[b]:25\nc.example smtps=b\n",
+            "smtp_generic_maps": "payam p@x.example\nuser1 two words\n",
+            "smtp_sasl_password_maps": "a.example me\n",
+        }
+        paths = {
+            name: instance.write(f"etc/{name}", text) for name, text in texts.items()
+        }
+        paths["smtp_sasl_password_maps"].chmod(0o600)
+        instance.configure(**{name: str(path) for name, path in paths.items()})
+        result = instance.run("sendmail", "-bC", user="root")
+        assert (result.code, result.out) == (78, "")
+        told = [line.partition(":")[2] for line in result.err.splitlines()]
+        for name, number in zip(texts, (2, 2, 1)):
+            assert told.pop(0).startswith(f" {name}: {paths[name]}:{number}: ")
+        instance.start()
+        for name, path in paths.items():
+            shape = rf"minimta/master\[\d+\]: warning: {name}: {path}:\d: "
+            assert re.search(shape, instance.log())
+        paths["smtp_sasl_password_maps"].chmod(0o644)
+        paths["transport_maps"].unlink()
+        err = instance.run("sendmail", "-bC", user="root").err
+        assert "transport_maps: " in err and "others can read it: chmod 600 " in err
+
     @pytest.mark.parametrize("line", OPTION_ANSWERS)
     def test_what_reads_no_message_answers(self, instance, line):
         code, out = OPTION_ANSWERS[line]
@@ -13255,11 +13284,17 @@ class TestRelayConnections:
         if row is None:
             sinks[0].close()
             sinks[0].close = lambda: None
-        hops = ", ".join(f"[127.0.0.1]:{sink.port}" for sink in sinks)
-        instance.configure(relayhost=hops)
+        ports = [sink.port for sink in sinks]
+        instance.configure(relayhost=", ".join(f"[127.0.0.1]:{port}" for port in ports))
         post(instance.start(), ["a@far.example"], letter("order"))
         assert outcomes(instance, "a@far.example") == ["sent"]
         assert [len(sink.received) for sink in sinks] == [0, 1, 0]
+        instance.wait_empty()
+        shown = instance.run("minimta.py", "trace", "--last").out
+        first, last = shown[shown.index("\nearlier ") :].split("\ndialogue ")
+        assert f":{ports[0]}" in first and f":{ports[1]}" in last
+        why = first.split(maxsplit=1)[1]
+        assert re.search(rf"minimta/smtp\[\d+\]: {re.escape(why)}\n", instance.log())
 
     def test_mail_hosts_are_tried_in_order(self, instance, make_names, make_sink):
         port = free_port()
@@ -15859,6 +15894,35 @@ class TestExplain:
         assert "is older than source file" in out
         assert "alias root -> payam" in out  # as delivery has it
 
+    @pytest.mark.parametrize(
+        ("text", "mode", "shown", "code"),
+        [
+            ("mail.example:587 me:key\n", 0o600, "log in as me  {}:1", 0),
+            (
+                "mail.example:587 me:key\n",
+                0o644,
+                "4.7.8  {}: others can read it: chmod 600 {}",
+                75,
+            ),
+            ("# none\nmail.example:587 me\n", 0o600, "4.7.8  {}:2: no password", 75),
+        ],
+        ids=["good", "open to all", "no password"],
+    )
+    def test_the_login_is_drawn_and_a_bad_password_file(
+        self, explained, text, mode, shown, code
+    ):
+        explained.write("etc/hosts", "127.0.0.9 mail.example\n")
+        path = explained.write("etc/secrets", text)
+        path.chmod(mode)
+        explained.configure(
+            relayhost="[mail.example]:587", smtp_sasl_password_maps=str(path)
+        )
+        result = explained.run("minimta.py", "explain", "a@far.example", user="root")
+        assert result.code == code, result
+        for word in shown.replace("{}", str(path)).split("  "):
+            assert word in result.out
+        assert "me:key" not in result.out
+
     def test_a_relayhost_and_its_setting_are_named(self, explained):
         explained.configure(relayhost="[mail.example.com]:587")
         out = explained.run("minimta.py", "explain", "far@example.net").out
@@ -16012,6 +16076,21 @@ class TestTrace:
         assert "\n  S: 220 sink.example ESMTP\n  C: EHLO " in dialogue
         assert "\n  C: RCPT TO:<friend@example.com>\n" in dialogue
         assert "\n  S: 450 4.2.0 Not now, dear\n" in dialogue
+
+    def test_each_attempt_is_told_once(self, instance, make_sink):
+        sinks = [make_sink(), make_sink(RCPT="450 4.2.0 Not now, dear")]
+        lines = [f"{n}.example smtp:[127.0.0.1]:{s.port}" for n, s in enumerate(sinks)]
+        instance.write("etc/transport", "\n".join(lines) + "\n")
+        instance.configure(transport_maps=f"hash:{instance.root}/etc/transport")
+        names = ["a@0.example", "b@1.example", "user1"]
+        instance.start().sendmail(*names, stdin=letter("once"))
+        instance.wait_reason("Not now, dear")
+        shown = self.traced(instance, "--last")
+        for name, outcome in zip(names, ("sent", "deferred", "sent")):
+            recipient = name if "@" in name else f"{name}@{HOST}"
+            rows = shown.partition(f"\nrecipient  <{recipient}>\n")[2]
+            found = rows.partition("\nrecipient ")[0].partition("\nnext try")[0]
+            assert found.count("\n") == 0 and outcome in found, shown
 
     def test_a_message_that_is_gone_is_found_by_each_of_its_names(
         self, instance, make_sink

@@ -10386,11 +10386,18 @@ class Outgoing:
     def forget(self) -> None:
         """Drops what is known of places that no mail has gone to for long."""
         old = time.monotonic() - 2 * self.settings.maximal_backoff_time
-        if len(self.dead) > self.PLACES:
-            for place in [one for one, (until, _) in self.dead.items() if until < old]:
-                del self.dead[place], self.put_off[place]
+        if len(self.put_off) > self.PLACES:
+            for place in list(self.put_off):
+                if place not in self.dead or self.dead[place][0] < old:
+                    self.dead.pop(place, None)
+                    del self.put_off[place]
         if len(self.answered) > self.PLACES:
             self.answered.clear()  # they have to show it once more
+
+    def revive(self) -> None:
+        """Has each host tried once more, though it was found dead."""
+        over = -float("inf")
+        self.dead = {place: (over, error) for place, (_, error) in self.dead.items()}
 
     def look_back(self, place: str, task: Task) -> None:
         """Notes who waits for a dead host, and that one lives again."""
@@ -10886,7 +10893,7 @@ class QueueRunner:
     def flush(self) -> None:
         """Makes everything due now."""
         self.scan()
-        self.lanes.outgoing.dead.clear()
+        self.lanes.outgoing.revive()
         due = [name for when, name in sorted(self.schedule) if self.is_due(when, name)]
         self.schedule = [(0.0, queue_id) for queue_id in due]
         self.known.update(dict.fromkeys(due, 0.0))
@@ -11321,7 +11328,8 @@ class QueueRunner:
         for word in dict.fromkeys(os_text(os.read(wake, 1 << 16)).split("\n")):
             if word == "flush":
                 self.flush()
-            elif word.startswith("now "):
+            elif word.startswith("now "):  # a person wants it tried
+                self.lanes.outgoing.revive()
                 self.add(word[4:], time.time())
                 self.hasten(word[4:], time.time())
             elif is_id(word):

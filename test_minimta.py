@@ -7885,6 +7885,20 @@ class TestOutgoing:
             assert self.placed(outgoing, f"silent {number}") == 20
         assert [self.placed(outgoing, name) for name in ("one", "other")] == [2, 2]
 
+    def test_of_very_many_dead_hosts_the_oldest_are_forgotten(self, outgoing):
+        error = minimta.MailError("4.4.1", "no answer", "none")
+        job = types.SimpleNamespace(
+            served=set(), missed=[], dead=[(f"h{n}", error) for n in range(2000)]
+        )
+        outgoing.heard(job, [], False)
+        assert len(outgoing.dead) == len(outgoing.put_off) == 2000
+        outgoing.revive()  # none counts as dead now
+        assert outgoing.add(tasks_for("h0", 1)[0])
+        assert outgoing.fresh
+        job.dead = [("late", error)]
+        outgoing.heard(job, [], False)
+        assert list(outgoing.dead) == list(outgoing.put_off) == ["late"]
+
 
 # == 27 Queue runner: QueueRunner, take_lock ==================================
 
@@ -13206,6 +13220,17 @@ class TestRelayConnections:
         wait_for(lambda: len(sink.received) >= 30)
         assert sorted(name for _, (name,), _ in sink.received) == sorted(names)
         assert len(sink.clients) - tried <= 10
+
+    def test_who_runs_one_message_has_a_dead_host_tried(self, hub, far):
+        domain, sink = far(CONNECT=last_words("421 4.3.2 Closed"))
+        post(hub, [f"a@{domain}"], letter("one"))
+        assert outcomes(hub, f"a@{domain}") == ["deferred"]
+        tried = len(sink.clients)
+        hub.run("minimta.py", "queue", "run", f"to:{domain}", user="root")
+        wait_for(lambda: len(sink.clients) > tried)
+        sink.answers["CONNECT"] = "220 sink.example ESMTP"
+        hub.run("minimta.py", "queue", "run", f"to:{domain}", user="root")
+        wait_for(lambda: sink.received)
 
     def test_four_silent_hosts_with_much_mail_hold_nobody_up(self, instance, make_sink):
         gate = threading.Event()

@@ -188,6 +188,7 @@ EX_USAGE = 64  # the command was used wrongly
 EX_DATAERR = 65  # the input was bad: an address, a header, an aliases line
 EX_NOINPUT = 66  # the input could not be read
 EX_NOUSER = 67  # no such user here
+EX_NOHOST = 68  # no such host
 EX_UNAVAILABLE = 69  # something that is needed is not there
 EX_SOFTWARE = 70  # a fault in this program
 EX_OSERR = 71  # the system refused: fork, bind
@@ -4629,6 +4630,10 @@ class Log:
     def reported(self, queue_id: str, note: str, report_id: str) -> None:
         """A report was queued."""
         self.line("bounce", f"{queue_id}: {note}: {report_id}")
+
+    def changed(self, queue_id: str, action: str, uid: int) -> None:
+        """A queue command on a message, and whose."""
+        self.line("postsuper", f"{queue_id}: {ACTIONS[action][0]}, uid={uid}")
 
     def removed(self, queue_id: str) -> None:
         """A message is done with."""
@@ -11730,6 +11735,7 @@ class Conversation:
                 if uid and file.envelope.origin != f"uid {uid}":
                     raise MailError("5.7.1", "somebody else sent it: ask root")
             spool.act(action, queue_id)
+            self.desk.log.changed(queue_id, action, uid)
             if action not in ("hold", "remove"):
                 self.news.append(f"now {queue_id}")
             self.say(Reply(250, "2.0.0", ACTIONS[action][0]))
@@ -16227,6 +16233,7 @@ class QueueHand:
         """One action on one message. Raises MailError, OSError."""
         if self.spool:
             self.spool.act(action, queue_id)
+            self.house.log.changed(queue_id, action, os.getuid())
         else:
             self.daemon.send(f"XDO {action} {queue_id}")
             self.daemon.expect(250)
@@ -16639,6 +16646,7 @@ class SendmailOptions:
         self.errors = "p"  # how they are told: -oem and its like
         self.config = ""
         self.alias_file = ""
+        self.tag = ""  # that the log calls us
         self.transcript = ""
         self.notify = ""
         self.ret = ""
@@ -16806,7 +16814,7 @@ class SendmailOptions:
         "G": ("", turn, "is_gateway", True),
         "I": ("", turn, "mode", "i"),
         "J": ("?", ignore),
-        "L": (":", ignore),
+        "L": (":", keep, "tag"),
         "M": ("?", take_exim),
         "N": (":", take_notify),
         "O": (":", take_long_option),
@@ -17132,6 +17140,8 @@ def routing_code(found: list[Destination]) -> int:
     return EX_TEMPFAIL if errors else EX_OK
 
 
+NO_HOST = {"5.1.2", "5.1.10", "5.4.4", "5.4.6"}  # statuses that are about a host
+
 MAX_COUNTED = 1 << 28  # bytes of a mailbox that are read to count its messages
 
 
@@ -17179,21 +17189,31 @@ def verdict_line(found: Destination) -> str:
     return f"{shown}... {text}"
 
 
-def verify_recipients(options: SendmailOptions, environ: dict) -> int:
-    """-bv: says of each recipient where it leads, in sendmail's words."""
-    house = House(environ, options.config)
+def explaining_router(house: House) -> Router:
+    """A router that reads .forward and asks name servers."""
     router = house.router(TargetFiles(house.users))
+    router.resolver = Resolver(house.settings.root)
+    return router
+
+
+def verify_recipients(options: SendmailOptions, environ: dict) -> int:
+    """-bv: says of each recipient where it leads, in sendmail's words.
+
+    0, 67 no such user, 68 no such host, or 75 if that cannot be told now.
+    """
+    house = House(environ, options.config)
+    router = explaining_router(house)
     every = []
     for address in read_recipients(house, options.recipients):
-        for found in router.resolve(address, frozenset()):
+        for found in router.resolve(address, frozenset(), Branch(str(address))):
             found.error = found.error or courier_problem(found)
-            if found.kind == "remote":  # whether it can be reached, shows then
-                found.error = None
             every.append(found)
             write_all(1, os_bytes(printable(verdict_line(found)) + "\n"))
     if not every:
         raise ProgramError(EX_USAGE, "no recipients to check: name one")
-    return routing_code(every)
+    code = routing_code(every)
+    statuses = {one.error.status for one in every if one.error}
+    return EX_NOHOST if statuses and statuses <= NO_HOST else code
 
 
 def explain(house: House, address: Address) -> tuple[Branch, list]:
@@ -17201,9 +17221,7 @@ def explain(house: House, address: Address) -> tuple[Branch, list]:
 
     Drawn by the code that delivers; changes nothing.
     """
-    tree = Branch(str(address))
-    router = house.router(TargetFiles(house.users))
-    router.resolver = Resolver(house.settings.root)
+    tree, router = Branch(str(address)), explaining_router(house)
     found = list(router.resolve(address, frozenset(), tree))
     by_text = {one.shown()[0]: one for one in found if one.kind in ("mailbox", "file")}
     for branch in list(tree.leaves())[:MAX_BRANCHES]:
@@ -17449,8 +17467,11 @@ def cmd_sendmail(args: list[str], environ: dict) -> int:
     -oem, -oee   errors are mailed to the caller too; -oee: exit 0 then
     -C FILE      settings                   -oA FILE  the aliases file (-bi)
     -Mrm ID ...  and the rest of exim's -M  -h N   hops until now
+    -L TAG       what the log calls us, for root
     """
     options = SendmailOptions(args)
+    if options.tag and os.getuid() == 0:
+        environ = {**environ, "MINIMTA_SYSLOG_NAME": options.tag}
     return SENDMAIL_MODES[options.mode](options, environ)
 
 

@@ -10661,6 +10661,15 @@ class TestOptionTable:
         shared.wait_empty()
         assert shared.with_token("payam", token) == []
 
+    @needs_root
+    def test_root_may_say_what_the_log_calls_us(self, instance):
+        words = ("sendmail", "-odq", "-Lbackup", "user1")
+        instance.run(*words, stdin="x\n", user="root")
+        instance.start()
+        instance.run(*words, stdin="x\n", user="payam", preexec_fn=become("payam"))
+        found = re.findall(r" (\S+)/pickup\[\d+\]: .*uid=(\d+)", instance.log())
+        assert found == [("backup", "0"), ("minimta", str(uid_of("payam")))]
+
     @pytest.mark.parametrize("words", VERDICTS)
     def test_bv_prints_sendmails_words(self, shared, words):
         result = shared.run("sendmail", "-bv", *words.split())
@@ -15955,6 +15964,23 @@ class TestExplain:
         assert "etc/minimta.conf, line 5" in out
         assert "TLS" in out
 
+    def test_bv_tells_a_host_that_is_not_there(self, explained, make_names):
+        rows = {
+            ("far.example", "MX"): [("MX", (10, "mx.far.example"))],
+            ("mx.far.example", "A"): [("A", "192.0.2.1")],
+            ("null.example", "MX"): [("MX", (0, ""))],
+        }
+        make_names(explained, rows)
+        for words, code, told in (
+            (["a@far.example"], 0, "deliverable: mailer esmtp"),
+            (["a@nosuch.example", "a@far.example"], 68, "nosuch.example"),
+            (["a@null.example"], 68, "null.example"),
+            (["a@nosuch.example", "nobody-here"], 67, "User unknown"),
+        ):
+            result = explained.run("sendmail", "-bv", *words)
+            assert result.code == code, result
+            assert told in result.out
+
     def test_the_mail_hosts_of_a_domain_are_named(self, explained):
         rows = {
             ("far.example", "MX"): [("MX", (10, "mx.far.example"))],
@@ -16003,6 +16029,7 @@ class TestExplain:
     def test_bv_says_it_in_sendmails_words(self, explained):
         explained.aliases('all: user1, far@example.com, /dev/null, "|cat x"\n')
         explained.run("newaliases")
+        explained.configure(relayhost="[127.0.0.1]:9")
         result = explained.run("sendmail", "-bv", "all", "nosuch")
         assert (result.code, result.err) == (67, "")
         assert result.out.splitlines() == [
@@ -16396,6 +16423,8 @@ class TestQueueCommands:
         (queue_id,) = re.findall(r"(?m)^\w{10}", self.queue(host, "to:r2"))
         said = f"{queue_id}: placed on hold\nPlaced on hold: 1 message\n"
         assert self.queue(host, "hold", queue_id) == said
+        told = f": {queue_id}: placed on hold, uid={os.getuid()}\n"
+        assert host.log().count(told) == 1
         assert f"\n{queue_id}!" in "\n" + host.mailq()
         assert host.run("sendmail", "-q").code == 0
         assert self.queue(host, "count", "held") == "1\n"

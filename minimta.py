@@ -397,6 +397,7 @@ SETTINGS = (
     Setting("alias_maps", "list", "/etc/aliases", "the aliases files"),
     Setting("recipient_delimiter", "text", "+", "user+detail is user's mail"),
     Setting("luser_relay", "text", "", "who gets mail for unknown local users"),
+    Setting("capture", "flag", "no", "keep mail for any address; nothing leaves"),
     Setting("mailbox_transport", "text", "", "lmtp: another mail store"),
     Setting("home_mailbox", "text", "", "mailbox below the home; Maildir with / last"),
     Setting("mail_spool_directory", "path", "/var/mail", "where mailboxes are"),
@@ -421,7 +422,7 @@ SETTINGS = (
     Setting("hopcount_limit", "count", "50", "Received lines of a looping message"),
     Setting("mail_owner", "text", "", "user of the queue: minimta, daemon or nobody"),
     Setting("default_privs", "text", "nobody", "user of commands in aliases"),
-    Setting("maillog_file", "text", "", "log file; - is stdout; default: syslog"),
+    Setting("maillog_file", "text", "", "file, - (stdout), json:...; default: syslog"),
     Setting("syslog_facility", "text", "mail", "syslog facility"),
     Setting("syslog_name", "text", "minimta", "first word of each log line"),
 )
@@ -469,6 +470,11 @@ def read_count(text: str) -> int:
     return int(read_amount(text, {}) or "none at all")
 
 
+def read_flag(text: str) -> bool:
+    """`yes` or `no`. Raises ValueError."""
+    return ("no", "yes").index(text.lower()) == 1
+
+
 def read_level(text: str) -> str:
     """A level of TLS, "" for the usual ones. Raises ValueError."""
     level = {"secure": "verify"}.get(text, text)
@@ -488,6 +494,7 @@ READERS = {
     "text": lambda text: text,
     "command": lambda text: text,
     "path": read_path,
+    "flag": read_flag,
     "level": read_level,
     "list": read_list,
     "number": lambda text: read_amount(text, {}),
@@ -607,6 +614,9 @@ class Settings:
         self.sources = sources
         self.texts = {row.name: texts.get(row.name, row.default) for row in SETTINGS}
         self.__dict__.update({row.name: self.read(row) for row in SETTINGS})
+        if self.capture and not root:
+            why = "capture: not for a host's own mail: set MINIMTA_ROOT"
+            raise ProgramError(EX_CONFIG, f"{sources['capture']}: {why}")
         self.local_domains = frozenset(name.lower() for name in self.mydestination)
         ours = (f"[{address}]" for address in self.listen_on)
         self.local_literals = frozenset({*ours, "[127.0.0.1]", "[::1]"})
@@ -1009,6 +1019,29 @@ class AddressScanner:
             self.found.append(text)
         self.angle, self.plain = None, []
         return None
+
+
+def magic_words(local: str) -> tuple[str, int]:
+    """(fail, defer or slow, its number) of a magic local part, else ("", 0).
+
+    Where mail is captured, fail-550 and defer-451 are refused with that code,
+    slow-30 is taken after so many seconds.
+    """
+    word, _, number = local.lower().partition("-")
+    head = {"fail": "5", "defer": "4"}.get(word, "")
+    is_code = len(number) == 3 and number[0] == head
+    if not is_number(number) or not (is_code or word == "slow"):
+        return "", 0
+    return word, int(number)
+
+
+def magic_failure(address: Address) -> MailError | None:
+    """What a magic recipient is refused with, if it is."""
+    word, code = magic_words(address.local)
+    if word not in ("fail", "defer"):
+        return None
+    status = f"{code // 100}.0.0"
+    return MailError(status, f"{address.local} is to {word}", code=code)
 
 
 def header_addresses(text: str) -> list[Address]:
@@ -2985,6 +3018,12 @@ class Session:
         self.check(recipient, "XBOUNCE" in options)
         name = str(recipient.qualified(self.settings.local_origin))
         transaction.add(name, options)
+        word, number = (
+            magic_words(recipient.local) if self.settings.capture else ("", 0)
+        )
+        if word == "slow":
+            self.sought = str(number)
+            return Reply(0, "", "", action="pause")
         return RECIPIENT_OK
 
     def read_path(
@@ -3007,9 +3046,8 @@ class Session:
         """Raises MailError if mail to `recipient` is not taken."""
         if not recipient.local:
             raise bad_address("", "an address is needed")
-        if self.settings.is_local(
-            recipient.qualified(self.settings.local_origin).domain
-        ):
+        domain = recipient.qualified(self.settings.local_origin).domain
+        if self.settings.is_local(domain) or self.settings.capture:
             try:
                 self.verify(recipient)
             except MailError as error:
@@ -4490,8 +4528,34 @@ def shown_delay(seconds: float) -> str:
     return f"{seconds:.2g}" if seconds < 10 else f"{seconds:.0f}"
 
 
+# What a JSON log has as keys of their own, of the words `name=value`.
+LOG_KEYS = (
+    *("from", "to", "orig_to", "relay", "delay", "dsn", "status", "size", "nrcpt"),
+    *("client", "uid", "message-id", "sasl_username"),
+)
+
+
+def log_words(text: str) -> dict[str, str]:
+    """The queue id of a log line and its `name=value` words.
+
+    >>> log_words("T1: to=<a@b>, relay=local, status=sent (delivered)")
+    {'to': 'a@b', 'relay': 'local', 'status': 'sent'}
+    """
+    found = {}
+    queue_id, colon, rest = text.partition(": ")
+    if colon and is_id(queue_id):
+        found["queue_id"] = queue_id
+    for word in rest.split(" "):
+        name, equals, value = word.rstrip(",").partition("=")
+        if equals and name in LOG_KEYS:
+            found.setdefault(name, value.strip("<>"))
+    return found
+
+
 class Log:
     """Where log lines go: maillog_file, else syslog, else the journal.
+
+    With `json:` before its name the file has an object in each line.
 
     A daemon in the foreground repeats them on stderr (`echo`), but not where
     they would be in the journal or on the same output twice. Under systemd,
@@ -4500,7 +4564,8 @@ class Log:
 
     def __init__(self, settings: Settings, echo: bool = False) -> None:
         self.name = settings.syslog_name
-        self.path = settings.maillog_file
+        self.path = settings.maillog_file.removeprefix("json:")
+        self.is_json = self.path != settings.maillog_file
         self.facility = settings.syslog_facility
         has_syslog = not self.path and os.path.exists("/dev/log")
         self.echo = echo and self.path != "-" and (not has_syslog or os.isatty(2))
@@ -4525,6 +4590,8 @@ class Log:
         self.look_around(time.time())
         head = f"{self.name}/{component}[{os.getpid()}]"
         data = os_bytes(f"{self.stamp} {self.host} {head}: {text}\n")
+        if self.is_json:
+            data = self.as_json(component, text, level)
         try:
             if self.path == "-":
                 os.write(1, data)
@@ -4539,6 +4606,16 @@ class Log:
                 os.write(2, data)
         except OSError:
             pass  # a full disk must not stop mail
+
+    def as_json(self, component: str, text: str, level: int) -> bytes:
+        """A line as an object, its queue id and `name=value` words as keys."""
+        import json  # 5 ms; only where it is asked for
+
+        found = {"time": time.time(), "host": self.host, "name": self.name}
+        found.update(component=component, pid=os.getpid(), message=text)
+        found["level"] = "warning" if level < 6 else "info"
+        found.update(log_words(text))
+        return os_bytes(json.dumps(found) + "\n")
 
     def look_around(self, now: float) -> None:
         """Notices, once a second, what time it is and whether syslog is up."""
@@ -4968,7 +5045,28 @@ def read_settings(environ: dict, path: str = "") -> Settings:
     except OSError as error:
         why = f"{name}: {error.strerror}: make it readable"
         raise ProgramError(EX_CONFIG, why) from None
-    return Settings.parse(text, environ, os.uname().nodename or "localhost", root, name)
+    host = os.uname().nodename or "localhost"
+    return Settings.parse(text, from_files(environ), host, root, name)
+
+
+def from_files(environ: dict) -> dict:
+    """`environ`, a MINIMTA_<NAME> read from the file in MINIMTA_<NAME>_FILE.
+
+    As containers hand over secrets. Raises ProgramError EX_CONFIG.
+    """
+    found = dict(environ)
+    for row in SETTINGS:
+        variable = f"MINIMTA_{row.name.upper()}"
+        path = environ.get(f"{variable}_FILE", "")
+        if not path or variable in environ:
+            continue
+        try:
+            with open(path, encoding="utf-8", errors="surrogateescape") as file:
+                found[variable] = file.read().strip()
+        except OSError as error:
+            why = f"{variable}_FILE: {path}: {error.strerror}: make it readable"
+            raise ProgramError(EX_CONFIG, why) from None
+    return found
 
 
 # == 16 Maps: MapFiles, Secrets, read_secrets =================================
@@ -8534,10 +8632,15 @@ class Router:
         """Destinations of `address`, nothing where it was expanded before."""
         if not trail.is_first(str(address), trail.steps[-1:]):
             return
+        failure = magic_failure(address) if self.settings.capture else None
+        if failure:
+            yield self.refused(trail, address, failure)
+            return
         if not self.settings.is_local(address.domain):
-            yield from self.expand_remote(
-                address, trail.draw(f"{address} is elsewhere")
-            )
+            expand = self.expand_remote
+            if self.settings.capture:
+                expand = self.expand_stranger
+            yield from expand(address, trail.draw(f"{address} is elsewhere"))
             return
         if not trail.steps:
             trail = trail.draw(self.why_local(address.domain))
@@ -8828,6 +8931,14 @@ class Router:
             trail = trail.then("alias", "luser_relay")
             yield from self.expand(Address.parse(way_out), trail)
             return
+        if self.settings.capture and "capture" not in trail.names("alias"):
+            user = self.users.by_uid(os.stat(self.settings.root).st_uid)
+            trail = trail.draw(f"captured for {user.name}").then("alias", "capture")
+            if self.users.lookup(user.name):
+                yield from self.expand(Address(user.name), trail)
+            else:
+                yield self.mailbox(user, trail)
+            return
         yield self.failed(trail, address, "5.1.1", f'unknown user: "{address.local}"')
 
     def near(self, local: str) -> str:
@@ -8990,7 +9101,7 @@ class Router:
         return tuple(
             name if "@" in name else f"{name}@{origin}"
             for name in names
-            if name[0] != "@" and name != "luser_relay"
+            if name[0] != "@" and name not in ("luser_relay", "capture")
         )
 
     def failed(
@@ -9168,8 +9279,8 @@ class Task:
         """The trace fields of a final delivery, RFC 5321 section 4.4."""
         fields = (
             f"Return-Path: <{self.sender}>\n"
-            f"X-Original-To: {self.recipients[0]}\n"
-            f"Delivered-To: {self.destination.target}\n"
+            + "".join(f"X-Original-To: {name}\n" for name in self.recipients)
+            + f"Delivered-To: {self.destination.target}\n"
         )
         own = os_bytes(f"Delivered-To: {self.destination.target}\n")
         return os_bytes(fields) + self.head().replace(own, b"", 1)
@@ -11722,6 +11833,16 @@ class Conversation:
         self.output += b".\n"
         self.wish = ""
 
+    def dawdle(self) -> None:
+        """RCPT to slow-SECONDS, where mail is captured: a chore that waits."""
+        self.chore = self.finish_pause
+
+    def finish_pause(self) -> None:
+        """Says after a while that the recipient is fine."""
+        time.sleep(int(self.session.sought))
+        self.wish = ""
+        self.say(RECIPIENT_OK)
+
     def act(self) -> None:
         """XDO: a chore, for it syncs the disk."""
         self.chore = self.finish_act
@@ -11760,6 +11881,7 @@ class Conversation:
         "data": begin_message,
         "chunk": begin_chunk,
         "tls": begin_tls,
+        "pause": dawdle,
         "auth": check_password,
         "queue": list_queue,
         "flush": flush_queue,
@@ -12882,7 +13004,7 @@ class Submission:
         router = self.house.router()
         refused = {}
         for address in letter.recipients:
-            if self.settings.is_local(address.domain):
+            if self.settings.is_local(address.domain) or self.settings.capture:
                 try:
                     router.verify(address)
                 except MailError as error:

@@ -126,7 +126,8 @@ CONTENTS
   DOORS  the programs
     34 Queue programs
     35 Programs
-    36 Dispatch
+    36 Moving in
+    37 Dispatch
 
 LAWS
 
@@ -17969,7 +17970,325 @@ def cmd_help(args: list[str], environ: dict) -> int:
     return EX_OK
 
 
-# == 36 Dispatch: PROGRAMS, main ==============================================
+# == 36 Moving in: Foreign, cmd_import ========================================
+# The settings of other mail programs, said in ours. Source: ssmtp.conf(5),
+# msmtp(1), dma(8), nullmailer-send(8), Postfix's postconf(5).
+# Failures: ProgramError EX_NOINPUT, EX_DATAERR; what has no counterpart is
+# named, and so is each password, which is not shown.
+
+OWN_FILES = {  # what a line is for, in the order of printing
+    "/etc/minimta.generic": "senders, as other hosts see them",
+    "/etc/minimta.passwords": "chmod 600; put each password in yourself",
+    "/etc/aliases": "then run newaliases",
+}
+
+
+def word_table(text: str) -> dict[str, str]:
+    """`theirs=ours` words as a dictionary."""
+    return dict(pair.split("=") for pair in text.split())
+
+
+# Names of theirs -> a setting of ours, or a word that Foreign knows; nothing
+# for what needs no setting here.
+SSMTP_WORDS = word_table(
+    """mailhub=host usetls=tls usestarttls=starttls authuser=user
+    authpass=password hostname=myhostname rewritedomain=myorigin
+    tls_ca_file=smtp_tls_CAfile root=root fromlineoverride="""
+)
+MSMTP_WORDS = word_table(
+    """host=host port=port tls=tls tls_starttls=starttls user=user
+    password=password passwordeval=smtp_sasl_password_command from=from auth=
+    domain=myhostname maildomain=myorigin tls_trust_file=smtp_tls_CAfile
+    aliases=alias_maps syslog= logfile= auto_from="""
+)
+DMA_WORDS = word_table(
+    """smarthost=host port=port aliases=alias_maps securetransfer=tls
+    starttls=starttls masquerade=from mailname=myorigin authpath= spooldir=
+    fullbounce="""
+)
+NULLMAILER_WORDS = word_table(
+    """host=host --port=port --user=user --pass=password --ssl=tls
+    --starttls=starttls --x509cafile=smtp_tls_CAfile --auth-login= smtp="""
+)
+# Postfix's names that we have too, but with another meaning.
+NOT_POSTFIX = ("default_process_limit", "mail_owner", "queue_directory", "capture")
+# What says nothing about where mail goes.
+POSTFIX_QUIET = (
+    *("compatibility_level", "alias_database", "biff", "readme_directory"),
+    *("append_dot_mydomain", "inet_protocols", "smtpd_banner", "mail_version"),
+    *("command_directory", "daemon_directory", "data_directory", "config_directory"),
+    *("sendmail_path", "newaliases_path", "mailq_path", "setgid_group"),
+    *("html_directory", "manpage_directory", "sample_directory", "debug_peer_level"),
+    *("smtp_tls_session_cache_database", "smtpd_tls_session_cache_database"),
+    *("smtp_sasl_auth_enable", "smtp_sasl_security_options", "smtpd_use_tls"),
+    *("smtp_use_tls", "smtp_sasl_tls_security_options", "shlib_directory"),
+    *("meta_directory", "unknown_local_recipient_reject_code", "debugger_command"),
+)
+
+
+class Fact(Value):
+    """One thing that a foreign file says: where, its name there, the value."""
+
+    __slots__ = ("where", "name", "value")
+
+    def __init__(self, where: str, name: str, value: str) -> None:
+        self.where = where
+        self.name = name
+        self.value = value
+
+
+class Foreign:
+    """What foreign files say, as settings and lines of ours; str() prints it.
+
+    `settings` by name, `files` lines by path, `left` what could not be taken.
+    """
+
+    def __init__(self) -> None:
+        self.settings: dict[str, str] = {}
+        self.files: dict[str, list[str]] = {path: [] for path in OWN_FILES}
+        self.left: list[str] = []
+        self.secrets: list[tuple[str, str]] = []  # (host, line) of dma's auth.conf
+
+    def leave(self, fact: Fact, why: str = "no counterpart") -> None:
+        """Something that could not be taken."""
+        shown = "" if "pass" in fact.name.lower() else f" {fact.value}"
+        self.left.append(f"{fact.where}: {fact.name}{printable(shown, 100)}: {why}")
+
+    def take(self, facts: list[Fact], words: dict[str, str]) -> None:
+        """The facts about one relay, and what else stands among them."""
+        known: dict[str, Fact] = {}
+        for fact in facts:
+            word = words.get(fact.name.lower())
+            if word is None:
+                self.leave(fact)
+            elif word in ("host", "port", "tls", "starttls", "user", "password"):
+                known[word] = fact
+            elif word == "from":
+                self.files["/etc/minimta.generic"].append(self.masquerade(fact.value))
+            elif word == "root" and fact.value:
+                self.files["/etc/aliases"].append(f"root: {fact.value}")
+            elif word and fact.value:
+                self.set(word, fact)
+        if "host" in known and known["host"].value:
+            self.take_relay(known)
+
+    def masquerade(self, value: str) -> str:
+        """A line of smtp_generic_maps; of a bare domain the user stays."""
+        self.settings["smtp_generic_maps"] = "/etc/minimta.generic"
+        return f"* {value}" if "@" in value else f"* @{value}"
+
+    def set(self, name: str, fact: Fact) -> None:
+        """A setting, if it can be one of ours."""
+        row = next(row for row in SETTINGS if row.name == name)
+        try:
+            READERS[row.kind](fact.value)
+        except ValueError:
+            self.leave(fact, f"not a {row.kind}")
+            return
+        self.settings[name] = fact.value
+
+    def take_relay(self, known: dict[str, Fact]) -> None:
+        """One relay: relayhost, and where its password goes."""
+        fact = known["host"]
+        is_tls, is_later = (
+            is_on(known[word].value) if word in known else None
+            for word in ("tls", "starttls")
+        )
+        is_wrapped = bool(is_tls) and is_later is False
+        try:
+            port = known["port"].value if "port" in known else ""
+            host, usual = split_host(fact.value, 465 if is_wrapped else 25)
+            port = int(port or usual)
+        except ValueError:
+            self.leave(fact, "not a host and a port")
+            return
+        hop = f"[{host}]:{port}"
+        every = [self.settings.get("relayhost", ""), f"{'smtps://' * is_wrapped}{hop}"]
+        self.settings["relayhost"] = ", ".join(filter(None, every))
+        if "user" in known:
+            password = known.get("password")
+            self.take_login(hop, known["user"].value, password and password.where)
+            if is_tls is False:
+                self.leave(known["tls"], "a password is never sent in clear")
+
+    def take_login(self, hop: str, user: str, where: str | None) -> None:
+        """A line for the password file, with where the password is."""
+        self.settings["smtp_sasl_password_maps"] = "/etc/minimta.passwords"
+        command = self.settings.get("smtp_sasl_password_command")
+        if where or not command:
+            hint = f" (it stands in {where})" if where else ""
+            self.files["/etc/minimta.passwords"].append(f"{hop} {user}:PASSWORD{hint}")
+        else:
+            self.files["/etc/minimta.passwords"].append(f"{hop} {user}")
+
+    def __str__(self) -> str:
+        rows = ["# /etc/minimta.conf"]
+        rows += [f"{name} = {value}" for name, value in self.settings.items()]
+        for path, lines in self.files.items():
+            if lines:
+                rows += ["", f"# {path}: {OWN_FILES[path]}"]
+                rows += [f"#   {line}" for line in dict.fromkeys(lines)]
+        if self.left:
+            rows += ["", "# not taken:", *(f"#   {line}" for line in self.left)]
+        return "".join(f"{printable(row)}\n" for row in rows)
+
+
+def is_on(text: str) -> bool:
+    """Whether a switch of ssmtp, msmtp or dma is on; its mere name is."""
+    return text.lower() not in ("no", "off", "0", "false")
+
+
+def read_facts(text: str, path: str, sign: str) -> list[Fact]:
+    """The facts of a file of lines `name SIGN value`, comments gone."""
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.strip()
+        if line and line[0] not in "#;":
+            name, _, value = line.replace("\t", " ").partition(sign)
+            fact = Fact(f"{path}, line {number}", name.strip(), value.strip(" \"'"))
+            found.append(fact)
+    return found
+
+
+def read_ssmtp(text: str, path: str, found: Foreign) -> None:
+    """ssmtp.conf: `name=value`."""
+    found.take(read_facts(text, path, "="), SSMTP_WORDS)
+
+
+def read_msmtp(text: str, path: str, found: Foreign) -> None:
+    """msmtprc: accounts; the default one is taken, or the first."""
+    accounts: dict[str, list[Fact]] = {}
+    defaults: list[Fact] = []
+    here, chosen = defaults, ""
+    for fact in read_facts(text, path, " "):
+        name, _, base = (part.strip() for part in fact.value.partition(":"))
+        if fact.name == "defaults":
+            here = defaults = []
+        elif fact.name == "account":
+            here = accounts[name] = accounts.get(base, defaults)[:]
+            chosen = name if name == "default" else chosen or name
+        else:
+            here.append(fact)
+    facts = accounts.get(chosen, defaults)
+    for name, others in accounts.items():
+        if others != facts:
+            found.leave(Fact(path, "account", name), "only one account is used")
+    if not any(fact.name == "tls_starttls" for fact in facts):
+        facts = [*facts, Fact(path, "tls_starttls", "on")]
+    found.take(facts, MSMTP_WORDS)
+
+
+def read_dma(text: str, path: str, found: Foreign) -> None:
+    """dma.conf: `NAME value`, or a name alone."""
+    facts = read_facts(text, path, " ")
+    names = {fact.name.lower() for fact in facts}
+    if "starttls" not in names and "securetransfer" in names:
+        facts.append(Fact(path, "STARTTLS", "off"))
+    found.take(facts, DMA_WORDS)
+
+
+def read_dma_auth(text: str, path: str, found: Foreign) -> None:
+    """dma's auth.conf: `user|host:password`."""
+    relays = {}
+    for word in read_list(found.settings.get("relayhost", "")):
+        hop = word.removeprefix("smtps://")
+        relays[hop[1:].partition("]")[0]] = hop
+    for fact in read_facts(text, path, "|"):
+        host = fact.value.partition(":")[0]
+        found.take_login(relays.get(host, f"[{host}]"), fact.name, fact.where)
+
+
+def read_remotes(text: str, path: str, found: Foreign) -> None:
+    """nullmailer's remotes: a relay in each line, with options."""
+    for fact in read_facts(text, path, " "):
+        facts = [Fact(fact.where, "host", fact.name)]
+        for word in fact.value.split():
+            name, _, value = word.partition("=")
+            facts.append(Fact(fact.where, name, value.strip("\"'")))
+        if not any(fact.name == "--starttls" for fact in facts):
+            facts.append(Fact(fact.where, "--starttls", "off"))
+        found.take(facts, NULLMAILER_WORDS)
+
+
+def read_postfix(text: str, path: str, found: Foreign) -> None:
+    """Postfix's main.cf: what has our names, and the TLS wrapper mode."""
+    names = {row.name for row in SETTINGS}
+    values = {"mydomain": "", "myhostname": ""}
+    for number, line in logical_lines(text):
+        name, equals, value = (part.strip() for part in line.partition("="))
+        fact = Fact(f"{path}, line {number}", name, value)
+        values[name] = value
+        if not equals:
+            found.leave(fact, "not name = value")
+        elif name in names and name not in NOT_POSTFIX:
+            strange = [word for word in variables(value) if word not in names]
+            if strange:
+                found.leave(fact, f"${strange[0]} is no setting here")
+            elif value or name in ("relayhost", "mydestination"):
+                found.set(name, fact)
+        elif name == "smtp_tls_wrappermode":
+            if value == "yes" and "relayhost" in values:
+                found.settings["relayhost"] = f"smtps://{values['relayhost']}"
+        elif name == "mailbox_command" and value or name not in POSTFIX_QUIET:
+            found.leave(fact)
+
+
+def variables(text: str) -> list[str]:
+    """The names of `$name` and `${name}` in a value."""
+    found = []
+    for part in text.split("$")[1:]:
+        word = part.lstrip("{(")
+        end = next(
+            (n for n, c in enumerate(word) if not (c.isalnum() or c == "_")), None
+        )
+        found.append(word[:end])
+    return found
+
+
+# How a file's name ends -> who reads it.
+FOREIGN_FILES = {
+    "ssmtp.conf": read_ssmtp,
+    "msmtprc": read_msmtp,
+    "dma.conf": read_dma,
+    "auth.conf": read_dma_auth,
+    "remotes": read_remotes,
+    "main.cf": read_postfix,
+}
+
+
+def cmd_import(args: list[str], environ: dict) -> int:
+    """usage: minimta.py import FILE ...
+
+    Says in minimta's settings what other programs' files say: ssmtp.conf,
+    msmtprc, dma.conf with auth.conf, nullmailer's remotes, Postfix's main.cf.
+    Prints /etc/minimta.conf; as comments what goes into other files, and what
+    could not be taken. Passwords are not shown. Changes nothing.
+    """
+    _, paths = read_flags(args, "", [])
+    if not paths:
+        raise ProgramError(EX_USAGE, "name a file to read, as /etc/ssmtp/ssmtp.conf")
+    order = list(FOREIGN_FILES)
+    chosen = []
+    for path in paths:
+        kind = next((end for end in order if path.endswith(end)), None)
+        if kind is None:
+            why = f"{path}: its name tells nothing: need one of {', '.join(order)}"
+            raise ProgramError(EX_USAGE, why)
+        chosen.append((order.index(kind), path))
+    found = Foreign()
+    for number, path in sorted(chosen):  # auth.conf behind dma.conf
+        try:
+            with open(path, encoding="utf-8", errors="surrogateescape") as file:
+                text = file.read(MAX_MAP)
+        except OSError as error:
+            why = f"{path}: {error.strerror}: name a file that can be read"
+            raise ProgramError(EX_NOINPUT, why) from None
+        FOREIGN_FILES[order[number]](text, path, found)
+    write_all(1, os_bytes(str(found)))
+    return EX_OK
+
+
+# == 37 Dispatch: PROGRAMS, main ==============================================
 # By what name it was called; and the one place that ends in words.
 
 PROGRAMS = {
@@ -17985,6 +18304,7 @@ PROGRAMS = {
     "trace": cmd_trace,
     "config": cmd_config,
     "health": cmd_health,
+    "import": cmd_import,
     "queue": cmd_queue,
     "postqueue": cmd_postqueue,
     "postsuper": cmd_postsuper,

@@ -1,6 +1,8 @@
 # minimta: what can be done here.
 #
-#   make run      start a private mail system in ./.run and say what to try
+#   make run      start a private mail system in ./.run and say what to try:
+#                 it keeps mail for any address, and nothing leaves
+#   make install  put it onto this host, for root; DESTDIR= PREFIX=/usr/local
 #   make test     all tests, with pytest; makes a .venv if there is no pytest
 #   make crash    kills, failing calls and power cuts, all of them: half an hour
 #   make bench    figures of this machine; PEER='127.0.0.1:25 user' loads another
@@ -13,7 +15,8 @@ RUFF ?= ruff
 WORKERS = 2
 CHOICE =
 RUN = $(CURDIR)/.run
-MTA = MINIMTA_ROOT='$(RUN)' '$(CURDIR)/minimta.py'
+MTA = MINIMTA_ROOT='$(RUN)' MINIMTA_CAPTURE=yes '$(CURDIR)/minimta.py'
+PREFIX ?= /usr/local
 RULES = E,W,F,I,N,A,B,C4,C90,UP,SIM,RET,PIE,BLE,S110,ERA,PLR0911,PLR0912,PLR0915,PLW0603,W505
 LINT = --isolated --line-length 88 --target-version py39 \
        --config 'lint.pydocstyle.convention="pep257"' \
@@ -40,6 +43,9 @@ run:
 	    '3. read as alice; "1 message 1 new", then 1 prints it, q ends:' \
 	    "$(MTA) mail -u alice" ''
 	@exec env $(MTA) serve
+
+install:
+	@'$(CURDIR)/minimta.py' install --destdir '$(DESTDIR)' --prefix '$(PREFIX)'
 
 test:
 	@python='$(PYTHON)'; \
@@ -75,4 +81,4 @@ bench:
 clean:
 	rm -rf .run .venv* .pytest_cache .ruff_cache __pycache__
 
-.PHONY: help run bench test crash lint clean
+.PHONY: help run install bench test crash lint clean

@@ -127,7 +127,8 @@ CONTENTS
     34 Queue programs
     35 Programs
     36 Moving in
-    37 Dispatch
+    37 Installation
+    38 Dispatch
 
 LAWS
 
@@ -5032,24 +5033,6 @@ def find_root(environ: dict) -> str:
     return os.path.join(home, ".minimta")
 
 
-def read_settings(environ: dict, path: str = "") -> Settings:
-    """The settings of this process. Raises ProgramError EX_CONFIG."""
-    root = find_root(environ)
-    name = path or f"{root}/etc/minimta.conf"
-    text = ""
-    try:
-        with open(name, encoding="utf-8", errors="surrogateescape") as file:
-            text = file.read()
-    except FileNotFoundError:
-        if path:
-            raise ProgramError(EX_CONFIG, f"{name}: no such file") from None
-    except OSError as error:
-        why = f"{name}: {error.strerror}: make it readable"
-        raise ProgramError(EX_CONFIG, why) from None
-    host = os.uname().nodename or "localhost"
-    return Settings.parse(text, from_files(environ), host, root, name)
-
-
 def from_files(environ: dict) -> dict:
     """`environ`, a MINIMTA_<NAME> read from the file in MINIMTA_<NAME>_FILE.
 
@@ -5068,6 +5051,24 @@ def from_files(environ: dict) -> dict:
             why = f"{variable}_FILE: {path}: {error.strerror}: make it readable"
             raise ProgramError(EX_CONFIG, why) from None
     return found
+
+
+def read_settings(environ: dict, path: str = "") -> Settings:
+    """The settings of this process. Raises ProgramError EX_CONFIG."""
+    root = find_root(environ)
+    name = path or f"{root}/etc/minimta.conf"
+    text = ""
+    try:
+        with open(name, encoding="utf-8", errors="surrogateescape") as file:
+            text = file.read()
+    except FileNotFoundError:
+        if path:
+            raise ProgramError(EX_CONFIG, f"{name}: no such file") from None
+    except OSError as error:
+        why = f"{name}: {error.strerror}: make it readable"
+        raise ProgramError(EX_CONFIG, why) from None
+    host = os.uname().nodename or "localhost"
+    return Settings.parse(text, from_files(environ), host, root, name)
 
 
 # == 16 Maps: MapFiles, Secrets, read_secrets =================================
@@ -17959,6 +17960,8 @@ def cmd_help(args: list[str], environ: dict) -> int:
     trace       says what happened to a message
     config      prints the settings
     health      says whether the daemon answers
+    import      says in our settings what other mail programs were told
+    install     puts minimta onto this host; uninstall takes it away
 
     Linked as sendmail, newaliases, mailq, mail or mailx it is that program;
     so it is as postqueue, postsuper, postcat, exim, qmail-qread and others.
@@ -18035,6 +18038,11 @@ class Fact(Value):
         self.where = where
         self.name = name
         self.value = value
+
+
+def is_on(text: str) -> bool:
+    """Whether a switch of ssmtp, msmtp or dma is on; its mere name is."""
+    return text.lower() not in ("no", "off", "0", "false")
 
 
 class Foreign:
@@ -18133,11 +18141,6 @@ class Foreign:
         return "".join(f"{printable(row)}\n" for row in rows)
 
 
-def is_on(text: str) -> bool:
-    """Whether a switch of ssmtp, msmtp or dma is on; its mere name is."""
-    return text.lower() not in ("no", "off", "0", "false")
-
-
 def read_facts(text: str, path: str, sign: str) -> list[Fact]:
     """The facts of a file of lines `name SIGN value`, comments gone."""
     found = []
@@ -18210,29 +18213,6 @@ def read_remotes(text: str, path: str, found: Foreign) -> None:
         found.take(facts, NULLMAILER_WORDS)
 
 
-def read_postfix(text: str, path: str, found: Foreign) -> None:
-    """Postfix's main.cf: what has our names, and the TLS wrapper mode."""
-    names = {row.name for row in SETTINGS}
-    values = {"mydomain": "", "myhostname": ""}
-    for number, line in logical_lines(text):
-        name, equals, value = (part.strip() for part in line.partition("="))
-        fact = Fact(f"{path}, line {number}", name, value)
-        values[name] = value
-        if not equals:
-            found.leave(fact, "not name = value")
-        elif name in names and name not in NOT_POSTFIX:
-            strange = [word for word in variables(value) if word not in names]
-            if strange:
-                found.leave(fact, f"${strange[0]} is no setting here")
-            elif value or name in ("relayhost", "mydestination"):
-                found.set(name, fact)
-        elif name == "smtp_tls_wrappermode":
-            if value == "yes" and "relayhost" in values:
-                found.settings["relayhost"] = f"smtps://{values['relayhost']}"
-        elif name == "mailbox_command" and value or name not in POSTFIX_QUIET:
-            found.leave(fact)
-
-
 def variables(text: str) -> list[str]:
     """The names of `$name` and `${name}` in a value."""
     found = []
@@ -18243,6 +18223,32 @@ def variables(text: str) -> list[str]:
         )
         found.append(word[:end])
     return found
+
+
+def take_postfix(fact: Fact, found: Foreign) -> None:
+    """One parameter of Postfix's."""
+    names = {row.name for row in SETTINGS}
+    strange = [word for word in variables(fact.value) if word not in names]
+    if fact.name not in names or fact.name in NOT_POSTFIX:
+        found.leave(fact)
+    elif strange:
+        found.leave(fact, f"${strange[0]} is no setting here")
+    elif fact.value or fact.name == "mydestination":
+        found.set(fact.name, fact)
+
+
+def read_postfix(text: str, path: str, found: Foreign) -> None:
+    """Postfix's main.cf: what has our names, and the TLS wrapper mode."""
+    is_wrapped = False
+    for number, line in logical_lines(text):
+        name, _, value = (part.strip() for part in line.partition("="))
+        if name == "smtp_tls_wrappermode":
+            is_wrapped = value == "yes"
+        elif name not in POSTFIX_QUIET:
+            take_postfix(Fact(f"{path}, line {number}", name, value), found)
+    relay = found.settings.get("relayhost", "")
+    if is_wrapped and relay:
+        found.settings["relayhost"] = f"smtps://{relay}"
 
 
 # How a file's name ends -> who reads it.
@@ -18288,7 +18294,687 @@ def cmd_import(args: list[str], environ: dict) -> int:
     return EX_OK
 
 
-# == 37 Dispatch: PROGRAMS, main ==============================================
+# == 37 Installation: Manifest, Installer, cmd_install, cmd_uninstall =========
+# From nothing to a host whose mail works, and back. What is done is written
+# into the manifest before it is done, so that whatever was cut short can be
+# done again, or undone. Source: dpkg-divert(1), alternatives(8),
+# mailwrapper(8).
+# Failures: ProgramError EX_NOPERM, EX_CANTCREAT, EX_OSERR.
+
+LINKS = (
+    *("/usr/sbin/sendmail", "/usr/lib/sendmail", "/usr/bin/newaliases"),
+    *("/usr/bin/mailq", "/usr/bin/mail", "/usr/bin/mailx"),
+)
+MANIFEST = "/var/lib/minimta/manifest"
+SAVED = ".minimta-saved"  # what follows the name of a file that is moved away
+MAILER_CONF = "/etc/mail/mailer.conf"  # of BSD's mailwrapper
+MAILERS_WRAPPED = ("sendmail", "newaliases", "mailq")
+FIRST_ALIASES = """\
+# Who gets whose mail; see newaliases(1). After a change run newaliases.
+postmaster: root
+# root: you
+"""
+CRONTAB = "*/5 * * * * root /usr/sbin/sendmail -q"
+
+# The service for systemd; {program} is where minimta.py is.
+UNIT = """\
+[Unit]
+Description=minimta, the mail system of this host
+Documentation=man:minimta(8)
+After=network.target nss-lookup.target
+
+[Service]
+Type=notify
+ExecStart={program} serve
+ExecReload=/bin/kill -HUP $MAINPID
+Restart=on-failure
+UMask=0077
+TasksMax=4096
+LimitNOFILE=8192
+CapabilityBoundingSet=CAP_NET_BIND_SERVICE CAP_SETUID CAP_SETGID CAP_CHOWN
+CapabilityBoundingSet=CAP_FOWNER CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_KILL
+NoNewPrivileges=yes
+ProtectSystem=full
+PrivateDevices=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+ProtectControlGroups=yes
+ProtectClock=yes
+ProtectHostname=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RestrictRealtime=yes
+RestrictNamespaces=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+
+[Install]
+WantedBy=multi-user.target
+"""
+# The same for OpenRC.
+OPENRC = """\
+#!/sbin/openrc-run
+description="minimta, the mail system of this host"
+command="{program}"
+command_args="serve"
+command_background="yes"
+pidfile="/run/minimta.pid"
+extra_started_commands="reload"
+
+depend() {{
+    need localmount
+    use net dns logger
+    provide mta
+}}
+
+reload() {{
+    start-stop-daemon --signal HUP --pidfile "$pidfile"
+}}
+"""
+
+
+def man_page(programs: dict) -> str:
+    """The manual page: name -> program, in the programs' own words."""
+    rows = ['.TH MINIMTA 8 "" "minimta ' + __version__ + '"', ".SH NAME"]
+    rows += ["minimta \\- the whole mail system of a small host", ".SH SYNOPSIS"]
+    rows += [".nf", "minimta COMMAND [arguments]", ".fi", ".SH COMMANDS"]
+    for name, program in programs.items():
+        text = (program.__doc__ or "").strip("\n").replace("\\", "\\e")
+        rows += [f".SS {name}", ".nf"]
+        rows += [f"\\&{line.removeprefix('    ')}" for line in text.split("\n")]
+        rows.append(".fi")
+    rows += [".SH FILES", ".nf", "/etc/minimta.conf, /etc/aliases, ~/.forward"]
+    rows += ["/var/spool/minimta, /var/mail", ".fi", ".SH SETTINGS"]
+    for row in SETTINGS:
+        rows += [".TP", f".B {row.name} = {row.default}", f"\\&{row.meaning}"]
+    return "\n".join(rows) + "\n"
+
+
+def stub_package() -> bytes:
+    """A Debian package of nothing, that provides mail-transport-agent."""
+    import gzip
+    import io
+    import tarfile
+
+    control = f"""\
+Package: minimta-stub
+Version: {__version__}
+Architecture: all
+Maintainer: root <root@localhost>
+Section: mail
+Priority: optional
+Provides: default-mta, mail-transport-agent
+Description: stands for minimta, which is installed without a package
+ Has nothing in it. It keeps apt from installing another mail system where
+ a package wants one. Made by `minimta install --stub-deb`.
+"""
+
+    def packed(files: dict[str, bytes]) -> bytes:
+        """A tar of some files, compressed; the same each time."""
+        raw = io.BytesIO()
+        with tarfile.open(fileobj=raw, mode="w", format=tarfile.GNU_FORMAT) as tar:
+            for name, data in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        return gzip.compress(raw.getvalue(), mtime=0)
+
+    parts = {
+        "debian-binary": b"2.0\n",
+        "control.tar.gz": packed({"./control": os_bytes(control)}),
+        "data.tar.gz": packed({}),
+    }
+    found = b"!<arch>\n"
+    for name, data in parts.items():
+        head = f"{name:<16}{0:<12}{0:<6}{0:<6}{0o100644:<8o}{len(data):<10}`\n"
+        found += os_bytes(head) + data + b"\n" * (len(data) % 2)
+    return found
+
+
+def put_file(path: str, data: bytes, mode: int) -> None:
+    """Writes a file that is either the old one or the new one. OSError."""
+    aside = f"{path}.minimta-new"
+    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, mode)
+    try:
+        os.fchmod(fd, mode)
+        write_all(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.replace(aside, path)
+    sync_folder(os.path.dirname(path))
+
+
+class Manifest:
+    """What was done to a host, oldest first: lines of a kind and its words."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def rows(self) -> list[list[str]]:
+        """The lines, as words. Raises ProgramError."""
+        try:
+            with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
+                lines = file.read().split("\n")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise ProgramError(EX_NOPERM, f"{self.path}: {error.strerror}") from None
+        # A crash may have left half a line: what it was about was not begun.
+        return [line.split("\t") for line in lines[:-1] if line]
+
+    def add(self, *words: str) -> None:
+        """A line, durable before what it says is done; once."""
+        rows = self.rows()
+        if list(words) not in rows:
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            self.write([*rows, list(words)])
+
+    def write(self, rows: list[list[str]]) -> None:
+        """All lines anew; without any the file goes, and its folder."""
+        if rows:
+            text = "".join("\t".join(row) + "\n" for row in rows)
+            put_file(self.path, os_bytes(text), 0o644)
+            return
+        os.unlink(self.path)
+        try:
+            os.rmdir(os.path.dirname(self.path))
+        except OSError:
+            return  # something else is in it
+
+
+def content(path: str) -> bytes:
+    """What a file has in it; b"" for one that is not there. OSError."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return b""
+
+
+def digest(data: bytes) -> str:
+    """What tells whether a file is still as we made it."""
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
+
+
+class Installer:
+    """Puts minimta onto a host, or takes it away; says each thing it does.
+
+    Below `destdir` only files are made, for packagers. `is_dry` only says.
+    """
+
+    def __init__(self, environ: dict, destdir: str, prefix: str, is_dry: bool) -> None:
+        self.environ = environ
+        self.manual = ""
+        self.destdir = destdir.rstrip("/")
+        self.home = f"{prefix.rstrip('/')}/lib/minimta"
+        self.share = f"{prefix.rstrip('/')}/share"
+        self.command = f"{prefix.rstrip('/')}/sbin/minimta"
+        self.program = f"{self.home}/minimta.py"
+        self.is_dry = is_dry
+        self.manifest = Manifest(self.destdir + MANIFEST)
+        self.count = 0  # things that were to be done
+        self.is_kept = False  # whether what was to be undone stays
+
+    def say(self, text: str) -> None:
+        """What is done, or would be."""
+        self.count += 1
+        write_all(1, os_bytes(f"{'would ' * self.is_dry}{text}\n"))
+
+    def run(self, *words: str) -> bool:
+        """Runs a program of the system's, silently; whether it succeeded."""
+        import subprocess
+
+        try:
+            done = subprocess.run(words, capture_output=True, check=False)
+        except OSError:
+            return False
+        return done.returncode == 0
+
+    def has(self, program: str) -> bool:
+        """Whether the host has a program, and may be changed by it."""
+        import shutil
+
+        return not self.destdir and shutil.which(program) is not None
+
+    # There
+
+    def install(self) -> None:
+        """Everything, in the order in which it is needed."""
+        self.put_program()
+        for path in (*LINKS, self.command):
+            self.link(path)
+        self.wrap()
+        self.put(f"{self.share}/man/man8/minimta.8", os_bytes(self.manual))
+        if not self.destdir:
+            self.make_user()
+            if not os.path.exists("/etc/aliases"):
+                self.put("/etc/aliases", os_bytes(FIRST_ALIASES))
+            self.make_queue()
+        self.make_service()
+
+    def put_program(self) -> None:
+        """The file, with the Python that reads it now; and its byte code."""
+        text = content(os.path.realpath(__file__))
+        # From here on no PATH decides which Python it is.
+        head, pin, rest = text.partition(b"\npinned=")
+        python = os_bytes(sys.executable or "")
+        text = head + pin + python + rest[rest.index(b"\n") :]
+        self.put(self.program, text, 0o755)
+        folder = f"{self.home}/__pycache__"
+        if not (self.destdir or self.is_dry):
+            self.manifest.add("tree", folder)
+            self.run(self.program, "--version")
+
+    def put(self, path: str, data: bytes, mode: int = 0o644) -> None:
+        """A file of ours, if it is not there as it should be."""
+        place = self.destdir + path
+        if content(place) == data and os.stat(place).st_mode & 0o777 == mode:
+            return
+        self.say(f"write {path}")
+        if not self.is_dry:
+            self.make_folders(os.path.dirname(path))
+            self.manifest.add("file", path, digest(data))
+            put_file(place, data, mode)
+
+    def make_folders(self, path: str) -> None:
+        """A folder and those above it, each in the manifest if it is new."""
+        if not path.strip("/") or os.path.isdir(self.destdir + path):
+            return
+        self.make_folders(os.path.dirname(path))
+        self.manifest.add("folder", path)
+        os.makedirs(self.destdir + path, exist_ok=True)
+        os.chmod(self.destdir + path, 0o755)
+
+    def is_ours(self, path: str) -> bool:
+        """Whether a path is a link to our program."""
+        place = self.destdir + path
+        return os.path.islink(place) and os.readlink(place) == self.program
+
+    def link(self, path: str) -> None:
+        """A name of the program's; what has it now is moved away."""
+        if self.is_ours(path):
+            return
+        if self.is_alternative(path):
+            self.take_alternative(path)
+            return
+        self.move_away(path)
+        self.say(f"link {path} to {self.program}")
+        if not self.is_dry:
+            self.make_folders(os.path.dirname(path))
+            self.manifest.add("link", path)
+            aside = f"{self.destdir}{path}.minimta-new"
+            if os.path.lexists(aside):
+                os.unlink(aside)
+            os.symlink(self.program, aside)
+            os.replace(aside, self.destdir + path)
+
+    def move_away(self, path: str) -> None:
+        """Makes room: by dpkg, for good, or by renaming."""
+        saved = path + SAVED
+        if self.has("dpkg-divert") and path in LINKS:
+            self.say(f"divert {path} to {saved}, for any package")
+            if not self.is_dry:
+                self.manifest.add("diverted", path)
+                words = ("--local", "--rename", "--divert", saved, "--add", path)
+                if not self.run("dpkg-divert", *words):
+                    why = f"dpkg-divert {path} failed: run it by hand, then install"
+                    raise ProgramError(EX_OSERR, why)
+            return
+        if os.path.lexists(self.destdir + path):
+            self.say(f"move {path} to {saved}")
+            if not self.is_dry:
+                self.manifest.add("moved", path)
+                os.rename(self.destdir + path, self.destdir + saved)
+
+    def is_alternative(self, path: str) -> bool:
+        """Whether `alternatives` rules a path, and not dpkg."""
+        place = self.destdir + path
+        is_ruled = os.path.islink(place) and "/alternatives/mta" in os.readlink(place)
+        return is_ruled and self.has("alternatives") and not self.has("dpkg-divert")
+
+    def take_alternative(self, path: str) -> None:
+        """Ours becomes the alternative; the other names follow the first."""
+        if path != LINKS[0] or self.is_chosen():
+            return
+        self.say("make minimta the alternative for mta")
+        if self.is_dry:
+            return
+        words = []
+        for link in LINKS:
+            place = os.readlink(link) if os.path.islink(link) else ""
+            if "/alternatives/mta" in place:
+                own = f"{self.home}/{os.path.basename(link)}"
+                self.manifest.add("link", own)
+                if not os.path.lexists(own):
+                    os.symlink(self.program, own)
+                kind = "--slave" if words else "--install"
+                name = os.path.basename(place)
+                words += [kind, link, name, own] + ([] if words else ["1000"])
+        own = f"{self.home}/sendmail"
+        self.manifest.add("alternative", own)
+        self.run("alternatives", *words)
+        self.run("alternatives", "--set", "mta", own)
+        if not self.is_chosen():
+            raise ProgramError(EX_OSERR, "alternatives --install mta failed")
+
+    def is_chosen(self) -> bool:
+        """Whether the alternative for mta is ours."""
+        return os.path.realpath(LINKS[0]) == os.path.realpath(self.program)
+
+    def wrap(self) -> None:
+        """On a BSD: mailwrapper calls us, by its own file."""
+        if self.destdir or not os.path.exists(MAILER_CONF):
+            return
+        rows = [f"{name}\t{self.program}\n" for name in MAILERS_WRAPPED]
+        data = os_bytes("".join(rows))
+        if content(MAILER_CONF) != data:
+            self.move_away(MAILER_CONF)
+            self.put(MAILER_CONF, data)
+
+    def make_user(self) -> None:
+        """A user for the queue; where that fails, daemon will do."""
+        if Users().exact("minimta"):
+            return
+        ways = (
+            ("useradd", "--system", "--no-create-home", "--user-group"),
+            ("adduser", "-S", "-D", "-H"),
+        )
+        for name, *words in ways:
+            if self.has(name):
+                self.say("make the user minimta")
+                shell = ("-d", "/nonexistent", "-s", "/usr/sbin/nologin")
+                if name == "adduser":
+                    shell = ("-h", "/nonexistent", "-s", "/sbin/nologin")
+                if not self.is_dry:
+                    self.manifest.add("user", "minimta")
+                    self.run(name, *words, *shell, "minimta")
+                return
+
+    def make_queue(self) -> None:
+        """The queue's directories."""
+        house = House(self.environ)
+        directory = house.settings.queue_directory
+        if os.path.isdir(f"{directory}/queue"):
+            return
+        self.say(f"make the queue {directory}")
+        if not self.is_dry:
+            self.make_folders(os.path.dirname(directory))
+            self.manifest.add("queue", directory)
+            house.spool().make()
+
+    def make_service(self) -> None:
+        """Has the daemon start with the host; where nothing does, a hint."""
+        unit = os_bytes(UNIT.format(program=self.program))
+        if self.destdir:
+            folder = f"{os.path.dirname(os.path.dirname(self.home))}/lib/systemd/system"
+            self.put(f"{folder}/minimta.service", unit)
+        elif os.path.isdir("/run/systemd/system"):
+            self.put("/etc/systemd/system/minimta.service", unit)
+            self.start("systemctl", ("daemon-reload",), ("enable", "minimta"))
+        elif os.path.exists("/sbin/openrc-run"):
+            script = os_bytes(OPENRC.format(program=self.program))
+            self.put("/etc/init.d/minimta", script, 0o755)
+            self.start("rc-update", ("add", "minimta"))
+        else:
+            text = f"no systemd and no OpenRC here: run {self.program} serve, or add"
+            write_all(1, os_bytes(f"{text} to /etc/crontab:\n{CRONTAB}\n"))
+
+    def start(self, program: str, *orders: tuple) -> None:
+        """The service, from now on and at each start of the host."""
+        if self.is_dry or not self.count:
+            return
+        self.manifest.add("service", program)
+        for words in orders:
+            self.run(program, *words)
+        starter = ("systemctl", "restart", "minimta")
+        if program != "systemctl":
+            starter = ("rc-service", "minimta", "restart")
+        self.say("start the daemon")
+        if not self.run(*starter):
+            text = "the daemon did not start: see minimta doctor"
+            write_all(1, os_bytes(f"{text}\n"))
+
+    # And back
+
+    def uninstall(self) -> None:
+        """Undoes what the manifest says, the last thing first."""
+        rows = self.manifest.rows()
+        if not rows:
+            raise ProgramError(EX_UNAVAILABLE, "it is not installed here")
+        left = []
+        for kind, *words in reversed(rows):
+            self.is_kept = False
+            self.UNDO[kind](self, *words)
+            if self.is_kept:
+                left.insert(0, [kind, *words])
+        if not self.is_dry:
+            self.manifest.write(left)
+
+    def keep(self, path: str, why: str) -> None:
+        """Something that stays, and may go another time."""
+        self.is_kept = True
+        write_all(1, os_bytes(f"kept {path}: {why}\n"))
+
+    def undo_file(self, path: str, mark: str) -> None:
+        """A file of ours goes, unless somebody has changed it."""
+        place = self.destdir + path
+        if not os.path.lexists(place):
+            return
+        marks = [row[2] for row in self.manifest.rows() if row[:2] == ["file", path]]
+        if digest(content(place)) not in (mark, *marks):
+            self.keep(path, "it was changed")
+            return
+        self.say(f"remove {path}")
+        if not self.is_dry:
+            os.unlink(place)
+
+    def undo_folder(self, path: str) -> None:
+        """A folder of ours goes, if nothing is in it."""
+        if not self.is_dry:
+            try:
+                os.rmdir(self.destdir + path)
+            except OSError:
+                return
+
+    def undo_tree(self, path: str) -> None:
+        """Byte code goes."""
+        import shutil
+
+        if not self.is_dry:
+            shutil.rmtree(self.destdir + path, ignore_errors=True)
+
+    def undo_link(self, path: str) -> None:
+        """A link of ours goes, not what took its place."""
+        if self.is_ours(path):
+            self.say(f"remove {path}")
+            if not self.is_dry:
+                os.unlink(self.destdir + path)
+
+    def undo_move(self, path: str) -> None:
+        """What was moved away comes back."""
+        place = self.destdir + path
+        if not os.path.lexists(place + SAVED):
+            return
+        if os.path.lexists(place) and not self.is_dry:
+            self.keep(path + SAVED, f"{path} is somebody's")
+            return
+        self.say(f"move {path}{SAVED} back to {path}")
+        if not self.is_dry:
+            os.rename(place + SAVED, place)
+
+    def undo_diversion(self, path: str) -> None:
+        """dpkg puts the file back that it diverted."""
+        if os.path.lexists(path) and not self.is_dry:
+            self.keep(path + SAVED, f"{path} is somebody's")
+            return
+        self.say(f"divert {path} no more")
+        if not self.is_dry:
+            words = ("--local", "--rename", "--divert", path + SAVED, "--remove", path)
+            self.run("dpkg-divert", *words)
+
+    def undo_alternative(self, own: str) -> None:
+        """Another alternative for mta takes over."""
+        self.say("leave the alternatives for mta")
+        if not self.is_dry:
+            self.run("alternatives", "--remove", "mta", own)
+
+    def undo_user(self, name: str) -> None:
+        """The user goes, unless mail is left that belongs to it."""
+        if os.path.isdir(House(self.environ).settings.queue_directory):
+            self.keep(f"the user {name}", "the queue is there")
+            return
+        self.say(f"remove the user {name}")
+        if not self.is_dry and not self.run("userdel", name):
+            self.run("deluser", name)
+
+    def undo_queue(self, directory: str) -> None:
+        """The queue goes if it is empty; mail is never removed."""
+        import shutil
+
+        if SubmitSocket(directory).connect():
+            self.keep(directory, "its daemon runs: stop it, then uninstall again")
+            return
+        count = 0
+        for folder in ("queue", "hold", "maildrop", "corrupt", "incoming"):
+            try:
+                count += len(os.listdir(f"{directory}/{folder}"))
+            except OSError:
+                continue
+        if count:
+            self.keep(directory, f"{counted(count)} in it")
+            return
+        self.say(f"remove the queue {directory}, it is empty")
+        if not self.is_dry:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def undo_service(self, program: str) -> None:
+        """The daemon stops, and does not come back."""
+        self.say("stop the daemon")
+        if self.is_dry:
+            return
+        if program == "systemctl":
+            self.run("systemctl", "disable", "--now", "minimta")
+        else:
+            self.run("rc-service", "minimta", "stop")
+            self.run("rc-update", "del", "minimta")
+
+    UNDO = {
+        "file": undo_file,
+        "folder": undo_folder,
+        "tree": undo_tree,
+        "link": undo_link,
+        "moved": undo_move,
+        "diverted": undo_diversion,
+        "alternative": undo_alternative,
+        "user": undo_user,
+        "queue": undo_queue,
+        "service": undo_service,
+    }
+
+
+# What the manual page has, in this order.
+MANUAL = {
+    "sendmail": cmd_sendmail,
+    "newaliases": cmd_newaliases,
+    "mailq": cmd_mailq,
+    "mail": cmd_mail,
+    "serve": cmd_serve,
+    "queue": cmd_queue,
+    "explain": cmd_explain,
+    "trace": cmd_trace,
+    "config": cmd_config,
+    "health": cmd_health,
+    "import": cmd_import,
+}
+# --print WORD -> what is printed.
+PRINTED = {
+    "man": lambda installer: installer.manual,
+    "unit": lambda installer: UNIT.format(program=installer.program),
+    "openrc": lambda installer: OPENRC.format(program=installer.program),
+    "crontab": lambda installer: CRONTAB + "\n",
+}
+
+
+def read_installer(args: list[str], environ: dict, more: list[str]) -> tuple:
+    """(Installer, options) of a command line. Raises ProgramError."""
+    options, words = read_flags(args, "n", ["dry-run", "destdir=", "prefix=", *more])
+    if words:
+        raise ProgramError(EX_USAGE, f"unknown argument {printable(words[0], 60)}")
+    destdir, prefix = options.get("--destdir", ""), options.get("--prefix", "")
+    if any(path and not path.startswith("/") for path in (destdir, prefix)):
+        raise ProgramError(EX_USAGE, "--destdir and --prefix need an absolute path")
+    is_dry = "--dry-run" in options or "-n" in options
+    installer = Installer(environ, destdir, prefix or "/usr/local", is_dry)
+    return installer, options
+
+
+def change_host(installer: Installer, change: object, nothing: str) -> int:
+    """Does what an installer is for. Raises ProgramError."""
+    if os.geteuid() and not installer.destdir and not installer.is_dry:
+        raise ProgramError(EX_NOPERM, "this changes the host: run as root")
+    if installer.environ.get("MINIMTA_ROOT"):
+        raise ProgramError(EX_USAGE, "a private instance needs nothing installed")
+    try:
+        change()
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}: mend that and run it again"
+        raise ProgramError(EX_CANTCREAT, why) from None
+    if not installer.count:
+        write_all(1, os_bytes(f"{nothing}\n"))
+    return EX_OK
+
+
+def cmd_uninstall(args: list[str], environ: dict) -> int:
+    """usage: minimta.py uninstall [--dry-run] [--destdir DIR]
+
+    Takes away what install has put there and puts back what it moved away.
+    Mailboxes and mail in the queue stay; what was changed since, too.
+    """
+    installer, _ = read_installer(args, environ, [])
+    rows = installer.manifest.rows()
+    for kind, *words in rows:
+        if kind == "file" and words[0].endswith("/minimta.py"):
+            installer.program = words[0]
+    return change_host(installer, installer.uninstall, "nothing to do")
+
+
+def cmd_install(args: list[str], environ: dict) -> int:
+    """usage: minimta.py install [--dry-run] [--destdir DIR] [--prefix DIR]
+       minimta.py install --print man|unit|openrc|crontab | --stub-deb FILE
+
+    Puts minimta onto this host, for root: the file below PREFIX (/usr/local)
+    with its Python pinned, links for sendmail, newaliases, mailq, mail and
+    mailx, the queue, a user for it, /etc/aliases if there is none, the
+    service. What is replaced is moved away, see uninstall. Says what it does;
+    --dry-run only says it. Once more is an update. --destdir is for packagers.
+    --stub-deb writes a Debian package that stands for a mail system in apt.
+    """
+    installer, options = read_installer(args, environ, ["print=", "stub-deb="])
+    programs = {**MANUAL, "install": cmd_install, "uninstall": cmd_uninstall}
+    installer.manual = man_page(programs)
+    if "--print" in options:
+        word = options["--print"]
+        if word not in PRINTED:
+            raise ProgramError(EX_USAGE, f"--print needs {', '.join(PRINTED)}")
+        write_all(1, os_bytes(PRINTED[word](installer)))
+        return EX_OK
+    if "--stub-deb" in options:
+        path = os.path.abspath(options["--stub-deb"])
+        try:
+            put_file(path, stub_package(), 0o644)
+        except OSError as error:
+            raise ProgramError(EX_CANTCREAT, f"{path}: {error.strerror}") from None
+        write_all(1, os_bytes(f"write {path}: apt-get install {path}\n"))
+        return EX_OK
+    return change_host(installer, installer.install, "everything is in place")
+
+
+# == 38 Dispatch: PROGRAMS, main ==============================================
 # By what name it was called; and the one place that ends in words.
 
 PROGRAMS = {
@@ -18305,6 +18991,8 @@ PROGRAMS = {
     "config": cmd_config,
     "health": cmd_health,
     "import": cmd_import,
+    "install": cmd_install,
+    "uninstall": cmd_uninstall,
     "queue": cmd_queue,
     "postqueue": cmd_postqueue,
     "postsuper": cmd_postsuper,

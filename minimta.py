@@ -127,8 +127,9 @@ CONTENTS
     34 Queue programs
     35 Programs
     36 Moving in
-    37 Installation
-    38 Dispatch
+    37 Doctor
+    38 Installation
+    39 Dispatch
 
 LAWS
 
@@ -17917,24 +17918,28 @@ def cmd_config(args: list[str], environ: dict) -> int:
     return EX_OK
 
 
+def daemon_ails(settings: Settings) -> str:
+    """What ails the daemon, "" if it is well."""
+    daemon = SubmitSocket(settings.queue_directory, HEALTH_TIMEOUT)
+    try:
+        if daemon.connect():
+            daemon.send("XHEALTH")
+            daemon.expect(250)
+            return ""
+    except MailError as error:
+        return error.text
+    except OSError:
+        pass  # it does not answer in time
+    return "the daemon does not answer"
+
+
 def cmd_health(args: list[str], environ: dict) -> int:
     """usage: minimta.py health [-C FILE]
 
     Says whether the daemon answers, its runner runs and its disk has room:
     exit 0 if all is well, 1 if not. For a container's HEALTHCHECK.
     """
-    settings = House(environ, config_option("health", args)).settings
-    daemon = SubmitSocket(settings.queue_directory, HEALTH_TIMEOUT)
-    why = "the daemon does not answer"
-    try:
-        if daemon.connect():
-            daemon.send("XHEALTH")
-            daemon.expect(250)
-            why = ""
-    except MailError as error:
-        why = error.text
-    except OSError:
-        pass  # it does not answer in time
+    why = daemon_ails(House(environ, config_option("health", args)).settings)
     write_all(1, os_bytes(f"{why or 'ok: the daemon answers'}\n"))
     return 1 if why else EX_OK
 
@@ -17960,6 +17965,7 @@ def cmd_help(args: list[str], environ: dict) -> int:
     trace       says what happened to a message
     config      prints the settings
     health      says whether the daemon answers
+    doctor      says what is wrong with this host's mail, and what mends it
     import      says in our settings what other mail programs were told
     install     puts minimta onto this host; uninstall takes it away
 
@@ -18294,18 +18300,469 @@ def cmd_import(args: list[str], environ: dict) -> int:
     return EX_OK
 
 
-# == 37 Installation: Manifest, Installer, cmd_install, cmd_uninstall =========
+# == 37 Doctor: Finding, CHECKS, cmd_doctor ===================================
+# What can be wrong with a host's mail, looked at as it is now, by the code
+# that works with it, and what mends it. Nothing is changed, nothing is sent.
+# Failures: none; what cannot be looked at is a finding that says so.
+
+# The names that a host calls its mail system by.
+LINKS = (
+    *("/usr/sbin/sendmail", "/usr/lib/sendmail", "/usr/bin/newaliases"),
+    *("/usr/bin/mailq", "/usr/bin/mail", "/usr/bin/mailx"),
+)
+MANIFEST = "/var/lib/minimta/manifest"
+MODULES = (
+    *("dbm", "email.message", "getpass", "hashlib", "html.parser", "json"),
+    *("mailbox", "readline", "selectors", "smtplib", "ssl", "subprocess"),
+)
+CRON_PATH = "/usr/bin:/bin"
+OLD_MAIL = DAY  # seconds that mail waits before it is worth a word
+MANY_LETTERS = 100  # an hour, in a queue that grows
+FEW_INODES = 1000
+MAX_FINDINGS = 20  # of one check
+KNOWN_DOMAIN = "gmail.com"  # whose hosts tell whether port 25 is open outwards
+TRY_TIMEOUT = 5  # seconds
+
+
+class Finding(Value):
+    """What a check found: ok, warning or wrong; what mends it, or ""."""
+
+    __slots__ = ("state", "text", "todo")
+
+    def __init__(self, state: str, text: str, todo: str = "") -> None:
+        self.state = state
+        self.text = text
+        self.todo = todo
+
+
+def own_command(house: House, words: str) -> str:
+    """How this very program is called for something."""
+    root = house.settings.root
+    head = f"MINIMTA_ROOT={root} " if root else ""
+    return f"{head}{os.path.realpath(__file__)} {words}"
+
+
+def check_python(_: House) -> object:
+    """Whether Python has the modules that minimta uses."""
+    missing = []
+    for name in MODULES:
+        try:
+            __import__(name)
+        except Exception:  # noqa: BLE001 a module in parts fails in any way
+            missing.append(name)
+    version = ".".join(map(str, sys.version_info[:3]))
+    if not missing:
+        yield Finding("ok", f"Python {version}, {sys.executable}")
+        return
+    state = "warning" if missing == ["readline"] else "wrong"
+    todo = "install all of Python's standard library"
+    if os.path.exists("/etc/debian_version"):
+        todo = "apt-get install python3"
+    elif os.path.exists("/etc/openwrt_release"):
+        todo = "opkg install python3"
+    yield Finding(state, f"Python {version} has no {', '.join(missing)}", todo)
+
+
+def check_links(house: House) -> object:
+    """Whether the host's names for its mail system lead to us."""
+    if house.settings.root:
+        yield Finding("ok", "a private instance has none")
+        return
+    todo, is_installed = own_command(house, "install"), os.path.exists(MANIFEST)
+    for path in LINKS:
+        real = os.path.realpath(path)
+        if not os.path.lexists(path):
+            yield Finding("warning", f"{path} is not there", todo)
+        elif not os.path.exists(path):
+            yield Finding("wrong", f"{path} leads to {real}, which is gone", todo)
+        elif os.path.basename(real) != "minimta.py":
+            state = "wrong" if is_installed else "warning"
+            yield Finding(state, f"{path} is another program, {real}", todo)
+        else:
+            yield Finding("ok", f"{path} is minimta")
+
+
+def check_cron(house: House) -> object:
+    """Whether cron, with its small PATH, finds a sendmail that works."""
+    import subprocess
+
+    if house.settings.root:
+        yield Finding("ok", "not for a private instance")
+        return
+    path = LINKS[0]
+    try:
+        done = subprocess.run(
+            [path, "-bP"],
+            env={"PATH": CRON_PATH},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            timeout=TRY_TIMEOUT,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        why = getattr(error, "strerror", None) or "it takes too long"
+        yield Finding("wrong", f"{path}: {why}", own_command(house, "install"))
+        return
+    if done.returncode:
+        why = printable(os_text(done.stderr).strip(), 200)
+        yield Finding("wrong", f"{path} fails for cron: {why}", "see the line above")
+    else:
+        yield Finding("ok", f"{path} works with PATH={CRON_PATH}")
+
+
+def check_spool(house: House) -> object:
+    """Whether the queue's directories have their owners and modes."""
+    spool, owner = house.spool(), queue_owner(house.settings, house.users)
+    if not os.path.isdir(spool.path("queue")):
+        why = f"{spool.directory} is not there yet: the daemon makes it"
+        yield Finding("warning", why, own_command(house, "serve"))
+        return
+    bad = 0
+    for name, mode in FOLDERS:
+        path = spool.path(name)
+        try:
+            seen = os.lstat(path)
+        except OSError as error:
+            bad += 1
+            yield Finding("wrong", f"{path}: {error.strerror}", "restart the daemon")
+            continue
+        uid = owner.uid
+        if os.geteuid() == 0 and name == "maildrop":
+            uid = 0
+        if seen.st_mode & 0o7777 != mode:
+            bad += 1
+            shown = f"mode {seen.st_mode & 0o7777:04o}, not {mode:04o}"
+            yield Finding("wrong", f"{path} has {shown}", f"chmod {mode:04o} {path}")
+        if seen.st_uid != uid and os.geteuid() == 0:
+            bad += 1
+            yield Finding(
+                "wrong", f"{path} belongs to uid {seen.st_uid}", f"chown {uid} {path}"
+            )
+    if not bad:
+        yield Finding("ok", f"{spool.directory} is as it should be")
+
+
+def check_daemon(house: House) -> object:
+    """Whether the daemon answers, and is well."""
+    why = daemon_ails(house.settings)
+    todo = own_command(house, "serve")
+    if os.path.exists("/etc/systemd/system/minimta.service"):
+        todo = "systemctl restart minimta"
+    yield Finding("wrong", why, todo) if why else Finding("ok", "it answers")
+
+
+def check_port(house: House) -> object:
+    """Whether the listening addresses are ours, or free."""
+    import socket
+
+    settings = house.settings
+    for address in settings.listen_on:
+        place = f"{address}:{settings.smtpd_port}"
+        near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+        try:
+            there = (near, settings.smtpd_port)
+            with socket.create_connection(there, TRY_TIMEOUT) as connection:
+                greeting = os_text(connection.recv(512))
+        except OSError:
+            yield Finding("ok", f"{place}: nobody listens")
+            continue
+        if greeting.startswith(f"220 {settings.myhostname} ") and "minimta" in greeting:
+            yield Finding("ok", f"{place} is ours")
+        else:
+            why = f"{place} is another's: {printable(greeting.strip(), 100)}"
+            yield Finding("wrong", why, "stop it, or set smtpd_port")
+
+
+def check_settings_files(house: House) -> object:
+    """Whether the settings, maps and password files can be used."""
+    settings = house.settings
+    problems = check_settings(house)
+    for text in problems:
+        _, _, todo = text.rpartition(": ")
+        yield Finding("wrong", text, todo if todo.startswith("chmod") else "mend it")
+    path = settings.smtpd_sasl_password_file
+    if path and os.path.exists(path) and os.stat(path).st_mode & 0o007:
+        yield Finding("wrong", f"{path}: anybody can read it", f"chmod o= {path}")
+    elif not problems:
+        yield Finding("ok", "they can be used")
+
+
+def check_alias_files(house: House) -> object:
+    """Whether the aliases files are valid, their databases current."""
+    for path in house.settings.map_paths("alias_maps"):
+        if not os.path.exists(path):
+            yield Finding("ok", f"{path} is not there, nor needed")
+            continue
+        said: list[str] = []
+        database = AliasDatabase(path, said.append)
+        table = database.read_text()
+        found = [(line, reason, "wrong") for line, reason in table.problems]
+        for line, reason in alias_warnings(house, path, table):
+            found.append((line, reason, "warning"))
+        for line, reason, state in sorted(found):
+            where = f"{path}, line {line}" if line else path
+            todo = f"edit {path}, then newaliases"
+            yield Finding(state, f"{where}: {reason}", todo)
+        database.lookup(["postmaster"])
+        for text in said:
+            yield Finding("warning", text, "newaliases")
+        if not found and not said:
+            state = "its database" if database.has_database else "no database: its text"
+            yield Finding("ok", f"{path} is valid; {state} is used")
+
+
+def check_root(house: House) -> object:
+    """Whether what is written to root gets to a person."""
+    for name in ("root", "postmaster"):
+        _, found = explain(house, Address(name))
+        errors = [one.error for one in found if one.error]
+        todo = "put 'root: you' into the aliases file, then newaliases"
+        if errors:
+            yield Finding("wrong", f"mail for {name}: {errors[0].text}", todo)
+        elif any(one.user and one.user.uid == 0 for one in found):
+            text = f"mail for {name} stays in root's mailbox"
+            yield Finding("warning", text, todo)
+        else:
+            where = ", ".join(one.target for one in found)
+            yield Finding("ok", f"mail for {name} goes to {printable(where, 100)}")
+
+
+def check_name(house: House) -> object:
+    """Whether this host has a name that others can believe."""
+    name = house.settings.myhostname
+    if "." in name and name.rpartition(".")[2] not in LOCAL_NAMES:
+        yield Finding("ok", name)
+    else:
+        todo = "set myhostname = host.example.com in /etc/minimta.conf"
+        yield Finding("warning", f"{name} is no name in the world", todo)
+
+
+def check_names(house: House) -> object:
+    """Whether a name server answers."""
+    resolver = Resolver(house.settings.root)
+    path = resolver.files["resolv.conf"]
+    if not resolver.servers:
+        yield Finding("warning", f"{path} names no server", f"edit {path}")
+        return
+    try:
+        resolver.mail_hosts(KNOWN_DOMAIN)
+    except MailError as error:
+        if error.is_temporary:
+            yield Finding("wrong", f"{path}: {error.text}", f"edit {path}")
+            return
+    yield Finding("ok", f"the servers of {path} answer")
+
+
+def try_port(outbox: Outbox) -> Finding:
+    """Whether port 25 of another network can be reached."""
+    import socket
+
+    try:
+        hosts = outbox.resolver.mail_hosts(KNOWN_DOMAIN)
+        address = next(address for host in hosts for address in host.addresses)
+        with socket.create_connection((address, PORTS["smtp"]), TRY_TIMEOUT):
+            return Finding("ok", "port 25 of other hosts can be reached")
+    except (MailError, StopIteration):
+        return Finding("warning", "whether mail can leave cannot be told: no DNS")
+    except OSError:
+        todo = "set relayhost = [smarthost]:587 in /etc/minimta.conf"
+        return Finding("warning", "port 25 of other hosts is closed to us", todo)
+
+
+def check_way_out(house: House) -> object:
+    """Whether mail can leave: the relayhosts let us in, or port 25 is open."""
+    settings = house.settings
+    if settings.capture:
+        yield Finding("ok", "nothing leaves: capture is on")
+        return
+    outbox = Outbox(None, settings, house.spool(), read_secrets(settings))
+    if not settings.relayhost:
+        yield try_port(outbox)
+        return
+    for hop in house.router().hops(Address("anyone", KNOWN_DOMAIN), ""):
+        try:
+            relay = outbox.reach(str(hop), [], [])
+        except MailError as error:
+            todo = "mend relayhost or what it names, see explain --from root ADDRESS"
+            if is_about_us(error.status):
+                todo = "mend the login: smtp_sasl_password_maps or _command"
+            yield Finding("wrong", error.text, todo)
+            continue
+        login = outbox.secrets.find(hop)
+        relay.quit()
+        who = f", as {login[0]}" if login else ""
+        yield Finding("ok", f"{relay.name} lets us in{who}; {relay.tls or 'no TLS'}")
+
+
+def check_clock(house: House) -> object:
+    """Whether the clock is not behind what it has seen."""
+    newest, path = 0.0, ""
+    for name in (__file__, house.settings.queue_directory, "/etc/passwd"):
+        try:
+            when = os.stat(name).st_mtime
+        except OSError:
+            continue
+        newest, path = max((newest, path), (when, name))
+    if time.time() < newest - MINUTE:
+        todo = "set it: timedatectl set-ntp true, or date"
+        yield Finding("wrong", f"the clock is behind: {path} is of the future", todo)
+    else:
+        yield Finding("ok", f"it is {rfc_date(time.time())}")
+
+
+def check_disk(house: House) -> object:
+    """Whether the disks of queue and mailboxes have room."""
+    settings = house.settings
+    for path in (settings.queue_directory, settings.mail_spool_directory):
+        try:
+            seen = os.statvfs(path)
+        except OSError as error:
+            yield Finding("warning", f"{path}: {error.strerror}")
+            continue
+        free, least = seen.f_bavail * seen.f_frsize, settings.queue_minfree
+        if free < least:
+            why = f"{path}: {free >> 20} MB free, {least >> 20} are needed"
+            yield Finding("wrong", why, f"make room, see df -h {path}")
+        elif seen.f_files and seen.f_favail < FEW_INODES:
+            why = f"{path}: {counted(seen.f_favail, 'inode')} left"
+            yield Finding("wrong", why, f"remove files, see df -i {path}")
+        else:
+            yield Finding("ok", f"{path}: {free >> 20} MB free")
+
+
+def check_queue(house: House) -> object:
+    """Whether mail waits long, or piles up."""
+    now, count, fresh, oldest = time.time(), 0, 0, time.time()
+    for entry in queue_entries(house):
+        count += 1
+        arrived = entry.envelope.arrived
+        fresh += arrived > now - HOUR
+        oldest = min(oldest, arrived)
+    text = f"{counted(count)} in it, {fresh} of the last hour"
+    if count and oldest < now - OLD_MAIL:
+        text += f", one since {rfc_date(oldest)}"
+        yield Finding("warning", text, "mailq, then minimta.py trace ID")
+    elif fresh > MANY_LETTERS:
+        yield Finding("warning", text, "minimta.py queue summary")
+    else:
+        yield Finding("ok", text)
+
+
+def check_mailboxes(house: House) -> object:
+    """Whether each mailbox is its user's, and nobody else's."""
+    folder, bad = house.settings.mail_spool_directory, 0
+    for name in sorted(os.listdir(folder)):
+        path, user = f"{folder}/{name}", house.users.exact(name)
+        seen = os.lstat(path)
+        if user is None:
+            continue  # a lock, or of a user who is no more
+        if not stat.S_ISREG(seen.st_mode) and not stat.S_ISDIR(seen.st_mode):
+            todo = f"move {path} away"
+            yield Finding("wrong", f"{path} is no mailbox: mail waits", todo)
+        elif seen.st_uid != user.uid:
+            why = f"{path} belongs to uid {seen.st_uid}"
+            yield Finding("wrong", why, f"chown {name} {path}")
+        elif seen.st_mode & 0o007:
+            yield Finding("warning", f"{path}: anybody may use it", f"chmod o= {path}")
+        else:
+            continue
+        bad += 1
+    if not bad:
+        yield Finding("ok", f"those in {folder} are their users'")
+
+
+def check_forwards(house: House) -> object:
+    """Whether a .forward is ignored."""
+    if os.geteuid():
+        yield Finding("warning", "only root can look at all of them", "run as root")
+        return
+    files, bad, homes = TargetFiles(house.users), 0, set()
+    for name in house.users.names():
+        user = house.users.lookup(name)
+        if user is None or user.home in homes:
+            continue
+        homes.add(user.home)
+        try:
+            ignored = files.forward(user, "")[2]
+        except MailError:
+            continue  # a home that is not there
+        for why in ignored:
+            bad += 1
+            path = f"{user.home}/.forward"
+            todo = f"chown {name} {path}; chmod go-w {path} {user.home}"
+            yield Finding("warning", f"{why}: not used, mail goes to the mailbox", todo)
+    if not bad:
+        yield Finding("ok", "none is ignored")
+
+
+CHECKS = {
+    "python": check_python,
+    "links": check_links,
+    "cron": check_cron,
+    "settings": check_settings_files,
+    "spool": check_spool,
+    "daemon": check_daemon,
+    "port": check_port,
+    "aliases": check_alias_files,
+    "root": check_root,
+    "name": check_name,
+    "resolver": check_names,
+    "way out": check_way_out,
+    "clock": check_clock,
+    "disk": check_disk,
+    "queue": check_queue,
+    "mailboxes": check_mailboxes,
+    "forward": check_forwards,
+}
+
+
+def look_at(check: object, house: House) -> list[Finding]:
+    """What a check finds, the first of it; that it fails is a finding too."""
+    found = []
+    try:
+        for finding in check(house):
+            found.append(finding)
+            if len(found) == MAX_FINDINGS:
+                found.append(Finding(finding.state, "and more of this kind"))
+                break
+    except (MailError, ProgramError, OSError) as error:
+        why = getattr(error, "text", None) or str(error)
+        found.append(Finding("wrong", why, "mend that, or run as root"))
+    return found
+
+
+def cmd_doctor(args: list[str], environ: dict) -> int:
+    """usage: minimta.py doctor [-C FILE] [--json]
+
+    Looks at everything that mail on this host needs: each thing is ok, a
+    warning or wrong, with the command that mends it. Sends nothing, changes
+    nothing. Exit 0, or 1 if something is wrong.
+    """
+    options, words = read_flags(args, "C:", ["json"])
+    if words:
+        raise ProgramError(EX_USAGE, f"unknown argument {printable(words[0], 60)}")
+    house, is_wrong = House(environ, options.get("-C", "")), False
+    for name, check in CHECKS.items():
+        for one in look_at(check, house):
+            is_wrong |= one.state == "wrong"
+            text = f"{one.state:<8} {name}: {printable(one.text)}\n"
+            text += f"{'':8} -> {printable(one.todo)}\n" if one.todo else ""
+            if "--json" in options:
+                import json  # 5 ms; only --json needs it
+
+                row = dict(zip(("check", *Finding.__slots__), (name, *one.fields())))
+                text = json.dumps(row) + "\n"
+            write_all(1, os_bytes(text))
+    return 1 if is_wrong else EX_OK
+
+
+# == 38 Installation: Manifest, Installer, cmd_install, cmd_uninstall =========
 # From nothing to a host whose mail works, and back. What is done is written
 # into the manifest before it is done, so that whatever was cut short can be
 # done again, or undone. Source: dpkg-divert(1), alternatives(8),
 # mailwrapper(8).
 # Failures: ProgramError EX_NOPERM, EX_CANTCREAT, EX_OSERR.
 
-LINKS = (
-    *("/usr/sbin/sendmail", "/usr/lib/sendmail", "/usr/bin/newaliases"),
-    *("/usr/bin/mailq", "/usr/bin/mail", "/usr/bin/mailx"),
-)
-MANIFEST = "/var/lib/minimta/manifest"
 SAVED = ".minimta-saved"  # what follows the name of a file that is moved away
 MAILER_CONF = "/etc/mail/mailer.conf"  # of BSD's mailwrapper
 MAILERS_WRAPPED = ("sendmail", "newaliases", "mailq")
@@ -18890,6 +19347,7 @@ MANUAL = {
     "config": cmd_config,
     "health": cmd_health,
     "import": cmd_import,
+    "doctor": cmd_doctor,
 }
 # --print WORD -> what is printed.
 PRINTED = {
@@ -18974,7 +19432,7 @@ def cmd_install(args: list[str], environ: dict) -> int:
     return change_host(installer, installer.install, "everything is in place")
 
 
-# == 38 Dispatch: PROGRAMS, main ==============================================
+# == 39 Dispatch: PROGRAMS, main ==============================================
 # By what name it was called; and the one place that ends in words.
 
 PROGRAMS = {
@@ -18991,6 +19449,7 @@ PROGRAMS = {
     "config": cmd_config,
     "health": cmd_health,
     "import": cmd_import,
+    "doctor": cmd_doctor,
     "install": cmd_install,
     "uninstall": cmd_uninstall,
     "queue": cmd_queue,

@@ -7131,6 +7131,7 @@ class Folder:
             return
         self.lock_patiently()  # or half a message might be taken for a whole one
         try:
+            self.recover()
             self.find_messages()
         finally:
             self.lock.release()
@@ -7199,15 +7200,11 @@ class Folder:
     def write(self) -> int:
         """Drops what is deleted or saved, writes each Status; how many stay.
 
-        In place, so that owner, mode and inode stay; the old end of the file
-        is kept beside it until the new one is durable. Raises ProgramError.
+        In place, so that owner, mode and inode stay. Raises ProgramError.
         """
         self.lock_patiently()
         try:
-            if self.fingerprint() != self.seen:
-                raise ProgramError(
-                    1, f"{self.path}: another program changed it: x leaves it so"
-                )
+            self.check_unchanged()
             kept = [message for message in self.messages if not message.state]
             self.replace_tail(self.first_change(), kept)
         except OSError as error:
@@ -7215,6 +7212,12 @@ class Folder:
         finally:
             self.lock.release()
         return len(kept)
+
+    def check_unchanged(self) -> None:
+        """Raises ProgramError if more than the file's end is not as it was."""
+        if self.fingerprint() != self.seen:
+            why = f"{self.path}: another program changed it: x leaves it so"
+            raise ProgramError(1, why)
 
     def fingerprint(self) -> tuple[int, int]:
         """What differs if anything but the file's end was changed since."""
@@ -7224,8 +7227,8 @@ class Folder:
         """The CRC-32 of a part of the file, behind one that gave `before`."""
         import zlib  # a C module
 
-        for place in range(start, end, BLOCK):
-            before = zlib.crc32(self.read_at(place, min(BLOCK, end - place)), before)
+        for block in self.blocks(start, end):
+            before = zlib.crc32(block, before)
         return before
 
     def lock_patiently(self) -> None:
@@ -7245,42 +7248,138 @@ class Folder:
         return self.size
 
     def replace_tail(self, offset: int, kept: list[FolderMessage]) -> None:
-        """Writes the file anew from `offset`; a kill in between is safe."""
-        end = os.fstat(self.fd).st_size
+        """Writes the file anew from `offset`; it is the old one or the new.
+
+        The new end is kept aside, whole, before the old one is touched: who
+        opens the mailbox after a kill finishes what was begun.
+        """
         if offset == self.size:
             return
-        old = self.read_at(offset, end - offset)
-        came = old[self.size - offset :]
-        new = b"".join(self.rewritten(m) for m in kept if m.start >= offset) + came
-        aside = self.keep_aside(old)
-        if len(new) > len(old) and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(self.fd, offset, len(new))  # a full disk shows here
-        before = os.fstat(self.fd)
-        os.lseek(self.fd, offset, os.SEEK_SET)
-        write_all(self.fd, new)
-        os.ftruncate(self.fd, offset + len(new))
+        end = os.fstat(self.fd).st_size
+
+        def pieces() -> object:
+            """The new end; mail that came meanwhile is the last of it."""
+            yield from (self.rewritten(m) for m in kept if m.start >= offset)
+            yield from self.blocks(self.size, end)
+
+        self.put_tail(self.keep_aside(offset, end, pieces), offset, end)
+
+    def blocks(self, start: int, end: int) -> object:
+        """A part of the file, a block at a time."""
+        for place in range(start, end, BLOCK):
+            yield self.read_at(place, min(BLOCK, end - place))
+
+    def rescue_folders(self) -> list[str]:
+        """Where the new end may be kept for a moment, best first."""
+        near = os.path.dirname(self.path) or "."
+        return [folder for folder in (near, self.home, "/var/tmp") if folder]
+
+    def keep_aside(self, offset: int, end: int, pieces: object) -> str:
+        """Writes the new end to a file of its own, durably; its path.
+
+        Its name says what it is for: the mailbox's inode, where the new end
+        begins, a sum of what stays before it, how long the mailbox is, and a
+        sum of what is cut off. Raises ProgramError.
+        """
+        import tempfile
+
+        why = f"no place for a copy of {self.path}: make {self.home} writable"
+        inode, stays = os.fstat(self.fd).st_ino, self.checked(0, offset, 0)
+        for folder in self.rescue_folders():
+            try:
+                fd, path = tempfile.mkstemp(".new", f".mail-{inode}-", folder)
+            except OSError:
+                continue  # not ours to write
+            try:
+                for piece in pieces():
+                    write_all(fd, piece)
+                os.fsync(fd)
+                new_end = offset + os.fstat(fd).st_size
+                cut = self.checked(new_end, end, 0)
+                name = f".mail-{inode}-{offset}-{stays}-{end}-{cut}.rescued"
+                whole = os.path.join(folder, name)
+                os.rename(path, whole)
+                sync_folder(folder)
+                return whole
+            except OSError as error:
+                os.unlink(path)
+                why = f"{folder}: {error.strerror}: {self.path} stays as it was"
+            finally:
+                os.close(fd)
+        raise ProgramError(EX_CANTCREAT, why)
+
+    def put_tail(self, aside: str, offset: int, end: int) -> None:
+        """Copies a new end into the file, durably; then it is no more."""
+        with open(aside, "rb") as source:
+            new_end = offset + os.fstat(source.fileno()).st_size
+            before = os.fstat(self.fd)
+            if new_end > end:  # a full disk shows here
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(self.fd, offset, new_end - offset)
+                else:
+                    os.ftruncate(self.fd, new_end)
+            os.lseek(self.fd, offset, os.SEEK_SET)
+            for block in iter(lambda: source.read(BLOCK), b""):
+                write_all(self.fd, block)
+        os.ftruncate(self.fd, new_end)
         if os.utime in os.supports_fd:  # or the shell would announce new mail
             os.utime(self.fd, ns=(time.time_ns(), before.st_mtime_ns))
         os.fsync(self.fd)
         os.unlink(aside)
 
-    def keep_aside(self, text: bytes) -> str:
-        """Writes what is about to be replaced to a file of its own."""
-        import tempfile
-
-        for folder in (os.path.dirname(self.path), self.home, "/var/tmp", "/tmp"):
+    def recover(self) -> None:
+        """Finishes what a mail that was killed had begun to write."""
+        head = f".mail-{os.fstat(self.fd).st_ino}-"
+        found = []
+        for folder in self.rescue_folders():
             try:
-                fd, path = tempfile.mkstemp(".rescued", ".mail-", folder or None)
+                names = os.listdir(folder)
             except OSError:
-                continue  # not ours to write
-            try:
-                write_all(fd, text)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            return path
-        why = f"no place for a copy of {self.path}: make {self.home} writable"
-        raise ProgramError(EX_CANTCREAT, why)
+                continue
+            for name in names:
+                numbers = name[len(head) :].removesuffix(".rescued").split("-")
+                is_ours = name.startswith(head) and name.endswith(".rescued")
+                if is_ours and len(numbers) == 4 and all(map(str.isdigit, numbers)):
+                    path = os.path.join(folder, name)
+                    offset, stays, end, cut = map(int, numbers)
+                    if self.is_for_us(path, offset, stays):
+                        found.append((end, path, offset, cut))
+        for end, path, offset, cut in sorted(found)[-1:]:
+            self.finish(path, offset, end, cut)
+        for _, path, _, _ in sorted(found)[:-1]:
+            os.unlink(path)  # of the same end, before more mail came
+
+    def is_for_us(self, path: str, offset: int, stays: int) -> bool:
+        """Whether what was kept aside belongs to us and this mailbox."""
+        seen = os.lstat(path)
+        is_own = stat.S_ISREG(seen.st_mode) and seen.st_uid == os.geteuid()
+        return is_own and self.checked(0, offset, 0) == stays
+
+    def finish(self, aside: str, offset: int, end: int, cut: int) -> None:
+        """Puts in place what was kept aside, and mail since then behind it."""
+        size, new_end = os.fstat(self.fd).st_size, offset + os.stat(aside).st_size
+        came = self.behind(new_end, end, cut)
+        if came < size:
+            old = aside
+
+            def pieces() -> object:
+                """The same end, and what came since."""
+                with open(old, "rb") as source:
+                    yield from iter(lambda: source.read(BLOCK), b"")
+                yield from self.blocks(came, size)
+
+            aside, end = self.keep_aside(offset, size, pieces), size
+            os.unlink(old)
+        self.put_tail(aside, offset, end)
+
+    def behind(self, new_end: int, end: int, cut: int) -> int:
+        """Where mail begins that came after a kill: after which end."""
+        size = os.fstat(self.fd).st_size
+        if new_end <= end:  # was it cut off already?
+            is_whole = size >= end and self.checked(new_end, end, 0) == cut
+            return end if is_whole else new_end
+        is_grown = size >= new_end and self.read_at(end, 5) != b"From "
+        return new_end if is_grown else min(size, end)
 
 
 # == 21 Commands: Command, verdict, command_environment =======================
@@ -14094,6 +14193,12 @@ class Terminal:
         except OSError:
             return 24
 
+    @property
+    def has_colours(self) -> bool:
+        """Whether output goes to a terminal that has them (no-color.org)."""
+        is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        return os.isatty(1) and not is_plain
+
     def page(self, text: str, pager: str, limit: int) -> None:
         """Prints, by a pager where a person could not read it all at once."""
         is_long = limit and self.is_interactive and text.count("\n") > limit
@@ -14241,6 +14346,7 @@ class Sheet:
         self.text = b""
         self.attached: list[str] = []
         self.sender = ""
+        self.record = ""  # the file for a copy, in place of `record`
         self.boundary = f"=_{os.urandom(12).hex()}"  # of its parts
 
     def add(self, name: str, text: str) -> None:
@@ -14445,17 +14551,39 @@ class Composer:
         known = message_origin(self.house, sender)
         known["name"] = ""  # mailx leaves it to -r and the variable `from`
         header = complete_header(header, {**known, "address": str(sender)})
-        submission = Submission(self.house)
         try:
             letter = Letter(sender, recipients, header, [body])
-            queue_id = submission.submit(letter)
+            hand_over = self.hand_over if variables.get("sendmail") else self.submit
+            queue_id = hand_over(letter)
         except MailError:
             self.rescue(bytes(header) + b"\n" + body)
             raise
+        self.record(sheet.record, bytes(header) + b"\n" + body)
+        return queue_id
+
+    def submit(self, letter: Letter) -> str:
+        """Submits a letter by ourselves; its queue id. MailError."""
+        submission = Submission(self.house)
+        queue_id = submission.submit(letter)
         for name, error in submission.refused.items():
             self.terminal.complain(f"{name}: {reason(error)}: it will be bounced")
-        self.record(bytes(header) + b"\n" + body)
         return queue_id
+
+    def hand_over(self, letter: Letter) -> str:
+        """The same by the program that `sendmail` names; "". MailError."""
+        import subprocess
+
+        words = split_words(self.variables.get("sendmail"))
+        names = [str(name) for name in letter.recipients]
+        words += ["-i", "-f", str(letter.sender), "--", *names]
+        text = b"".join(letter.chunks())
+        try:
+            code = subprocess.run(words, input=text, check=False).returncode
+        except OSError as error:
+            raise MailError("4.3.0", f"{words[0]}: {error.strerror}") from None
+        if code:
+            raise MailError("4.3.0", f"{words[0]} failed with exit code {code}")
+        return ""
 
     def header(self, sheet: Sheet) -> Header:
         """Its fields, fit for a header; line ends in them are blanks."""
@@ -14469,10 +14597,12 @@ class Composer:
             header = header.added(name, clean if is_plain else encoded_word(clean))
         return header
 
-    def record(self, text: bytes) -> None:
-        """A copy for the file that `record` names."""
-        name = self.variables.get("record")
+    def record(self, name: str, text: bytes) -> None:
+        """A copy for the file `name`, else for the one that `record` names."""
+        name = name or self.variables.get("record")
         if name:
+            if self.variables.has("outfolder") and name[0] not in "/~+%#&":
+                name = f"+{name}"
             path = folder_path(name, self.variables, self.house.user.home)
             append_mail(path, self.from_line() + text.rstrip(b"\n") + b"\n\n")
 
@@ -14809,6 +14939,8 @@ class MailSession:
     raise ValueError with what is wrong.
     """
 
+    is_ready = False  # whether the start-up files are done with
+
     def __init__(
         self, house: House, terminal: Terminal, variables: Variables, commands: tuple
     ) -> None:
@@ -14830,33 +14962,42 @@ class MailSession:
                 return command
         return None
 
-    def obey(self, line: str) -> None:
-        """One command line."""
+    def obey(self, line: str) -> bool:
+        """One command line; whether it went well."""
         word, rest = split_command(line)
         command = self.find_command(word)
         if not all(self.wants) and word not in IF_WORDS:
-            return
-        if command is None:
-            self.terminal.say(f'Unknown command: "{terminal_text(word)}"\n')
-            return
+            return True
         try:
+            if command is None:
+                raise ValueError(f'Unknown command: "{word}"')
             command(self, rest)
         except ValueError as error:
-            self.terminal.say(f"{terminal_text(str(error))}\n")
+            self.tell(str(error))
         except Killed:
-            return  # the letter, not the session
+            return True  # the letter, not the session
         except (MailError, ProgramError) as error:
             self.terminal.complain(getattr(error, "text", str(error)))
         except OSError as error:
             self.terminal.complain(f"{error.filename or word}: {error.strerror}")
+        else:
+            return True
+        return False
+
+    def tell(self, text: str) -> None:
+        """Says what was wrong with a command."""
+        if self.is_ready:
+            self.terminal.say(f"{terminal_text(text)}\n")
+        else:
+            self.terminal.complain(text)
 
     def source(self, path: str) -> None:
         """Obeys the lines of a file. Raises OSError."""
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             text = file.read(MAX_MAP).replace("\\\n", " ")
         for line in text.split("\n"):
-            if line.strip():
-                self.obey(line)
+            if line.strip() and not self.obey(line) and not self.is_ready:
+                return  # POSIX: an error ends a start-up file
 
     def source_if_there(self, path: str) -> None:
         """The same for a file that need not be there."""
@@ -14897,12 +15038,15 @@ class MailReader(MailSession):
     mail is delivered to.
     """
 
+    is_ready = True
+
     def __init__(self, session: MailSession, folder: Folder, commands: tuple) -> None:
         super().__init__(session.house, session.terminal, session.variables, commands)
         self.own_path = folder.path
         self.is_system = True  # whether the folder is where mail is delivered
         self.previous = ""
         self.sought = ""  # what /TEXT looked for last
+        self.last_command = ""  # what `!` ran last
         self.is_over = False
         self.enter(folder)
 
@@ -14963,8 +15107,11 @@ class MailReader(MailSession):
     def is_own(self, address: Address) -> bool:
         """Whether an address is the reader's own."""
         name, settings = self.house.user.name, self.house.settings
-        is_mine = address.local == name and settings.is_local(address.domain)
+        is_near = self.variables.has("allnet") or settings.is_local(address.domain)
         known = [one.lower() for one in self.variables.alternates]
+        if self.variables.has("allnet"):
+            known += [one.partition("@")[0] for one in known]
+        is_mine = address.local == name and is_near
         full = str(address).lower()
         return is_mine or full in known or address.local.lower() in known
 
@@ -14986,6 +15133,15 @@ class MailReader(MailSession):
             return text.rstrip()
         room = max(0, 76 - len(text))
         return f'{text}"{columns(decoded(subject), room).rstrip()}"'.rstrip()
+
+    def painted(self, number: int) -> str:
+        """The same in colours, where they are wanted and there are any."""
+        text, message = self.summary(number), self.messages[number - 1]
+        wanted = self.variables.has("colour") or self.variables.has("color")
+        if not wanted or not self.terminal.has_colours:
+            return text
+        code = "33" if "F" in message.flags else "1" if message.is_unread else ""
+        return f"\x1b[{code}m{text}\x1b[m" if code else text
 
     def shown_name(self, header: Header, from_line: bytes) -> str:
         """Who wrote it; to whom, if it was the reader, and showto is set."""
@@ -15067,6 +15223,8 @@ class MailReader(MailSession):
         is_number = word.strip("0123456789^$.+-*") == ""
         if is_number or not word.isprintable():
             return None
+        if self.variables.has("allnet"):
+            word = word.partition("@")[0]
         return lambda n: word.lower() in self.author(n).lower()
 
     def search_of(self, text: str) -> object:
@@ -15213,7 +15371,7 @@ def show_screen(reader: MailReader, start: int) -> None:
     end = min(start + screen_size(reader), len(reader.messages))
     for number in range(start + 1, end + 1):
         if not reader.is_gone(number):
-            reader.terminal.say(reader.summary(number) + "\n")
+            reader.terminal.say(reader.painted(number) + "\n")
 
 
 # Commands that show
@@ -15259,7 +15417,7 @@ def list_from(reader: MailReader, rest: str) -> None:
     """lists the headers of messages"""
     numbers = reader.numbers(rest)
     for number in numbers:
-        reader.terminal.say(reader.summary(number) + "\n")
+        reader.terminal.say(reader.painted(number) + "\n")
     reader.dot = numbers[-1]
 
 
@@ -15371,7 +15529,7 @@ def search(reader: MailReader, rest: str) -> None:
     if not found:
         raise ValueError("No applicable messages")
     for number in found:
-        reader.terminal.say(reader.summary(number) + "\n")
+        reader.terminal.say(reader.painted(number) + "\n")
 
 
 def thread_subject(subject: str) -> str:
@@ -15393,7 +15551,7 @@ def list_sorted(reader: MailReader, rest: str) -> None:
         raise ValueError(f"{rest}: sort by {', '.join(keys)}")
     alive = [n for n in reader.every() if not reader.is_gone(n)]
     for number in sorted(alive, key=keys[rest or "date"]):
-        reader.terminal.say(reader.summary(number) + "\n")
+        reader.terminal.say(reader.painted(number) + "\n")
 
 
 def list_threads(reader: MailReader, _: str) -> None:
@@ -15414,7 +15572,7 @@ def list_threads(reader: MailReader, _: str) -> None:
     while line:
         number, depth = line.pop(0)
         mark = " " * min(depth, 8) + ("`-" if depth else "")
-        reader.terminal.say(f"{mark}{reader.summary(number)}\n")
+        reader.terminal.say(f"{mark}{reader.painted(number)}\n")
         line[:0] = [(n, depth + 1) for n in answers.get(number, [])]
 
 
@@ -15524,8 +15682,8 @@ def copy(reader: MailReader, rest: str) -> None:
     save(reader, rest, "")
 
 
-def author_file(reader: MailReader, rest: str) -> str:
-    """`LIST FILE`, the file named after the first message's author."""
+def author_name(reader: MailReader, rest: str) -> str:
+    """The file that is named after the first message's author."""
     number = reader.numbers(rest)[0]
     from_line, header = reader.read(number)
     try:
@@ -15535,9 +15693,12 @@ def author_file(reader: MailReader, rest: str) -> str:
     words = os_text(from_line).split()
     address = found[0] if found else words[1] if words[1:] else "unknown"
     name = safe_name(address.partition("@")[0]) or "unknown"
-    return (
-        f"{rest} {quoted_word(('+' if reader.variables.get('folder') else '') + name)}"
-    )
+    return f"{'+' if reader.variables.get('folder') else ''}{name}"
+
+
+def author_file(reader: MailReader, rest: str) -> str:
+    """`LIST FILE` of that file."""
+    return f"{rest} {quoted_word(author_name(reader, rest))}"
 
 
 def save_by_author(reader: MailReader, rest: str) -> None:
@@ -15638,10 +15799,11 @@ def quoted_text(reader: MailReader, number: int) -> bytes:
     return (text + "\n").encode("utf-8", "replace")
 
 
-def answer(reader: MailReader, number: int, fields: list) -> None:
+def answer(reader: MailReader, number: int, fields: list, record: str = "") -> None:
     """Writes an answer: its header is shown, the text may be quoted."""
     rows = dict(fields)
     sheet = Sheet(split_addresses(rows["To"]), rows["Subject"])
+    sheet.record = record
     sheet.people["Cc"] = split_addresses(rows.get("Cc", ""))
     sheet.more = [(n, rows[n]) for n in ("In-Reply-To", "References") if rows.get(n)]
     for name, value in (*fields[:1], ("Subject", rows["Subject"]), *fields[1:2]):
@@ -15655,16 +15817,18 @@ def answer(reader: MailReader, number: int, fields: list) -> None:
         answered(reader, str(number))
 
 
-def reply_to_all(reader: MailReader, rest: str) -> None:
+def reply_to_all(reader: MailReader, rest: str, record: str = "") -> None:
     """Answers everybody."""
     number = reader.numbers(rest)[0]
-    answer(reader, number, reply_fields(reader.read(number)[1], reader))
+    answer(reader, number, reply_fields(reader.read(number)[1], reader), record)
 
 
-def reply_to_author(reader: MailReader, rest: str, is_flipped: bool = False) -> None:
+def reply_to_author(
+    reader: MailReader, rest: str, is_flipped: bool = False, record: str = ""
+) -> None:
     """answers the senders only"""
     if reader.variables.has("flipr") and not is_flipped:
-        return reply_to_all(reader, rest)
+        return reply_to_all(reader, rest, record)
     numbers = reader.numbers(rest)
     headers = [reader.read(number)[1] for number in numbers]
     people: list[str] = []
@@ -15673,16 +15837,26 @@ def reply_to_author(reader: MailReader, rest: str, is_flipped: bool = False) -> 
         people += others_in(header, reader, name) or [settings_address(reader.house)]
     rows = dict(reply_fields(headers[0], reader))
     rows.update({"To": ", ".join(dict.fromkeys(people)), "Cc": ""})
-    return answer(reader, numbers[0], list(rows.items()))
+    return answer(reader, numbers[0], list(rows.items()), record)
 
 
-def reply(reader: MailReader, rest: str) -> None:
+def reply(reader: MailReader, rest: str, record: str = "") -> None:
     """answers the sender and all who got it"""
     words = rest.split()
     rest = " ".join(words[1:] if words[:1] == ["all"] else words)
     if reader.variables.has("flipr") or reader.variables.has("Replyall"):
-        return reply_to_author(reader, rest, is_flipped=True)
-    return reply_to_all(reader, rest)
+        return reply_to_author(reader, rest, True, record)
+    return reply_to_all(reader, rest, record)
+
+
+def follow_up(reader: MailReader, rest: str) -> None:
+    """as reply; the answer is kept in a file named after the author"""
+    reply(reader, rest, author_name(reader, rest))
+
+
+def follow_up_to_author(reader: MailReader, rest: str) -> None:
+    """as Reply; the answer is kept in a file named after the author"""
+    reply_to_author(reader, rest, record=author_name(reader, rest))
 
 
 def forward(reader: MailReader, rest: str) -> None:
@@ -15761,9 +15935,18 @@ edit, visual = edit_with("EDITOR", "ed"), edit_with("VISUAL", "vi")
 
 def shell(reader: MailReader, rest: str) -> None:
     """runs a command, or a shell"""
+    if rest and reader.variables.has("bang"):
+        rest = banged(rest, reader.last_command)
+    reader.last_command = rest or reader.last_command
     run_shell(rest or os.environ.get("SHELL") or SHELL)
     if rest:
         reader.terminal.say("!\n")
+
+
+def banged(text: str, last: str) -> str:
+    """A command with the one before it for each `!` without a backslash."""
+    parts = text.split("\\!")
+    return "!".join(part.replace("!", last) for part in parts)
 
 
 def change_folder(reader: MailReader, rest: str) -> None:
@@ -15917,6 +16100,7 @@ def settle(reader: MailReader) -> None:
     variables = reader.variables
     moved = [one for one in reader.messages if is_for_mbox(one, variables)]
     if moved:
+        reader.folder.check_unchanged()  # or it would go there at each try
         move_to_mbox(reader, moved)
     for message in reader.messages:
         if message.state == "held" or is_kept_saved(message, variables):
@@ -16053,14 +16237,15 @@ MAIL_COMMANDS = (
     ("r reply respond replyall", reply, "answers the sender and all who got it"),
     ("R Reply Respond replysender", reply_to_author, "answers the senders only"),
     ("m mail", mail, "writes a letter"),
-    ("fo followup", reply, "the same as reply"),
+    ("fo followup", follow_up, "as reply; kept in a file named after the author"),
+    ("F Followup", follow_up_to_author, "as Reply; kept in such a file"),
     ("fwd forward", forward, "sends a message on in a letter: fwd [list] address"),
     (
         "resend Resend redirect bounce",
         resend,
         "sends messages on as they are: resend [list] address",
     ),
-    ("s save", save, "appends messages to a file: s [list] file; they leave at q"),
+    ("s save move", save, "appends messages to a file: s [list] file; they leave at q"),
     ("S Save", save_by_author, "saves messages in a file named after the author"),
     ("c copy", copy, "appends messages to a file, and keeps them"),
     ("C Copy", copy_by_author, "copies messages to a file named after the author"),
@@ -17731,6 +17916,8 @@ def new_sheet(house: House, session: MailSession, options: dict, words: list) ->
         for text in options.get(flag, []):
             sheet.add(name, text)
     sheet.sender = "".join(options.get("-r", [])[-1:])
+    if "-F" in options and sheet.people["To"]:
+        sheet.record = safe_name(sheet.people["To"][0].partition("@")[0])
     for text in options.get("-a", []):
         add_header(sheet, text)
     for text in options.get("-C", []):
@@ -17810,12 +17997,70 @@ def read_mail(house: House, session: MailSession, options: dict, words: list) ->
     reader.is_system = "-f" not in options
     if "-H" in options:
         for number in reader.every():
-            reader.terminal.say(reader.summary(number) + "\n")
+            reader.terminal.say(reader.painted(number) + "\n")
         return EX_OK if folder.messages else 1
     return run_session(reader)
 
 
 MAIL_FLAGS = "s:a:A:c:b:r:S:q:u:C:M:feEHNniIRBFtTvdV~"
+# The long names that s-nail and mailutils have for them; = wants a value.
+MAIL_LONG_FLAGS = {
+    "subject=": "-s",
+    "attach=": "-a",
+    "append=": "-a",
+    "cc=": "-c",
+    "bcc=": "-b",
+    "from-address=": "-r",
+    "return-address=": "-r",
+    "set=": "-S",
+    "quote-file=": "-q",
+    "inbox-of=": "-u",
+    "user=": "-u",
+    "file": "-f",
+    "check-and-exit": "-e",
+    "exist": "-e",
+    "header-summary": "-H",
+    "headers": "-H",
+    "no-header-summary": "-N",
+    "nosum": "-N",
+    "norc": "-n",
+    "ignore": "-i",
+    "read-only": "-R",
+    "batch-mode": "-B",
+    "byname": "-F",
+    "template": "-t",
+    "discard-empty-messages": "-E",
+    "verbose": "-v",
+    "debug": "-d",
+}
+
+
+def mail_options(args: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """(option -> its values, words) of mail's command line. ProgramError.
+
+    Options of sendmail may stand behind `--`, if recipients stand before it.
+    """
+    import getopt  # small; argparse costs 10 ms
+
+    place = args.index("--") if "--" in args else len(args)
+    args, more = args[:place], args[place + 1 :]
+    try:
+        pairs, words = getopt.gnu_getopt(args, MAIL_FLAGS, list(MAIL_LONG_FLAGS))
+    except getopt.GetoptError as error:
+        raise ProgramError(EX_USAGE, f"{error.msg}: see --help") from None
+    options: dict[str, list[str]] = {}
+    for flag, value in pairs:
+        name = flag[2:] if flag[:2] == "--" else ""
+        flag = MAIL_LONG_FLAGS.get(name) or MAIL_LONG_FLAGS.get(f"{name}=") or flag
+        options.setdefault(flag, []).append(value)
+    if words and more[:1] and more[0].startswith("-"):
+        theirs = SendmailOptions(more)
+        words += theirs.recipients
+        if theirs.sender:
+            options.setdefault("-r", []).append(theirs.sender)
+    else:
+        words += more
+    return options, words
 
 
 def cmd_mail(args: list[str], environ: dict) -> int:
@@ -17828,17 +18073,11 @@ def cmd_mail(args: list[str], environ: dict) -> int:
     its exit code whether there is mail, -H lists the headers.
     -a FILE attaches, -a 'Name: value' adds a header field, -q FILE begins the
     text, -t takes recipients from the text's header, -E sends no empty text,
-    -S NAME[=VALUE] sets a variable, -n reads no /etc/mail.rc, -d only shows.
+    -F keeps a copy in a file named after the first recipient, -S NAME[=VALUE]
+    sets a variable, -n reads no /etc/mail.rc, -d only shows. s-nail's long
+    options are known, and sendmail's options behind recipients and --.
     """
-    import getopt  # small; argparse costs 10 ms
-
-    try:
-        pairs, words = getopt.gnu_getopt(args, MAIL_FLAGS)
-    except getopt.GetoptError as error:
-        raise ProgramError(EX_USAGE, f"{error.msg}: see --help") from None
-    options: dict[str, list[str]] = {}
-    for flag, value in pairs:
-        options.setdefault(flag, []).append(value)
+    options, words = mail_options(args)
     if "-V" in options:
         return print_version()
     house = House(environ)

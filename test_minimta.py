@@ -18082,13 +18082,26 @@ class TestMailIsKilled:
         paths = [path for place in places for path in place.iterdir()]
         return {path.name: path.read_text() for path in paths if path.is_file()}
 
+    def assert_old_or_new(self, instance, box, bodies, late):
+        """The next mail finds the mailbox as it was, or as it should be."""
+        read = instance.run("mail", "-N", stdin="x\n", user="payam")
+        assert read.code == 0 or not box.read_text(), read
+        found = re.findall(r"(?m)^From .*\n(?:.+\n)+\n(\w+)\n", box.read_text())
+        words = [body.strip() for body in bodies]
+        after = found[:-1] if late else found
+        assert found[len(after) :] == ["late"] * late
+        assert [word for word in words if word in after] == after
+        assert len(box.read_text().split("\nFrom ")) == max(1, len(found))
+        assert not any(name.endswith(".rescued") for name in self.left(instance))
+
+    @pytest.mark.parametrize("late", [False, True])
     @pytest.mark.parametrize(
-        "call", ["write", "fsync", "ftruncate", "?unlink,unlinkat"]
+        "call", ["write", "fsync", "?rename", "ftruncate", "?unlink,unlinkat"]
     )
     @pytest.mark.parametrize(
         "typed", ["d 1\nq\n", "p 2\nq\n", "set nohold\np 1\nd 3\nq\n", "s 2 out\nq\n"]
     )
-    def test_no_message_is_lost(self, make_instance, call, typed):
+    def test_no_message_is_lost(self, make_instance, call, typed, late):
         bodies = [f"\n\n{word}\n\n" for word in ("one", "two", "three")]
         for count in itertools.count(1):
             instance = make_instance()
@@ -18102,6 +18115,9 @@ class TestMailIsKilled:
                 assert body in everything or body in may_go, (count, left)
             if was_killed and box.read_text() == "".join(self.BEFORE):
                 assert all(body in left["payam"] for body in bodies)
+            if late:
+                box.write_text(box.read_text() + mail("d", "late"))
+            self.assert_old_or_new(instance, box, bodies, late)
             if not was_killed:
                 assert not any(name.endswith(".rescued") for name in left)
                 assert count > 1

@@ -7101,6 +7101,16 @@ def find_starts(view: object, start: int) -> object:
             return
 
 
+def lock_patiently(lock: MailboxLock) -> None:
+    """Waits for a mailbox, thirty seconds at the most. BlockingIOError."""
+    for _ in range(300):
+        try:
+            return lock.acquire()
+        except Busy:
+            time.sleep(0.1)
+    raise BlockingIOError(11, "locked by another program", lock.path)
+
+
 class Folder:
     """An mbox file: messages are found once, read when asked for.
 
@@ -7232,13 +7242,12 @@ class Folder:
         return before
 
     def lock_patiently(self) -> None:
-        """Waits for a deliverer to finish, thirty seconds at the most."""
-        for _ in range(300):
-            try:
-                return self.lock.acquire()
-            except Busy:
-                time.sleep(0.1)
-        raise ProgramError(EX_TEMPFAIL, f"{self.path}: locked by another program")
+        """Waits for a deliverer to finish. Raises ProgramError."""
+        try:
+            lock_patiently(self.lock)
+        except BlockingIOError as error:
+            why = f"{self.path}: {error.strerror}"
+            raise ProgramError(EX_TEMPFAIL, why) from None
 
     def first_change(self) -> int:
         """Where the file begins to differ from what it should be."""
@@ -13801,6 +13810,7 @@ MAIL_DEFAULTS = {
     "prompt": "& ",
     "toplines": "5",
 }
+VARIABLE_NAMES = {"asksub": "ask", "color": "colour"}  # what is the same
 # Variables that the environment may set.
 MAIL_ENVIRONMENT = ("DEAD", "EDITOR", "LISTER", "MBOX", "PAGER", "SHELL", "VISUAL")
 # What ends the word of a command: a list or an argument begins there.
@@ -13834,7 +13844,10 @@ def split_words(text: str) -> list[str]:
     chars = iter(text)
     for char in chars:
         if char == "\\" and quote != "'":
-            word, is_open = word + next(chars, "\\"), True
+            behind = next(chars, "\\")
+            # Inside "..." it is one itself, as in set sign="one\ntwo".
+            is_kept = bool(quote) and behind not in '"\\'
+            word, is_open = word + char * is_kept + behind, True
         elif quote:
             quote = "" if char == quote else quote
             word += char if quote else ""
@@ -13880,9 +13893,12 @@ class Variables:
 
     def set(self, word: str) -> None:
         """Takes `name`, `name=value` or `noname`."""
-        name, _, value = word.partition("=")
-        if name.startswith("no") and "=" not in word and len(name) > 2:
-            self.values.pop(name[2:], None)
+        name, equals, value = word.partition("=")
+        is_off = name.startswith("no") and not equals and len(name) > 2
+        name = name[2:] if is_off else name
+        name = VARIABLE_NAMES.get(name, name)
+        if is_off:
+            self.values.pop(name, None)
         else:
             self.values[name] = value
 
@@ -14333,6 +14349,37 @@ def split_addresses(text: str) -> list[str]:
     return [name for word in words for name in word.split()]
 
 
+# Fields that a letter has once, RFC 5322 section 3.6, and those of MIME.
+SINGLE_FIELDS = (
+    "from sender reply-to date message-id in-reply-to references mime-version "
+    "content-type content-transfer-encoding content-disposition"
+).split()
+
+
+def coded_person(text: str) -> str:
+    """`Name <address>` with the name as RFC 2047 wants it."""
+    name, angle, rest = text.partition("<")
+    if name.isascii() or not angle:
+        return text
+    name = display_name(name.strip(' "'))
+    return f"{name} <{rest}"
+
+
+def folded(line: str) -> str:
+    """A header field in lines of 78 columns, where it has blanks."""
+    found = []
+    for row in line.split("\n "):
+        while len(row) > 78:
+            place = row.rfind(" ", 30, 77)
+            place = place if place > 0 else row.find(" ", 77)
+            if place < 0:
+                break
+            found.append(row[:place])
+            row = row[place + 1 :]
+        found.append(row)
+    return "\n ".join(found)
+
+
 class Sheet:
     """A letter while it is written: addresses, subject, text, files to attach.
 
@@ -14361,18 +14408,31 @@ class Sheet:
         elif key == "subject":
             self.subject = value
         else:
-            self.more = [(n, v) for n, v in self.more if n.lower() != key]
+            if key in SINGLE_FIELDS:
+                self.more = [(n, v) for n, v in self.more if n.lower() != key]
             self.more.append((name, value))
             if key == "from":
                 self.sender = value
 
+    def has_field(self, key: str) -> bool:
+        """Whether a field, in lower case, was given."""
+        return any(name.lower() == key for name, _ in self.more)
+
+    def own_type(self) -> str:
+        """The Content-Type that the text was given, or ""."""
+        return next((v for n, v in self.more if n.lower() == "content-type"), "")
+
     def fields(self) -> list[tuple[str, str]]:
         """(name, value) of its header fields, in the order of Heirloom."""
-        found = [("From", self.sender)] if self.sender else []
-        rows = {name: ", ".join(people) for name, people in self.people.items()}
+        found = [("From", coded_person(self.sender))] if self.sender else []
+        rows = {
+            name: ", ".join(map(coded_person, people))
+            for name, people in self.people.items()
+        }
         found += [("To", rows["To"]), ("Subject", self.subject)]
         found += [("Cc", rows["Cc"]), ("Bcc", rows["Bcc"])]
-        found += [pair for pair in self.more if pair[0].lower() != "from"]
+        hidden = ("from", "content-type") if self.attached else ("from",)
+        found += [pair for pair in self.more if pair[0].lower() not in hidden]
         return [(name, value) for name, value in found if value.strip()]
 
 
@@ -14390,11 +14450,14 @@ def append_mail(path: str, text: bytes, mode: int = 0o600) -> str:
     """
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
     fd = os.open(path, flags, mode)
+    lock = MailboxLock(path, fd)
+    is_mail = text.startswith(b"From ") and stat.S_ISREG(os.fstat(fd).st_mode)
     try:
+        if is_mail:
+            lock_patiently(lock)
         seen = os.fstat(fd)
         if stat.S_ISREG(seen.st_mode):
             end = os.pread(fd, 2, max(0, seen.st_size - 2)) if seen.st_size else b""
-            is_mail = text.startswith(b"From ")
             gap = b"" if end in (b"", b"\n\n") else b"\n\n"[end.endswith(b"\n") :]
             text = (gap if is_mail else b"") + text
         try:
@@ -14406,6 +14469,8 @@ def append_mail(path: str, text: bytes, mode: int = 0o600) -> str:
                 os.ftruncate(fd, seen.st_size)
             raise
     finally:
+        if is_mail:
+            lock.release()
         os.close(fd)
     return path
 
@@ -14487,6 +14552,7 @@ def mail_body(sheet: Sheet) -> bytes:
     if not sheet.attached:
         return coded_text(sheet.text)
     kind, coding = text_form(sheet.text)
+    kind = sheet.own_type() or kind
     head = f"Content-Type: {kind}\nContent-Transfer-Encoding: {coding}\n\n"
     line = f"--{sheet.boundary}"
     parts = [os_bytes(f"{line}\n{head}") + coded_text(sheet.text)]
@@ -14519,7 +14585,7 @@ class Composer:
 
     def ask_first(self, sheet: Sheet) -> None:
         """The subject, where a person is to be asked for it."""
-        wants = self.variables.has("ask") or self.variables.has("asksub")
+        wants = self.variables.has("ask")
         if not (wants and self.terminal.is_interactive) or sheet.subject:
             return
         try:
@@ -14536,14 +14602,33 @@ class Composer:
 
     def send(self, sheet: Sheet) -> str:
         """Submits a letter; its queue id. Raises MailError, ProgramError."""
-        settings, variables = self.house.settings, self.variables
+        variables, body = self.variables, sheet.text
+        for name in ("Cc", "Bcc"):
+            sheet.add(name, variables.get(f"auto{name.lower()}"))
+        if variables.get("replyto") and not sheet.has_field("reply-to"):
+            sheet.set_field("Reply-To", variables.get("replyto"))
         for name, people in sheet.people.items():
             sheet.people[name] = variables.expand(people)
         sheet.sender = sheet.sender or variables.get("from")
-        header, body = self.header(sheet), mail_body(sheet)
-        origin = settings_address(self.house)
-        first = header_addresses(sheet.sender) if sheet.sender else []
-        sender = (first or [Address.parse(origin)])[0].qualified(settings.myorigin)
+        header = self.header(sheet)
+        try:
+            body = mail_body(sheet)
+            letter = self.letter(header, sheet.sender, body)
+            header = letter.header
+            hand_over = self.hand_over if variables.get("sendmail") else self.submit
+            queue_id = hand_over(letter)
+        except (MailError, ProgramError):
+            self.rescue(bytes(header) + b"\n" + body)
+            raise
+        self.record(sheet.record, bytes(header) + b"\n" + body)
+        return queue_id
+
+    def letter(self, header: Header, author: str, body: bytes) -> Letter:
+        """What is submitted. Raises MailError."""
+        settings = self.house.settings
+        first = header_addresses(author) if author else []
+        sender = first[0] if first else Address.parse(settings_address(self.house))
+        sender = sender.qualified(settings.myorigin)
         recipients = [
             found.qualified(settings.local_origin)
             for found in header_recipients(header)
@@ -14551,15 +14636,7 @@ class Composer:
         known = message_origin(self.house, sender)
         known["name"] = ""  # mailx leaves it to -r and the variable `from`
         header = complete_header(header, {**known, "address": str(sender)})
-        try:
-            letter = Letter(sender, recipients, header, [body])
-            hand_over = self.hand_over if variables.get("sendmail") else self.submit
-            queue_id = hand_over(letter)
-        except MailError:
-            self.rescue(bytes(header) + b"\n" + body)
-            raise
-        self.record(sheet.record, bytes(header) + b"\n" + body)
-        return queue_id
+        return Letter(sender, recipients, header, [body])
 
     def submit(self, letter: Letter) -> str:
         """Submits a letter by ourselves; its queue id. MailError."""
@@ -14594,7 +14671,8 @@ class Composer:
         for name, value in pairs:
             clean = " ".join(re_lines(value))
             is_plain = clean.isascii() or name in ("To", "Cc", "Bcc", "From")
-            header = header.added(name, clean if is_plain else encoded_word(clean))
+            clean = clean if is_plain else encoded_word(clean)
+            header = header.added(name, folded(f"{name}: {clean}")[len(name) + 2 :])
         return header
 
     def record(self, name: str, text: bytes) -> None:
@@ -14604,12 +14682,23 @@ class Composer:
             if self.variables.has("outfolder") and name[0] not in "/~+%#&":
                 name = f"+{name}"
             path = folder_path(name, self.variables, self.house.user.home)
-            append_mail(path, self.from_line() + text.rstrip(b"\n") + b"\n\n")
+            try:
+                append_mail(path, self.as_mail(text))
+            except OSError as error:
+                why = f"{path}: {error.strerror}: it is sent, but no copy is kept"
+                self.terminal.complain(why)
 
-    def dead_path(self) -> str:
-        """Where letters go that were not sent."""
-        usual = os.path.join(self.house.user.home, "dead.letter")
-        return self.variables.get("DEAD", usual)
+    def as_mail(self, text: bytes) -> bytes:
+        """A letter as it stands in an mbox."""
+        text = text.rstrip(b"\n") + b"\n"
+        return self.from_line() + b"".join(mbox_quoted([text]))
+
+    def dead_paths(self) -> list[str]:
+        """Where letters go that were not sent, and where else."""
+        home = self.house.user.home
+        usual = os.path.join(home, "dead.letter")
+        own = folder_path(self.variables.get("DEAD", usual), self.variables, home)
+        return list(dict.fromkeys((own, usual, f"/var/tmp/dead.letter.{os.getuid()}")))
 
     def from_line(self) -> bytes:
         """The From_ line of a copy."""
@@ -14617,20 +14706,22 @@ class Composer:
 
     def rescue(self, text: bytes, is_whole: bool = True) -> None:
         """Appends what was not sent to ~/dead.letter, and says so."""
-        path, head = self.dead_path(), self.from_line()
+        size, said = f"{len(text.splitlines())}/{len(text)}", ""
         if not is_whole:
-            fields = self.header(self.sheet)
-            head += bytes(fields) + b"\n"
-        try:
-            said = append_mail(path, head + text.rstrip(b"\n") + b"\n\n")
-        except OSError as error:
-            self.terminal.complain(f"{path}: {error.strerror}: the text is lost")
-            return
-        if is_whole:
-            self.terminal.complain(f"the text is kept in {path}")
+            text = bytes(self.header(self.sheet)) + b"\n" + text
+        for path in self.dead_paths():
+            try:
+                said = append_mail(path, self.as_mail(text))
+                break
+            except OSError as error:
+                self.terminal.complain(f"{path}: {error.strerror}")
+        if not said:
+            self.terminal.complain("the text is lost: it follows")
+            self.terminal.say(terminal_text(os_text(text)))
+        elif is_whole:
+            self.terminal.complain(f"the text is kept in {said}")
         else:
-            lines = text.count(b"\n")
-            self.terminal.say(f'"{terminal_text(said)}" {lines}/{len(text)}\n')
+            self.terminal.say(f'"{terminal_text(said)}" {size}\n')
 
 
 # Tilde escapes: each takes what stands behind its letter.
@@ -14665,7 +14756,7 @@ def escape_people(name: str) -> object:
 def escape_heads(composer: Composer, _: str) -> None:
     """~h asks for all of these"""
     for name, people in composer.sheet.people.items():
-        answer = composer.terminal.ask(f"{name}: ", " ".join(people))
+        answer = composer.terminal.ask(f"{name}: ", ", ".join(people))
         composer.sheet.people[name] = split_addresses(answer)
     subject = composer.terminal.ask("Subject: ", composer.sheet.subject)
     composer.sheet.subject = subject
@@ -14686,7 +14777,7 @@ def escape_read(composer: Composer, rest: str) -> None:
 
 def escape_dead(composer: Composer, _: str) -> None:
     """~d puts in dead.letter"""
-    escape_read(composer, composer.dead_path())
+    escape_read(composer, composer.dead_paths()[0])
 
 
 def escape_write(composer: Composer, rest: str) -> None:
@@ -14906,8 +14997,11 @@ def write_letter(composer: Composer, sheet: Sheet) -> None:
         return
     composer.is_finished, was_interrupted = False, False
     with Rescue(composer):
-        while not composer.is_finished:
+        while True:
             try:
+                if composer.is_finished:
+                    composer.ask_late()
+                    return
                 take_line(composer, terminal.read_line(""))
                 was_interrupted = False
             except KeyboardInterrupt:
@@ -14919,7 +15013,6 @@ def write_letter(composer: Composer, sheet: Sheet) -> None:
                     composer.kill()
                 was_interrupted = True
                 terminal.say(GIVE_UP_HINT)
-    composer.ask_late()
 
 
 # == 33 Mail reader: MailReader, MAIL_COMMANDS ================================
@@ -15137,8 +15230,7 @@ class MailReader(MailSession):
     def painted(self, number: int) -> str:
         """The same in colours, where they are wanted and there are any."""
         text, message = self.summary(number), self.messages[number - 1]
-        wanted = self.variables.has("colour") or self.variables.has("color")
-        if not wanted or not self.terminal.has_colours:
+        if not self.variables.has("colour") or not self.terminal.has_colours:
             return text
         code = "33" if "F" in message.flags else "1" if message.is_unread else ""
         return f"\x1b[{code}m{text}\x1b[m" if code else text

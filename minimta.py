@@ -353,6 +353,9 @@ NO_LIMIT = 1 << 60  # bytes
 SIZE_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
+SYSTEM_NAME = "the system's name"  # where myhostname comes from unless it is set
+
+
 class Setting(Value):
     """One row of SETTINGS; `kind` says how its text is read (see READERS)."""
 
@@ -558,7 +561,7 @@ def logical_lines(text: str) -> object:
 def host_defaults(host: str, root: str) -> tuple[dict, dict]:
     """Defaults that hang on the host and the instance: texts, sources."""
     texts: dict[str, str] = {"myhostname": host}
-    sources = {"myhostname": "the system's name"}
+    sources = {"myhostname": SYSTEM_NAME}
     if root:
         texts.update(PRIVATE_DEFAULTS)
         for row in SETTINGS:
@@ -3516,6 +3519,7 @@ DNS_SIZE = 1232  # bytes of an answer by UDP that no network cuts in pieces
 MAX_CNAMES = 10  # names behind one another; Postfix and BIND allow about as many
 MAX_HOPS = 2000  # pointers in one packet; an honest one has one a record
 FORMERR, NXDOMAIN = 1, 3  # codes: what was asked is not understood; no such name
+NO_EDNS = (FORMERR, 4)  # what servers say that do not know EDNS0
 ODD_NAME = "?"  # in place of a name that no host can have
 
 
@@ -3661,8 +3665,8 @@ class Answer(Value):
         self.is_cut = is_cut
         self.records = records
 
-    def follow(self, name: str, kind: str) -> list[Record]:
-        """The records of that kind for `name`, or for what it stands for.
+    def follow(self, name: str, kind: str) -> tuple[list[Record], str]:
+        """(records of that kind for `name` or what it stands for, that name).
 
         Raises ValueError for aliases that lead nowhere.
         """
@@ -3672,7 +3676,7 @@ class Answer(Value):
             found = [one for one in own if one.kind == kind]
             names = [one.data for one in own if one.kind == "CNAME"]
             if found or not names:
-                return found
+                return found, name
             name = names[0]
         raise ValueError("too many CNAMEs behind one another")
 
@@ -3685,7 +3689,7 @@ def decode_answer(packet: bytes, number: int, name: str, kind: str) -> Answer:
     flags, questions, answers, _, _ = (reader.number() for _ in range(5))
     if not flags & 0x8000 or flags & 0x7800:
         raise ValueError("no answer")
-    if questions == 0 and flags & 15 == FORMERR:  # it does not say to what
+    if questions == 0 and flags & 15 in NO_EDNS:  # it does not say to what
         return Answer(FORMERR, False, [])
     if questions != 1:
         raise ValueError("no answer")
@@ -3767,6 +3771,7 @@ def certificate_facts(data: bytes) -> str:
 # Failures: MailError 4.3.5 that names the setting; mail waits meanwhile.
 
 PORTS = {"smtp": 25, "smtps": 465, "lmtp": 24, "mx": 25}
+SERVICES = {"smtp": 25, "submission": 587, "submissions": 465, "smtps": 465}
 HOP_KINDS = {**{word: word for word in PORTS}, "relay": "smtp"}
 # Level of TLS -> what an explanation says of it.
 TLS_WORDS = {
@@ -3797,6 +3802,7 @@ def split_host(text: str, usual: int) -> tuple[str, int]:
     else:
         host, colon, port = text.partition(":")
     port = port if colon else str(usual)
+    port = str(SERVICES.get(port.lower(), port))
     if not (port.isascii() and port.isdigit() and len(port) < 6):
         raise ValueError(text)
     is_address = ":" in host and is_literal(f"[ipv6:{host}]")
@@ -3834,6 +3840,7 @@ class NextHop(Value):
         """
         rest, _, level = text.strip().partition(" ")
         word, colon, behind = rest.partition(":")
+        word = word.lower()
         if colon and word in HOP_KINDS:
             kind, rest = HOP_KINDS[word], behind.removeprefix("//")
         level = level.strip()
@@ -3866,6 +3873,17 @@ class NextHop(Value):
         """What a line of smtp_sasl_password_maps may call it."""
         host, port = self.host.lower(), self.port
         return f"[{host}]:{port}", f"{host}:{port}", f"[{host}]", host
+
+
+def relay_words(words: tuple[str, ...]) -> list[str]:
+    """The hosts of relayhost, each with the level of TLS that follows it."""
+    found: list[str] = []
+    for word in words:
+        if word in TLS_LEVELS and found:
+            found[-1] += f" {word}"
+        else:
+            found.append(word)
+    return found
 
 
 def parse_route(text: str, setting: str) -> list[NextHop]:
@@ -3932,7 +3950,8 @@ def find_secret(lines: list[MapLine], hop: NextHop) -> MapLine | None:
     The password is "" where the line leaves it to a command.
     """
     names = hop.names()
-    return next((line for line in lines if line.key in names), None)
+    found = (line for line in lines if line.key.removeprefix("smtps://") in names)
+    return next(found, None)
 
 
 def check_secret(line: MapLine, has_command: bool) -> None:
@@ -3992,23 +4011,28 @@ def address_spans(text: str) -> list[tuple[int, int]]:
 class Rewriter:
     """How addresses look to other hosts: smtp_generic_maps, and myorigin.
 
-    `is_local` tells our own domains, of which a bare key speaks.
+    `settings` tell our own domains, of which a bare key speaks.
     """
 
-    def __init__(self, lines: list[MapLine], origin: str, is_local: object) -> None:
+    def __init__(self, lines: list[MapLine], origin: str, settings: Settings) -> None:
         self.keys: dict[str, MapLine] = {}
         for line in lines:
             self.keys.setdefault(line.key, line)
         self.origin = origin
-        self.is_local = is_local
+        self.settings = settings
 
     def find(self, address: Address) -> MapLine | None:
-        """The line for an address: the whole one, user, @domain, *."""
+        """The line for an address: the whole one, user, @domain, *.
+
+        A user's name is looked for with +detail and without, generic(5).
+        """
         domain = address.domain.lower().rstrip(".")
-        address = Address(address.local, domain)
-        names = [str(address).lower(), f"@{domain}", "*"]
-        if self.is_local(domain):
-            names.insert(1, address.local.lower())
+        local = address.local.lower()
+        locals_ = dict.fromkeys((local, self.settings.split_detail(local)[0]))
+        names = [str(Address(name, domain)) for name in locals_]
+        if self.settings.is_local(domain):
+            names += locals_
+        names += [f"@{domain}", "*"]
         return next((self.keys[name] for name in names if name in self.keys), None)
 
     def change(self, address: Address) -> tuple[str, Address]:
@@ -5204,8 +5228,9 @@ def read_secrets(settings: Settings) -> Secrets:
     secrets = Secrets()
     try:
         secrets.lines = MapFiles(settings, PASSWORDS).lines()
-        hops = (NextHop.parse(text, "relayhost") for text in settings.relayhost)
-        secrets.relayhosts = {str(hop) for hop in hops}
+        texts = relay_words(settings.relayhost)
+        hops = (NextHop.parse(text, "relayhost") for text in texts)
+        secrets.relayhosts = {str(hop.with_level("")) for hop in hops}
         if settings.smtp_sasl_password_command:
             secrets.printed = ask_command(settings.smtp_sasl_password_command)
     except MailError as error:
@@ -7584,6 +7609,11 @@ MAX_HOSTS = 20  # mail hosts of a domain, and addresses of a host, that are aske
 MAX_ANSWERS = 10_000  # that are kept at once
 
 
+def shuffled(items: list) -> list:
+    """The same in any order."""
+    return sorted(items, key=lambda _: os.urandom(4))
+
+
 class MailHost(Value):
     """A host that takes mail: preference (-1: no MX), name, addresses."""
 
@@ -7731,21 +7761,28 @@ class Resolver:
         text = f"Host or domain name not found. Name service error for name={name}"
         return MailError(status, f"{text} type={kind}: {why}", "none")
 
-    def lookup(self, name: str, kind: str) -> list[Record]:
-        """The records of that kind for a name. Raises MailError."""
+    def lookup(self, name: str, kind: str, aliases: int = 0) -> list[Record]:
+        """The records of that kind for a name. Raises MailError.
+
+        What an alias stands for may have to be asked for by itself.
+        """
         key = name.lower().rstrip("."), kind
         expires, found = self.kept.get(key, (0.0, []))
         if expires > time.monotonic():
             return found
         try:
             answer = self.ask(name, kind)
-            found = answer.follow(key[0], kind) if answer else []
+            found, last = answer.follow(key[0], kind) if answer else ([], "")
+            if aliases > MAX_CNAMES:
+                raise ValueError(name)
         except ValueError:
             raise self.failure("5.4.4", name, kind, "Malformed name") from None
         if answer is None or answer.code not in (0, NXDOMAIN):
             raise self.failure("4.4.3", name, kind, "Host not found, try again")
         if answer.code == NXDOMAIN:
             raise self.failure("5.4.4", name, kind, "Host not found")
+        if not found and last != key[0]:
+            return self.lookup(last, kind, aliases + 1)
         ttl = min([record.ttl for record in found] or [0])
         if len(self.kept) >= MAX_ANSWERS:
             self.kept.clear()
@@ -7761,7 +7798,7 @@ class Resolver:
         for _ in range(self.attempts):
             for server in servers[first:] + servers[:first]:
                 answer = self.ask_server(server, name, kind, True)
-                if answer and answer.code == FORMERR:  # RFC 6891 section 7
+                if answer and answer.code in NO_EDNS:  # RFC 6891 section 7
                     answer = self.ask_server(server, name, kind, False)
                 if answer and answer.code in (0, NXDOMAIN):
                     return answer
@@ -7853,7 +7890,13 @@ MAX_SAID = 400  # lines of a dialogue that are kept
 NOT_FOR_GOOD = ("initial connection", "STARTTLS command")
 LOST_AT_END = "sending end of data -- message may be sent more than once"
 # Names that no other host can look up: EHLO needs another one.
-LOCAL_NAMES = ("localdomain", "localhost", "local", "internal", "invalid", "lan")
+NO_NAMES = ("localdomain", "localhost", "invalid")
+LOCAL_NAMES = (*NO_NAMES, "local", "internal", "lan")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address, "" for a socket's path, is of this very host."""
+    return address.startswith("127.") or address in ("::1", "")
 
 
 class FarHost(Value):
@@ -7871,8 +7914,8 @@ class FarHost(Value):
 
     @property
     def is_loopback(self) -> bool:
-        """Whether what is sent there leaves the host."""
-        return self.address.startswith("127.") or self.address in ("::1", "")
+        """Whether what is sent there stays on the host."""
+        return is_loopback(self.address)
 
 
 class Parcel:
@@ -7910,6 +7953,18 @@ class Parcel:
                 block = bytes(self.rewriter.header(header)) + block[size:]
             yield block
         yield from chunks
+
+    @property
+    def needs_utf8(self) -> bool:
+        """Whether an address or the header is not ASCII, RFC 6531."""
+        if not all(name.isascii() for name in (self.sender, *self.wishes)):
+            return True
+        block = b""
+        for chunk in self.chunks():
+            block += chunk
+            if b"\n\n" in block or len(block) > MAX_HEADER:
+                break
+        return not block.partition(b"\n\n")[0].isascii()
 
     def fitting(self, has: object) -> object:
         """The message as a host with these extensions can take it.
@@ -8223,13 +8278,17 @@ class Relay:
             self.start_tls(contexts)
         self.stage = "receiving the initial server greeting"
         code, text = self.smtp.getreply()
-        if code != 220:  # a host that lets nobody in today: try it again
+        if code // 100 != 2:  # a host that lets nobody in today: try it again
             raise self.refusal("initial connection", code, text)
 
     def hello_name(self, sock: object) -> str:
         """Our name for EHLO, RFC 5321 section 4.1.4; an address if need be."""
-        name = self.settings.myhostname
-        if sock is None or "." in name and name.rpartition(".")[2] not in LOCAL_NAMES:
+        name, source = self.settings.myhostname, self.settings.sources["myhostname"]
+        name = name.rstrip(".")
+        # What somebody has set is meant, also where nobody can look it up.
+        strange = LOCAL_NAMES if source == SYSTEM_NAME else NO_NAMES
+        is_meant = name.rpartition(".")[2] not in strange
+        if sock is None or "." in name and is_meant and not is_literal(f"[{name}]"):
             return name
         address = sock.getsockname()[0]
         return f"[IPv6:{address}]" if ":" in address else f"[{address}]"
@@ -8240,7 +8299,7 @@ class Relay:
         code, text = self.smtp.ehlo()
         if 500 <= code < 600 and self.target.hop.kind != "lmtp":
             code, text = self.smtp.helo()
-        if code != 250:
+        if code // 100 != 2:
             raise self.refusal("EHLO command", code, text)
 
     def secure(self, contexts: Contexts, secret: tuple | None) -> None:
@@ -8373,7 +8432,7 @@ class Relay:
     def check(self, parcel: Parcel) -> None:
         """Raises MailError for what this host does not take at all."""
         body, has = parcel.message.envelope.body, self.smtp.has_extn
-        if "SMTPUTF8" in body and not has("smtputf8"):
+        if "SMTPUTF8" in body and not has("smtputf8") and parcel.needs_utf8:
             raise MailError("5.6.7", f"{self.name} does not offer SMTPUTF8", self.name)
         limit = self.smtp.esmtp_features.get("size", "") if has("size") else ""
         size = parcel.survey.size
@@ -8387,18 +8446,21 @@ class Relay:
         replies = self.converse(self.commands(parcel))
         if self.is_used:
             self.take_reset(replies)
-        mail = self.hear("MAIL FROM", replies, (250,))
+        mail = self.hear("MAIL FROM", replies, 2)
+        if mail and mail.is_temporary and self.is_used:
+            self.drop()  # so many over one connection are too many for it
+            raise Stale
         if mail:
             results.update(dict.fromkeys(parcel.wishes, mail))
         for name in parcel.wishes if is_group or not mail else ():
-            refusal = self.hear("RCPT TO", replies, (250, 251))
+            refusal = self.hear("RCPT TO", replies, 2)
             if refusal:
                 results.setdefault(name, refusal)
             elif not mail:
                 good.append(name)
         self.crowded = [name for name in results if results[name].code in (452, 552)]
         if good or is_group:
-            refusal = self.hear("DATA", replies, (354,), DATA_TIMEOUT)
+            refusal = self.hear("DATA", replies, 3, DATA_TIMEOUT)
             if refusal:
                 results.update(dict.fromkeys(good, refusal))
                 return []
@@ -8417,12 +8479,19 @@ class Relay:
         return [*found, "DATA"]
 
     def hear(
-        self, verb: str, replies: object, wanted: tuple, patience: int = REPLY_TIMEOUT
+        self, verb: str, replies: object, wanted: int, patience: int = REPLY_TIMEOUT
     ) -> MailError | None:
-        """The refusal in the next reply, None for a wanted one."""
+        """The refusal in the next reply, None for one of the wanted hundred.
+
+        The first digit decides, RFC 5321 section 4.3.2.
+        """
         self.stage, self.smtp.patience = f"sending {verb}", patience
         code, text = next(replies)
-        return None if code in wanted else self.refusal(f"{verb} command", code, text)
+        return (
+            None
+            if code // 100 == wanted
+            else self.refusal(f"{verb} command", code, text)
+        )
 
     def converse(self, commands: list[str]) -> object:
         """The replies to commands, sent at once where they may be."""
@@ -8508,8 +8577,8 @@ class Relay:
         # It wants a password: that is for us to mend.
         is_later |= code in (530, 534, 538) and self.target.hop.kind != "mx"
         kind = "5" if 500 <= code < 600 and not is_later else "4"
-        if not is_status(status) or status[0] != kind:
-            status = f"{kind}.0.0"
+        is_like_code = is_status(status) and status[0] == str(code)[0]
+        status = f"{kind}{status[1:]}" if is_like_code else f"{kind}.0.0"
         if code == 421:
             self.is_good = False
         said = f"host {self.name} said: {code} {words} (in reply to {stage})"
@@ -8753,6 +8822,10 @@ class Router:
                 expand = self.expand_stranger
             yield from expand(address, trail.draw(f"{address} is elsewhere"))
             return
+        route = None if trail.steps else self.route_of(address)
+        if route:
+            yield from self.expand_route(address, route, trail)
+            return
         if not trail.steps:
             trail = trail.draw(self.why_local(address.domain))
         if len(trail.steps) > MAX_DEPTH:
@@ -8767,6 +8840,19 @@ class Router:
             yield from self.expand_user(address, trail)
         else:
             yield from self.expand_alias(address, alias, trail)
+
+    def route_of(self, address: Address) -> MapLine | None:
+        """The line of transport_maps that sends local mail elsewhere.
+
+        Not `*`, and a map that cannot be read holds up no local mail.
+        """
+        try:
+            lines = [line for line in self.transports.lines() if line.key != "*"]
+            full = address.qualified(self.settings.local_origin)
+            line = find_transport(lines, full) if lines else None
+            return line if line and read_transport(line)[0] != "local" else None
+        except MailError:
+            return None
 
     def why_local(self, domain: str) -> str:
         """For an explanation: why mail for a domain is delivered here."""
@@ -9115,12 +9201,22 @@ class Router:
         """Destinations of an address elsewhere, by transport_maps or not."""
         try:
             line = find_transport(self.transports.lines(), address)
-            kind, rest = read_transport(line) if line else ("", "")
         except MailError as error:
             yield self.refused(trail, address, error)
             return
         if line:
-            trail = trail.draw(f"transport {line.key} -> {line.value}", line.where)
+            yield from self.expand_route(address, line, trail)
+        else:
+            yield self.remote(address, "", trail)
+
+    def expand_route(self, address: Address, line: MapLine, trail: Trail) -> object:
+        """Destinations by a line of transport_maps."""
+        trail = trail.draw(f"transport {line.key} -> {line.value}", line.where)
+        try:
+            kind, rest = read_transport(line)
+        except MailError as error:
+            yield self.refused(trail, address, error)
+            return
         if kind in ("error", "retry"):
             error = read_refusal(rest, 450 if kind == "retry" else 0)
             yield self.refused(trail, address, error)
@@ -9159,8 +9255,9 @@ class Router:
             why = f"transport_maps {printable(target, 100)}: no such level of TLS"
             raise MailError("4.3.5", why, "none") from None
         if settings.relayhost:
-            every = [NextHop.parse(text, "relayhost") for text in settings.relayhost]
-            return [hop.with_level(level or "check") for hop in every]
+            texts = relay_words(settings.relayhost)
+            every = [NextHop.parse(text, "relayhost") for text in texts]
+            return [hop.with_level(hop.level or level or "check") for hop in every]
         level = level or "may"
         domain = address.domain.lower().rstrip(".")
         if domain.startswith("["):  # RFC 5321 section 4.1.3
@@ -9178,7 +9275,8 @@ class Router:
             what, name = "MX of", hop.host
         elif not is_named(target):
             what, source = "relayhost", self.settings.sources.get("relayhost", "")
-        tls = "no TLS" if hop.kind == "lmtp" else f"TLS: {TLS_WORDS[hop.level]}"
+        level = "may" if hop.level == "check" and is_loopback(hop.host) else hop.level
+        tls = "no TLS" if hop.kind == "lmtp" else f"TLS: {TLS_WORDS[level]}"
         trail = trail.draw(f"{what} {name}", source, tls)
         if not self.resolver or name in self.asked or not hop.port:
             return None
@@ -10044,6 +10142,8 @@ class Outbox:
         self.generic = MapFiles(settings, "smtp_generic_maps")
         self.resolver = Resolver(settings.root)
         self.lines: dict[str, Line] = {}
+        self.down: dict[str, float] = {}  # hosts, until when they come last
+        self.pause = 0.8 * settings.minimal_backoff_time
         self.workers = 0
         self.is_closing = False
         self.lock = threading.Lock()
@@ -10190,12 +10290,51 @@ class Outbox:
             lines, came = self.generic.lines(), message.envelope.origin
             is_ours = came.startswith(OWN_ORIGINS) or not came
             origin = settings.myorigin if is_ours else ""
-            rewriter = Rewriter(lines, origin, settings.is_local)
+            rewriter = Rewriter(lines, origin, settings)
         parcel = Parcel(message, errand.sender, errand.head(), rewriter)
         parcel.wishes = {name: pair[1] for name, pair in errand.recipients.items()}
         return parcel
 
     def send(self, relay: Relay, parcel: Parcel, errand: Errand) -> None:
+        """Has each recipient answered for, also by other hosts. Raises Stale.
+
+        Whom one host puts off is offered to the next, RFC 5321 section 5.1.
+        """
+        seen: set[str] = set()
+        left = self.settle(errand, self.transact(relay, parcel, errand), relay)
+        while left and len(seen) < MAX_TARGETS:
+            seen.add(str(relay.target))
+            parcel.wishes = {name: errand.recipients[name][1] for name in left}
+            other = None
+            try:
+                other = self.reach(errand.place, [], [], seen)
+                results = self.transact(other, parcel, errand)
+            except (MailError, Stale):
+                break
+            finally:
+                if other:
+                    other.quit()
+            relay = other
+            left = self.settle(errand, {**left, **results}, relay)
+        for name, error in left.items():
+            self.tell(errand, name, error)
+
+    def settle(self, errand: Errand, results: dict, relay: Relay) -> dict:
+        """Reports what is final; recipient -> MailError of whom another
+        host of the destination may take.
+        """
+        left, word = {}, "passed" if relay.offers_dsn else SENT
+        for name, result in results.items():
+            if not isinstance(result, MailError):
+                number = errand.recipients[name][0]
+                self.teller.report(number, word, result[0], relay.name, result[1])
+            elif result.is_temporary and LOST_AT_END not in result.text:
+                left[name] = result
+            else:
+                self.tell(errand, name, result)
+        return left
+
+    def transact(self, relay: Relay, parcel: Parcel, errand: Errand) -> dict:
         """Transactions until each recipient has an answer. Raises Stale."""
         results: dict = {}
         while True:
@@ -10213,13 +10352,7 @@ class Outbox:
             # Too many at once, RFC 5321 section 4.5.3.1.10: the rest follows.
             parcel.wishes = {name: parcel.wishes[name] for name in crowd}
         self.remember(relay, errand, results)
-        word = "passed" if relay.offers_dsn else SENT
-        for name, result in results.items():
-            if isinstance(result, MailError):
-                self.tell(errand, name, result)
-            else:
-                number = errand.recipients[name][0]
-                self.teller.report(number, word, result[0], relay.name, result[1])
+        return results
 
     def connect(self, line: Line, errand: Errand) -> Relay | None:
         """A connection to the first host that lets us in, or None.
@@ -10256,25 +10389,48 @@ class Outbox:
         for one in failed:
             self.fail(one, error)
 
-    def reach(self, place: str, tried: list[Relay], missed: list[MailError]) -> Relay:
+    def reach(
+        self,
+        place: str,
+        tried: list[Relay],
+        missed: list[MailError],
+        seen: frozenset | set = frozenset(),
+    ) -> Relay:
         """A connection by a route: its hops in order. Raises MailError.
 
         What it tried, and why those before did not do, is added to the lists.
+        Hosts in `seen` are left out; those that were down lately come last.
         """
-        left = MAX_TARGETS
-        for hop in parse_route(place, "next hop"):
-            try:
-                for target in self.targets(hop)[:left]:
+        asked = set(seen)
+        for is_last in (False, True):
+            for hop in parse_route(place, "next hop"):
+                left = MAX_TARGETS
+                try:
+                    targets = self.targets(hop)
+                except MailError as error:
+                    missed += [] if is_last else [softened(error, hop)]
+                    continue
+                for target in targets:
+                    name = str(target)
+                    if name in asked or self.is_down(name) != is_last or not left:
+                        continue
+                    asked.add(name)
                     left -= 1
                     try:
-                        return self.open(target, tried, missed)
+                        relay = self.open(target, tried, missed)
                     except MailError as error:
+                        self.down[name] = time.monotonic() + self.pause
                         missed.append(softened(error, hop))
-            except MailError as error:
-                missed.append(softened(error, hop))
+                        continue
+                    self.down.pop(name, None)
+                    return relay
         if not missed:
             raise MailError("4.4.4", f"no host to hand over to: {place}", "none")
         raise missed.pop()
+
+    def is_down(self, name: str) -> bool:
+        """Whether a host did not let us in a moment ago."""
+        return self.down.get(name, 0.0) > time.monotonic()
 
     def open(
         self, target: FarHost, tried: list[Relay], missed: list[MailError]
@@ -10308,7 +10464,7 @@ class Outbox:
         found = [
             FarHost(hop, host.name.rstrip("."), address)
             for host in self.without_us(hosts, hop)
-            for address in host.addresses
+            for address in shuffled(host.addresses)
         ]
         if not found:
             text = (
@@ -10407,6 +10563,11 @@ class RelayJob(Job):
         """Reads what only root may read; the runner needs none of it."""
         preload(*RELAY_MODULES)
         self.secrets = read_secrets(self.settings)
+        self.generic = MapFiles(self.settings, "smtp_generic_maps")
+        try:
+            self.generic.lines()
+        except MailError:
+            return  # who asks for them hears so
 
     def work(self) -> None:
         """Does errands until the runner hangs up."""
@@ -10414,6 +10575,7 @@ class RelayJob(Job):
 
         self.lock = threading.Lock()
         outbox = Outbox(self, self.settings, self.spool, self.secrets)
+        outbox.generic = self.generic
         outbox.run(self.orders)
 
     def report(self, number: int, *words: str) -> None:
@@ -13383,7 +13545,7 @@ def map_problems(house: House) -> list[str]:
 
     def check_generic(line: MapLine) -> None:
         any_line = MapLine(line.where, "*", line.value)
-        Rewriter([any_line], settings.myorigin, settings.is_local).change(anyone)
+        Rewriter([any_line], settings.myorigin, settings).change(anyone)
 
     def check_transport(line: MapLine) -> None:
         if not read_transport(line)[0]:
@@ -13416,7 +13578,7 @@ def check_settings(house: House) -> list[str]:
     if not tls_context(settings) and settings.smtpd_tls_port:
         raise ProgramError(EX_CONFIG, "smtpd_tls_port: set smtpd_tls_cert_file, too")
     try:
-        for text in settings.relayhost:
+        for text in relay_words(settings.relayhost):
             NextHop.parse(text, "relayhost")
         if settings.mailbox_transport:
             NextHop.parse(settings.mailbox_transport, "mailbox_transport", "lmtp")
@@ -16025,6 +16187,12 @@ edit, visual = edit_with("EDITOR", "ed"), edit_with("VISUAL", "vi")
 # Commands of the session
 
 
+def banged(text: str, last: str) -> str:
+    """A command with the one before it for each `!` without a backslash."""
+    parts = text.split("\\!")
+    return "!".join(part.replace("!", last) for part in parts)
+
+
 def shell(reader: MailReader, rest: str) -> None:
     """runs a command, or a shell"""
     if rest and reader.variables.has("bang"):
@@ -16033,12 +16201,6 @@ def shell(reader: MailReader, rest: str) -> None:
     run_shell(rest or os.environ.get("SHELL") or SHELL)
     if rest:
         reader.terminal.say("!\n")
-
-
-def banged(text: str, last: str) -> str:
-    """A command with the one before it for each `!` without a backslash."""
-    parts = text.split("\\!")
-    return "!".join(part.replace("!", last) for part in parts)
 
 
 def change_folder(reader: MailReader, rest: str) -> None:
@@ -17644,7 +17806,7 @@ def draw_sender(house: House, sender: Address, tree: Branch) -> None:
     """What another host sees as a message's sender: before and after."""
     settings = house.settings
     lines = MapFiles(settings, "smtp_generic_maps").lines()
-    rewriter = Rewriter(lines, settings.myorigin, settings.is_local)
+    rewriter = Rewriter(lines, settings.myorigin, settings)
     line = rewriter.find(sender) if sender.local else None
     new = rewriter.sender(str(sender))
     where = line.where if line else ""

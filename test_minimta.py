@@ -3644,7 +3644,7 @@ class TestNames:
     def test_an_answer_is_read(self, records, wanted):
         packet = wire_answer(QUESTION, *records)
         answer = minimta.decode_answer(packet, 0x1234, "x.example", "MX")
-        assert [one.data for one in answer.follow("x.example", "MX")] == wanted
+        assert [one.data for one in answer.follow("x.example", "MX")[0]] == wanted
 
     @pytest.mark.parametrize("packet", BAD_PACKETS.values(), ids=BAD_PACKETS)
     def test_what_is_no_answer_is_refused(self, packet):
@@ -3756,7 +3756,7 @@ class TestNames:
         record = wire_record("x.example", "MX", b"\0\1" + name)
         packet = wire_answer(QUESTION, record, MX_RECORD)
         answer = minimta.decode_answer(packet, 0x1234, "x.example", "MX")
-        found = [one.data for one in answer.follow("x.example", "MX")]
+        found = [one.data for one in answer.follow("x.example", "MX")[0]]
         assert found == [(1, minimta.ODD_NAME), (10, "mx.x.example")]
 
     def test_a_name_with_a_dot_in_a_label_is_not_another_name(self):
@@ -3774,7 +3774,7 @@ class TestNames:
         packet = wire_answer(QUESTION, end, *reversed(links))
         answer = minimta.decode_answer(packet, 0x1234, "x.example", "MX")
         if is_read:
-            (record,) = answer.follow("x.example", "MX")
+            ((record,), _) = answer.follow("x.example", "MX")
             assert record.data == (10, "mx.x.example")
         else:
             with pytest.raises(ValueError, match="CNAME"):
@@ -3912,7 +3912,7 @@ HOPS = [
 ]
 
 BAD_HOPS = [
-    *("", "[]", ":25", "[mx.example]:", "[mx.example]:0", "mx.example:smtp"),
+    *("", "[]", ":25", "[mx.example]:", "[mx.example]:0", "mx.example:nosuch"),
     *("[mx.example]x", "a[mx.example]", "[a]b:25", "uucp:[mx.example]:25"),
     *("mx.example:65536", "uucp:mx.example", "mx/example", "smtp:", "lmtp:"),
     *("mx.example sometimes", "mx.example may verify"),
@@ -4062,7 +4062,8 @@ GENERIC_FIELDS[16] = (
 def make_rewriter(text, origin="host.example"):
     """A rewriter with that map; two domains are ours."""
     ours = ("host.example", "localhost")
-    return minimta.Rewriter(minimta.parse_map(text, "g"), origin, ours.__contains__)
+    ours = make_settings(f"mydestination = {' '.join(ours)}")
+    return minimta.Rewriter(minimta.parse_map(text, "g"), origin, ours)
 
 
 class TestRoutes:
@@ -6666,7 +6667,7 @@ class TestParcel:
     )
     def test_only_the_header_is_rewritten(self, text, wanted, block):
         lines = minimta.parse_map("payam c@x.y\n", "g")
-        rewriter = minimta.Rewriter(lines, "h.z", {"h.z"}.__contains__)
+        rewriter = minimta.Rewriter(lines, "h.z", make_settings("mydestination = h.z"))
         message = FakeMessage(text.encode(), block)
         parcel = minimta.Parcel(message, "payam@h.z", b"", rewriter)
         assert b"".join(parcel.chunks()) == wanted.encode()
@@ -6674,7 +6675,7 @@ class TestParcel:
         assert parcel.survey.size == len(wanted) + wanted.count("\n")
 
     def test_a_header_of_any_length_is_sent_whole(self):
-        rewriter = minimta.Rewriter([], "h.z", {"h.z"}.__contains__)
+        rewriter = minimta.Rewriter([], "h.z", make_settings("mydestination = h.z"))
         data = f"{MANY_FIELDS}From: a@x.y\n\nbody\n".encode()
         parcel = minimta.Parcel(FakeMessage(data, 1 << 18), "a@x.y", b"", rewriter)
         is_same = b"".join(parcel.chunks()) == data
@@ -7046,7 +7047,9 @@ class TestResolver:
             _, second = make_resolver({("x.example", "MX"): [("MX", (1, "a"))]})
             resolver.servers = [("127.0.0.1", one.port) for one in (first, second)]
             assert len(resolver.lookup("x.example", "MX")) == 1
-            assert (len(first.asked), len(second.asked)) == (1, 1)
+            # Who knows no EDNS0 is asked once more, without.
+            assert len(first.asked) == 1 + (code == 4)
+            assert len(second.asked) == 1
 
     def test_a_server_that_says_no_such_name_is_believed(self, make_resolver):
         resolver, first = make_resolver({})
@@ -13330,6 +13333,110 @@ class TestRelayConnections:
         why = first.split(maxsplit=1)[1]
         assert re.search(rf"minimta/smtp\[\d+\]: {re.escape(why)}\n", instance.log())
 
+    @pytest.mark.parametrize(
+        "rows",
+        [
+            {"RCPT": "450 4.2.0 Not now"},
+            {"MAIL": "452 4.3.1 Disk full"},
+            {"DATA": "451 4.3.0 Later"},
+            {"END": "451 4.3.0 Later"},
+            {"MAIL": hang_up},
+            {"DATA": hang_up},
+        ],
+        ids=["rcpt", "mail", "data", "end", "gone at mail", "gone at data"],
+    )
+    def test_whom_a_host_puts_off_the_next_one_takes(self, instance, make_sink, rows):
+        sinks = [make_sink(**rows), make_sink()]
+        instance.configure(
+            relayhost=", ".join(f"[127.0.0.1]:{sink.port}" for sink in sinks)
+        )
+        names = ["a@far.example", "b@far.example"]
+        post(instance.start(), names, letter("next"))
+        assert outcomes(instance, *names) == ["sent", "sent"]
+        assert [len(sink.received) for sink in sinks] == [0, 1]
+        assert sinks[1].received[0][1] == names
+
+    def test_what_one_host_refuses_no_other_is_asked(self, instance, make_sink):
+        row = for_one("b", "550 5.1.1 Never")
+        sinks = [make_sink(RCPT=row), make_sink()]
+        instance.configure(
+            relayhost=", ".join(f"[127.0.0.1]:{sink.port}" for sink in sinks)
+        )
+        names = ["a@far.example", "b@far.example"]
+        post(instance.start(), names, letter("never"))
+        assert outcomes(instance, *names) == ["sent", "bounced"]
+        assert sinks[1].received == []
+
+    def test_a_host_that_wants_fewer_over_one_connection_gets_them(
+        self, instance, make_sink
+    ):
+        def mail(session, line):
+            taken = len([1 for n, said in session.server.log if n == session.number])
+            is_first = taken <= 2  # EHLO, MAIL
+            return "250 2.1.0 Ok" if is_first else "421 4.7.0 Too many here"
+
+        sink = make_sink(MAIL=mail)
+        relayed(instance, sink)
+        names = [f"n{number}@far.example" for number in range(5)]
+        for name in names:
+            post(instance, [name], letter("many"))
+        assert outcomes(instance, *names) == ["sent"] * 5
+
+    def test_a_dead_host_is_asked_last(self, instance, make_sink):
+        dead, good = make_sink(CONNECT=hang_up), make_sink(QUIT=last_words("221 Bye"))
+        instance.configure(
+            relayhost=", ".join(f"[127.0.0.1]:{one.port}" for one in (dead, good))
+        )
+        instance.start()
+        for number in range(3):
+            name = f"n{number}@far.example"
+            post(instance, [name], letter("dead"))
+            assert outcomes(instance, name) == ["sent"]
+        assert len(dead.clients) == 1
+
+    @pytest.mark.parametrize(
+        ("verb", "row"),
+        [
+            ("RCPT", "252 2.1.5 Perhaps"),
+            ("MAIL", "251 2.1.0 Ok"),
+            ("CONNECT", "200 sink.example"),
+            ("EHLO", "200 sink.example"),
+            ("END", "251 2.0.0 Kept"),
+        ],
+    )
+    def test_the_first_digit_of_a_reply_decides(self, instance, make_sink, verb, row):
+        relayed(instance, make_sink(**{verb: row}))
+        post(instance, ["a@far.example"], letter("digit"))
+        assert outcomes(instance, "a@far.example") == ["sent"]
+
+    def test_the_hosts_behind_one_with_many_dead_addresses_are_tried(
+        self, instance, make_names, make_sink
+    ):
+        port, sink = free_port(), make_sink()
+        addresses = [("A", f"{FAR_NET}.{number}") for number in range(220, 230)]
+        make_names(instance, {("many.example", "A"): addresses})
+        hops = f"[many.example]:{port}, [127.0.0.1]:{sink.port}"
+        instance.configure(relayhost=hops)
+        post(instance.start(), ["a@x.example"], letter("many"))
+        assert outcomes(instance, "a@x.example") == ["sent"]
+
+    def test_an_alias_without_its_target_is_asked_for(
+        self, instance, make_names, make_sink
+    ):
+        port = free_port()
+        sink = make_sink(place=(f"{FAR_NET}.231", port))
+        rows = {
+            ("far.example", "MX"): [("CNAME", "real.example")],
+            ("real.example", "MX"): [("MX", (10, "mx.example"))],
+            ("mx.example", "A"): [("CNAME", "h.example")],
+            ("h.example", "A"): [("A", f"{FAR_NET}.231")],
+        }
+        make_names(instance, rows)
+        instance.configure(relayhost=f"far.example:{port}")
+        post(instance.start(), ["a@x.example"], letter("alias"))
+        assert outcomes(instance, "a@x.example") == ["sent"]
+        assert len(sink.received) == 1
+
     def test_mail_hosts_are_tried_in_order(self, instance, make_names, make_sink):
         port = free_port()
         sinks = [
@@ -14221,7 +14328,7 @@ retry.example     retry:4.3.2 come again
 discard.example   discard:
 usual.example     smtp:
 colon.example     :
-bad.example       smtp:[127.0.0.1]:smtp
+bad.example       smtp:[127.0.0.1]:nosuch
 uucp.example      uucp:[127.0.0.1]:25
 bare.example      [127.0.0.1]:{one}
 """
@@ -14755,9 +14862,15 @@ class TestSenderRewriting:
         assert "dsn=4.3.5, status=deferred" in end
         assert f"smtp_generic_maps: {path}: No such file" in end
 
-    @pytest.mark.parametrize(
-        "name", ["host", "host.localdomain", "host.local", "host.lan", "a.internal"]
-    )
+    @pytest.mark.parametrize("name", ["host.local", "host.lan", "a.internal", "a.b."])
+    def test_a_name_that_was_set_is_the_hello(self, instance, make_sink, name):
+        sink = make_sink()
+        instance.configure(myhostname=name, relayhost=f"[127.0.0.1]:{sink.port}")
+        post(instance.start(), ["a@far.example"], letter("hello"))
+        wait_for(lambda: sink.received)
+        assert sink.log[0][1] == f"EHLO {name.rstrip('.')}"
+
+    @pytest.mark.parametrize("name", ["host", "host.localdomain"])
     def test_a_name_that_nobody_knows_is_no_hello(self, instance, make_sink, name):
         sink = make_sink()
         instance.configure(myhostname=name, relayhost=f"[127.0.0.1]:{sink.port}")

@@ -9212,10 +9212,1035 @@ class TestPeople:
         assert caught.value.code == code
 
 
-# == 34 Dispatch: PROGRAMS, main ==============================================
+# == 37 Installation: Manifest, Installer, cmd_install, cmd_uninstall =========
+# On hosts of their own: what is done to one of them is done to an overlay.
 
 
+PROGRAM = "/usr/local/lib/minimta/minimta.py"
+SAVED = minimta.SAVED
+FOLDERS = minimta.FOLDERS
 VERSION = f"minimta {minimta.__version__}\n"
+COMMANDS_KEPT = "/var/log/commands"  # what stand-ins write down, in a host
+
+# $1: a folder to mount on; $2: what the host is a view of; $3: what is /mnt;
+# what is left is a command.
+HOST_SCRIPT = """
+mount -t tmpfs none "$1"
+mkdir "$1/upper" "$1/work" "$1/view"
+cd "$1/view"
+mount -t overlay overlay -o "lowerdir=$2,upperdir=$1/upper,workdir=$1/work" .
+cd "$1/view"
+mount -t tmpfs -o mode=1777 none tmp
+mount -t tmpfs -o mode=755 none run
+mount -t tmpfs -o mode=755 none dev
+for name in null zero full random urandom tty; do
+    : >"dev/$name"
+    mount --bind "/dev/$name" "dev/$name"
+done
+mount -t proc proc proc
+mount --bind "$3" mnt
+mount -o remount,bind,ro mnt
+shift 3
+"$@"
+echo ready
+exec chroot . cat
+"""
+LOOPBACK_UP = """
+import fcntl, socket, struct
+flags = struct.pack("16sh22x", b"lo", 0x49)  # IFF_UP, IFF_LOOPBACK, IFF_RUNNING
+fcntl.ioctl(socket.socket(), 0x8914, flags)  # SIOCSIFFLAGS
+"""
+
+
+def seen_at(path):
+    """What a path is: kind and mode, owner, what is in it; None: nothing."""
+    try:
+        seen = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    inside = None
+    if path.is_symlink():
+        inside = os.readlink(path)
+    elif path.is_file():
+        inside = hash(path.read_bytes())
+    return oct(seen.st_mode), seen.st_uid, seen.st_gid, inside
+
+
+class Host:
+    """A view of this machine, or of another host, that can be changed.
+
+    What is changed is in an overlay and nowhere else. Its processes, mounts
+    and network are in name spaces that end when it is closed, or the tests.
+    """
+
+    ENV = {
+        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "HOME": "/root",
+        "LOGNAME": "root",
+        "LC_ALL": "C",
+        "TERM": "dumb",
+        "DEBIAN_FRONTEND": "noninteractive",
+    }
+
+    def __init__(self, source, model=None):
+        self.top = Path(tempfile.mkdtemp(prefix="minimta-host-"))
+        self.source = source
+        enter = ["nsenter", f"--target={model.holder.pid}", "--mount"] if model else []
+        lower = model.top / "view" if model else "/"
+        words = [*enter, "unshare", "--mount", "--pid", "--net", "--fork"]
+        words += ["--kill-child", "sh", "-ec", HOST_SCRIPT, "sh", self.top, lower]
+        self.holder = subprocess.Popen(
+            [*words, source, sys.executable, "-c", LOOPBACK_UP],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=self.ENV,
+        )
+        if self.holder.stdout.readline() != b"ready\n":
+            why = self.holder.stderr.read().decode().strip()
+            self.close()
+            pytest.skip(f"no host can be made here: {why}")
+        children = f"/proc/{self.holder.pid}/task/{self.holder.pid}/children"
+        self.first = int(Path(children).read_text())
+        wait_for(lambda: Path(f"/proc/{self.first}/comm").read_text() == "cat\n")
+        outside = Path(f"/proc/{self.holder.pid}/root")
+        self.uppers = [outside / str(self.top / "upper")[1:]]
+        if model:
+            self.uppers += model.uppers
+        self.view = Path(f"/proc/{self.first}/root")
+
+    def close(self):
+        self.holder.kill()
+        self.holder.communicate()
+        self.top.rmdir()
+
+    @contextlib.contextmanager
+    def copy(self):
+        """Another host that is like this one; this one rests meanwhile."""
+        one = Host(self.source, self)
+        try:
+            one.path("/run/systemd/system").mkdir(parents=True)
+            yield one
+        finally:
+            one.close()
+
+    def inside(self, *words):
+        """The command that runs one in here."""
+        enter = ["nsenter", f"--target={self.first}", "--mount", "--pid", "--net"]
+        return [*enter, "--root", "--wd", *words]
+
+    def run(self, *words, stdin="", user=0, **env):
+        """Runs a program in here to its end: its Result."""
+        become_user = [
+            "setpriv",
+            f"--reuid={user}",
+            f"--regid={user}",
+            "--clear-groups",
+        ]
+        done = subprocess.run(
+            self.inside(*(become_user if user else []), *map(str, words)),
+            input=stdin.encode(),
+            capture_output=True,
+            env={**self.ENV, **env},
+            timeout=PATIENCE,
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def do(self, *words, **how):
+        """Runs what must succeed and say nothing on stderr; what it prints."""
+        result = self.run(*words, **how)
+        assert (result.code, result.err) == (0, ""), (words, result)
+        return result.out
+
+    def shell(self, script):
+        """Runs what a test needs to have been done."""
+        result = self.run("sh", "-ec", script)
+        assert result.code == 0, result
+        return result.out
+
+    def install(self, *words, **how):
+        return self.do("/mnt/minimta.py", "install", *words, **how)
+
+    def uninstall(self, *words, **how):
+        return self.do("/mnt/minimta.py", "uninstall", *words, **how)
+
+    def path(self, name):
+        """A file of this host's; its symlinks are read from outside."""
+        return self.view / name.lstrip("/")
+
+    def put(self, name, text, mode=0o644):
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        path.chmod(mode)
+
+    def stand_in(self, name, code=0):
+        """A program that writes down what it was told."""
+        script = f'#!/bin/sh\necho "${{0##*/}} $*" >>{COMMANDS_KEPT}\nexit {code}\n'
+        self.put(name, script, 0o755)
+
+    def commands(self):
+        """What stand-ins were told since last asked."""
+        path = self.path(COMMANDS_KEPT)
+        said = path.read_text().splitlines() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return said
+
+    def changes(self):
+        """Path -> what is there, where it is not as on this machine."""
+        found = {}
+        for upper in self.uppers:
+            for folder, folders, files in os.walk(upper):
+                where = Path(folder).relative_to(upper)
+                for name in (where / name for name in folders + files):
+                    seen = seen_at(self.view / name)
+                    if seen != seen_at(Path("/", name)):
+                        found[str(name)] = seen
+                # A folder that was made anew hides what was in the old one.
+                with contextlib.suppress(OSError):
+                    gone = set(os.listdir(Path("/", where)))
+                    gone -= set(os.listdir(self.view / where))
+                    found.update((str(where / name), None) for name in gone)
+        return {name: seen for name, seen in found.items() if not is_forgiven(name)}
+
+    @contextlib.contextmanager
+    def serving(self):
+        """The daemon runs in here meanwhile, and ends well."""
+        words = self.inside("sh", "-c", "echo $$ >/run/pid; exec minimta serve")
+        serve = subprocess.Popen(words, stdin=subprocess.DEVNULL, env=self.ENV)
+        wait_for(lambda: self.run("minimta", "health").code == 0)
+        try:
+            yield
+        finally:
+            self.shell("kill $(cat /run/pid)")
+            assert serve.wait(PATIENCE) == 0
+
+    def mailbox(self, user="root"):
+        path = self.path(f"/var/mail/{user}")
+        return read_mbox(path.read_bytes()) if path.exists() else []
+
+    def wait_mail(self, token):
+        """The one message with `token` in root's mailbox."""
+        wait_for(lambda: any(token in text for text in self.mailbox()))
+        (message,) = (text for text in self.mailbox() if token in text)
+        return message
+
+    def has_manifest(self):
+        return self.path(minimta.MANIFEST).exists()
+
+    def queued(self):
+        return os.listdir(self.path("/var/spool/minimta/queue"))
+
+    def is_whole(self):
+        """Fails where something of an installation is missing or left over."""
+        names = (*minimta.LINKS, "/usr/local/sbin/minimta")
+        seen = [seen_at(self.path(name)) for name in names]
+        assert [one and one[-1] for one in seen] == [PROGRAM] * len(names)
+        assert self.run("minimta", "--version").out == VERSION
+        assert self.path("/usr/local/share/man/man8/minimta.8").is_file()
+        users = [row.split(":") for row in self.do("getent", "passwd").splitlines()]
+        uids = [int(uid) for name, _, uid, *_ in users if name == "minimta"]
+        assert len(uids) == 1
+        place = self.path("/var/spool/minimta")
+        assert {name: (seen_at(place / name) or ())[:2] for name, _ in FOLDERS} == {
+            name: (oct(0o40000 | mode), 0 if name == "maildrop" else uids[0])
+            for name, mode in FOLDERS
+        }
+        assert [name for name in self.changes() if name.endswith(".minimta-new")] == []
+
+
+# What changes though nothing does: backups of the user's and group's files,
+# locks, lists and logs of dpkg's, and mailboxes.
+FORGIVEN = re.compile(
+    r"etc/(passwd|group|shadow|gshadow|subuid|subgid)-|etc/\.pwd\.lock"
+    r"|var/lib/dpkg/(diversions|status|available)-old|var/lib/dpkg/(lock|triggers/.*)"
+    r"|var/log/(dpkg|alternatives)\.log|var/mail/.*|" + COMMANDS_KEPT[1:]
+)
+
+
+def is_forgiven(name):
+    """Whether a path may differ when all has been undone."""
+    return FORGIVEN.fullmatch(name) is not None
+
+
+NEWER = "9.9"  # the version of the newer one
+
+
+@pytest.fixture(scope="session")
+def source():
+    """What is unpacked at /mnt of each host: minimta.py, and a newer one."""
+    if not AS_ROOT:
+        pytest.skip("only root can set this up")
+    if not python_for_everyone():
+        pytest.skip("no Python >= 3.9 here that every user may run")
+    path = open_directory("minimta-source-")
+    shutil.copy2(HERE / "Makefile", path)
+    text = SCRIPT.read_text(encoding="utf-8")
+    newer = text.replace(f'"{minimta.__version__}"', f'"{NEWER}"', 1)
+    assert newer != text
+    for place, one in ((path, text), (path / "newer", newer)):
+        place.mkdir(exist_ok=True)
+        (place / "minimta.py").write_text(one, encoding="utf-8")
+        (place / "minimta.py").chmod(0o755)
+        # Its byte code, once.
+        how = {"env": {"PATH": Host.ENV["PATH"]}, "stdout": subprocess.DEVNULL}
+        subprocess.run([place / "minimta.py", "--version"], check=True, **how)
+    yield path
+    shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def many_hosts(source):
+    """Makes hosts, and closes them."""
+    made = []
+
+    def make():
+        made.append(Host(source))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for host in made:
+            host.close()
+
+
+@pytest.fixture
+def make_host(source):
+    with many_hosts(source) as make:
+        yield make
+
+
+@pytest.fixture
+def host(make_host):
+    """A host as this machine is."""
+    return make_host()
+
+
+@pytest.fixture(scope="class")
+def lived_in(source):
+    """A host where minimta is installed; what is done there stays harmless."""
+    with many_hosts(source) as make:
+        one = make()
+        one.said = one.install()
+        yield one
+
+
+@pytest.fixture(scope="class")
+def idle(source):
+    """A host where nothing but /tmp is ever changed."""
+    with many_hosts(source) as make:
+        yield make()
+
+
+def files_below(place):
+    """Name -> path, of each file below a place."""
+    found = [path for path in place.rglob("*") if path.is_symlink() or path.is_file()]
+    return {f"/{path.relative_to(place)}": path for path in found}
+
+
+def without_would(text):
+    """The lines of what a dry run said, as if it had been none."""
+    return [line.removeprefix("would ") for line in text.splitlines()]
+
+
+def no_diversions(host):
+    """It is not Debian's any more."""
+    host.shell("rm -f $(command -v dpkg-divert)")
+
+
+def rules_by_alternatives(host):
+    """As on Fedora: `alternatives` says who is sendmail."""
+    tool("update-alternatives")
+    host.shell("""
+        rm -f $(command -v dpkg-divert)
+        ln -s $(command -v update-alternatives) /usr/local/bin/alternatives
+        rm -f /usr/sbin/sendmail /usr/lib/sendmail /usr/bin/mailq /usr/bin/newaliases
+        mkdir /opt/other
+        for name in sendmail mailq newaliases libsendmail; do
+            echo "#!/bin/sh" >/opt/other/$name
+            chmod 755 /opt/other/$name
+        done
+        alternatives --install /usr/sbin/sendmail mta /opt/other/sendmail 90 \
+            --slave /usr/bin/mailq mta-mailq /opt/other/mailq \
+            --slave /usr/bin/newaliases mta-newaliases /opt/other/newaliases \
+            --slave /usr/lib/sendmail mta-sendmail /opt/other/libsendmail
+    """)
+    assert host.path("/etc/alternatives/mta").is_symlink()
+
+
+def wraps_mailers(host):
+    """As on a BSD: mailwrapper reads in its file what to call."""
+    no_diversions(host)
+    host.put("/etc/mail/mailer.conf", "sendmail\t/usr/libexec/dma\n", 0o640)
+
+
+def has_no_aliases(host):
+    host.shell("rm -f /etc/aliases /etc/aliases.db")
+
+
+def has_nothing(host):
+    """A host on which nobody sends mail."""
+    host.shell("rm -f " + " ".join(minimta.LINKS))
+    no_diversions(host)
+
+
+def has_openrc(host):
+    host.stand_in("/sbin/openrc-run")
+    host.stand_in("/usr/local/bin/rc-update")
+    host.stand_in("/usr/local/bin/rc-service")
+
+
+def has_systemd(host, code=0):
+    host.path("/run/systemd/system").mkdir(parents=True)
+    host.stand_in("/usr/local/bin/systemctl", code)
+
+
+def as_it_is(host):
+    """This machine."""
+
+
+KINDS_OF_HOST = [
+    *(as_it_is, no_diversions, rules_by_alternatives, wraps_mailers),
+    *(has_no_aliases, has_nothing, has_openrc, has_systemd),
+]
+# Who is asked to start the daemon: (host, when installed, when uninstalled).
+SERVICE_ROWS = [
+    (
+        has_systemd,
+        ["systemctl daemon-reload", "systemctl enable minimta"],
+        "systemctl restart minimta",
+        ["systemctl disable --now minimta"],
+        ("unit", "/etc/systemd/system/minimta.service", 0o644),
+    ),
+    (
+        has_openrc,
+        ["rc-update add minimta"],
+        "rc-service minimta restart",
+        ["rc-service minimta stop", "rc-update del minimta"],
+        ("openrc", "/etc/init.d/minimta", 0o755),
+    ),
+]
+
+# What is said where it cannot be done: (words, user, environment, exit code).
+REFUSED_ROWS = [
+    (["install"], 5001, {}, 77),
+    (["uninstall"], 5001, {}, 77),
+    (["install", "--destdir", "tmp/x"], 0, {}, 64),
+    (["install", "--prefix", "usr"], 0, {}, 64),
+    (["uninstall", "--destdir", "tmp/x"], 0, {}, 64),
+    (["install"], 0, {"MINIMTA_ROOT": "/tmp/x"}, 64),
+    (["uninstall"], 0, {"MINIMTA_ROOT": "/tmp/x"}, 64),
+    (["install", "now"], 0, {}, 64),
+    (["install", "--print", "everything"], 0, {}, 64),
+    (["install", "--nothing"], 0, {}, 64),
+    (["install", "--stub-deb", "/no/such/a.deb"], 0, {}, 73),
+    (["uninstall"], 0, {}, 69),
+    (["uninstall", "--destdir", "/tmp/none"], 0, {}, 69),
+]
+
+# The names under which system calls change a host, on any machine.
+CHANGING_CALLS = ",".join(
+    f"?{name}"
+    for name in (
+        *("rename", "renameat", "renameat2", "symlink", "symlinkat", "link"),
+        *("unlink", "unlinkat", "rmdir", "mkdir", "mkdirat", "chown", "fchownat"),
+        *("chmod", "fchmodat", "vfork", "fork", "clone", "clone3"),
+    )
+)
+
+
+def killed_before(host, count, *words):
+    """Runs minimta.py, killed before any call for the count-th time; if so."""
+    strace = ["strace", "-qq", "-o", "/dev/null", "-e", f"trace={CHANGING_CALLS}"]
+    strace += ["-e", f"inject={CHANGING_CALLS}:signal=SIGKILL:when={count}"]
+    # The shell in front of it makes no call of those.
+    code = host.run(*strace, "/mnt/minimta.py", *words).code
+    assert code in (0, -signal.SIGKILL, 128 + signal.SIGKILL)
+    return code != 0
+
+
+def each_step(host, *words):
+    """Kills the command again and again, each time a change later, until it is
+    done; yields when the host is in a state that it was not in before."""
+    before = host.changes()
+    count = 2
+    while killed_before(host, count, *words):
+        now = host.changes()
+        count = count + 1 if now == before else 2
+        if now != before:
+            yield len(now)
+        before = now
+
+
+def some(steps):
+    """All of some steps, or a few: MINIMTA_TEST_CRASHES says how many."""
+    every = max(1, 10 // CRASHES)
+    for number, step in enumerate(steps):
+        if number % every == 0:
+            yield step
+
+
+RIVAL = """\
+Package: rival-mta
+Version: 1
+Architecture: all
+Maintainer: nobody <nobody@example.com>
+Provides: mail-transport-agent
+Conflicts: mail-transport-agent
+Replaces: mail-transport-agent
+Description: another mail system
+ It has a sendmail of its own.
+"""
+NEEDY = """\
+Package: needy
+Version: 1
+Architecture: all
+Maintainer: nobody <nobody@example.com>
+Depends: default-mta | mail-transport-agent
+Description: wants some mail system
+"""
+
+
+def meets_a_rival(host):
+    """Another mail system's package comes and goes, as apt has it."""
+    host.put("/tmp/rival/DEBIAN/control", RIVAL)
+    for name in ("usr/sbin/sendmail", "usr/bin/mailq", "usr/lib/sendmail"):
+        host.put(f"/tmp/rival/{name}", "#!/bin/sh\necho rival\n", 0o755)
+    host.shell("dpkg-deb -b /tmp/rival /tmp/rival.deb")
+    host.shell("dpkg --force-depends,conflicts,overwrite -i /tmp/rival.deb")
+    yield
+    host.shell("dpkg --force-depends --purge rival-mta")
+    yield
+
+
+@needs_root
+class TestInstall:
+    """From nothing to a host whose mail works, and back."""
+
+    def test_a_dry_run_says_what_is_done_and_changes_nothing(self, host):
+        before = host.changes()
+        said = host.install("--dry-run")
+        assert host.changes() == before
+        assert host.install("-n") == said
+        assert without_would(said) == without_would(host.install())
+        before = host.changes()
+        said = host.uninstall("--dry-run")
+        assert host.changes() == before
+        assert without_would(said) == without_would(host.uninstall())
+
+    @pytest.mark.parametrize("kind", KINDS_OF_HOST)
+    def test_uninstall_gives_the_host_back_as_it_was(self, host, kind):
+        kind(host)
+        before = host.changes()
+        host.install()
+        if kind is not rules_by_alternatives:
+            host.is_whole()
+        assert host.do("sendmail", "--version") == VERSION
+        assert host.do("mailq", "--version") == VERSION
+        assert host.do("mailq") == "Mail queue is empty\n"
+        host.do("mail", "-s", "kept", "root", stdin="text\n")
+        host.wait_mail("kept")
+        assert "everything is in place\n" in host.install()
+        host.do("minimta", "uninstall")
+        assert host.changes() == before
+        assert host.wait_mail("kept")
+        assert host.run("/mnt/minimta.py", "uninstall").code == 69
+
+    @pytest.mark.parametrize("name", [*minimta.LINKS, "/usr/local/sbin/minimta"])
+    def test_each_name_is_the_program(self, lived_in, name):
+        assert os.readlink(lived_in.path(name)) == PROGRAM
+        assert lived_in.do(name, "--version") == VERSION
+        assert lived_in.do(os.path.basename(name), "--version") == VERSION
+
+    @pytest.mark.parametrize("name", minimta.LINKS)
+    def test_what_had_a_name_is_beside_it(self, lived_in, name):
+        assert seen_at(lived_in.path(name + SAVED)) == seen_at(Path(name))
+
+    def test_it_is_all_there(self, lived_in):
+        lived_in.is_whole()
+        seen = lived_in.path(PROGRAM).stat()
+        assert (oct(seen.st_mode), seen.st_uid) == ("0o100755", 0)
+
+    def test_its_python_is_pinned(self, lived_in):
+        text = lived_in.path(PROGRAM).read_text(encoding="utf-8")
+        (python,) = re.findall(r"(?m)^pinned=(.*)$", text)
+        assert os.path.isabs(python)
+        assert text.replace(f"\npinned={python}\n", "\npinned=\n") == SCRIPT.read_text(
+            encoding="utf-8"
+        )
+        # No PATH decides.
+        assert lived_in.do(PROGRAM, "--version", PATH="/nowhere:/bin") == VERSION
+
+    @pytest.mark.parametrize("mask", ["022", "077"])
+    def test_its_byte_code_is_there_for_everybody(self, host, mask):
+        host.shell(f"umask {mask}; /mnt/minimta.py install")
+        found = list(host.path(f"{os.path.dirname(PROGRAM)}/__pycache__").iterdir())
+        assert sorted(path.suffix for path in found) == [".pyc", ".rooms"]
+        for path in (found[0].parent, *found):
+            assert path.stat().st_mode & 0o044 == 0o044, path
+            assert path.stat().st_uid == 0
+        before = {path: path.stat().st_mtime_ns for path in found}
+        for user in (0, 5001):
+            assert host.do("sendmail", "--version", user=user) == VERSION
+        assert {path: path.stat().st_mtime_ns for path in found} == before
+
+    def test_where_nothing_starts_it_a_line_for_cron_is_offered(self, lived_in):
+        line = lived_in.install("--print", "crontab")
+        assert lived_in.said.endswith(f" to /etc/crontab:\n{line}")
+        assert re.fullmatch(r"\S+ \* \* \* \* root /usr/sbin/sendmail -q\n", line)
+
+    def test_once_more_changes_nothing(self, lived_in):
+        before = lived_in.changes()
+        assert lived_in.install().endswith("\neverything is in place\n")
+        assert lived_in.do("minimta", "install").endswith("everything is in place\n")
+        assert lived_in.changes() == before
+
+    def test_mail_arrives_without_a_daemon(self, lived_in):
+        for words in (["mail", "-s", "by mail"], ["mailx", "-s", "by mailx"]):
+            lived_in.do(*words, "root", stdin="text\n")
+            lived_in.wait_mail(words[-1])
+        for name in ("/usr/sbin/sendmail", "/usr/lib/sendmail"):
+            for user in (0, 5001):
+                token = new_token()
+                lived_in.do(name, "root", stdin=letter(token), user=user)
+                # What a user hands in waits for somebody who may deliver it.
+                lived_in.do("sendmail", "-q")
+                lived_in.wait_mail(token)
+
+    def test_mail_arrives_with_a_daemon(self, host):
+        host.install()
+        with host.serving():
+            host.do("mail", "-s", "by mail", "root", stdin="text\n")
+            host.wait_mail("by mail")
+            for user in (0, 5001):
+                token = new_token()
+                host.do("sendmail", "root", stdin=letter(token), user=user)
+                host.wait_mail(token)
+            # The daemon's queue is not taken away.
+            assert "its daemon runs: stop it, then uninstall" in host.uninstall()
+        host.uninstall()
+        assert host.changes() == {}
+
+    def test_the_manual_has_every_command(self, lived_in):
+        page = lived_in.path("/usr/local/share/man/man8/minimta.8").read_text()
+        assert lived_in.install("--print", "man") == page
+        listed = re.findall(r"(?m)^(\w+)  +\S", lived_in.do("minimta", "--help"))
+        assert {"sendmail", "mail", "install"} < set(listed)
+        heads = re.findall(r"(?m)^\.SS (.*)$", page)
+        assert [name for name in (*listed, "uninstall") if name not in heads] == []
+        for name in heads:
+            assert f"usage: {name}" in page or f"usage: minimta.py {name}" in page
+        for row in minimta.SETTINGS:
+            assert f"\n.B {row.name} = " in page
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ["man", "--warnings", "-l", "-Tutf8"],
+            ["groff", "-man", "-Tutf8", "-ww", "-z"],
+            ["mandoc", "-Tlint", "-Werror"],
+        ],
+        ids=lambda words: words[0],
+    )
+    def test_the_manual_has_no_fault(self, lived_in, words):
+        tool(words[0])
+        path = "/usr/local/share/man/man8/minimta.8"
+        result = lived_in.run(*words, path, MANPAGER="cat", MANWIDTH="80")
+        assert (result.code, result.err) == (0, "")
+        if words[0] == "man":
+            assert "usage: sendmail" in result.out
+
+    @pytest.mark.parametrize(("kind", "orders", "start", "stops", "file"), SERVICE_ROWS)
+    def test_the_service_starts_and_stops_with_it(
+        self, host, kind, orders, start, stops, file
+    ):
+        kind(host)
+        word, place, mode = file
+        assert "start the daemon\n" in host.install()
+        assert host.commands() == [*orders, start]
+        assert host.path(place).read_text() == host.install("--print", word)
+        assert host.path(place).stat().st_mode & 0o7777 == mode
+        assert host.install() == "everything is in place\n"
+        assert host.commands() == []
+        # A newer one is started anew.
+        assert host.do("/mnt/newer/minimta.py", "install").endswith("the daemon\n")
+        assert host.commands()[-1] == start
+        assert "stop the daemon\n" in host.uninstall()
+        assert host.commands()[: len(stops)] == stops
+
+    def test_a_daemon_that_does_not_start_is_said(self, host):
+        has_systemd(host, 1)
+        assert "\nthe daemon did not start: " in host.install()
+        host.is_whole()
+
+    def test_what_somebody_has_changed_stays(self, host):
+        has_no_aliases(host)
+        host.install()
+        host.put("/etc/aliases", "postmaster: root\nroot: me\n")
+        host.shell("rm /usr/bin/mail; echo mine >/usr/bin/mail")
+        said = host.uninstall()
+        assert "kept /etc/aliases: it was changed\n" in said
+        assert f"kept /usr/bin/mail{SAVED}: /usr/bin/mail is somebody's\n" in said
+        assert host.path("/etc/aliases").read_text() == "postmaster: root\nroot: me\n"
+        assert host.path("/usr/bin/mail").read_text() == "mine\n"
+        # When it is out of the way, the rest comes back.
+        host.shell("rm /usr/bin/mail")
+        host.uninstall()
+        assert seen_at(host.path("/usr/bin/mail")) == seen_at(Path("/usr/bin/mail"))
+
+    def test_mail_in_the_queue_is_kept_until_it_is_gone(self, host):
+        host.install()
+        host.do("sendmail", "-odq", "root", stdin=letter("waits"))
+        (name,) = host.queued()
+        said = host.uninstall()
+        assert "kept /var/spool/minimta: 1 message in it\n" in said
+        assert "kept the user minimta: " in said
+        assert host.queued() == [name]
+        left = {name.split("/minimta")[0] for name in host.changes()}
+        left -= {"etc/passwd", "etc/group", "etc/shadow", "etc/gshadow"}
+        assert left == {"var/lib", "var/spool"}
+        assert "1 message" in host.uninstall()
+        host.do("/mnt/minimta.py", "sendmail", "-q")
+        host.wait_mail("waits")
+        assert "remove the queue /var/spool/minimta" in host.uninstall()
+        assert host.changes() == {}
+
+    def test_mail_that_waited_is_there_when_it_is_installed_again(self, host):
+        host.install()
+        host.do("sendmail", "-odq", "root", stdin=letter("waits"))
+        host.uninstall()
+        host.install()
+        host.is_whole()
+        host.do("sendmail", "-q")
+        host.wait_mail("waits")
+        host.uninstall()
+        assert host.changes() == {}
+
+    def test_a_newer_one_is_installed_over_it(self, host):
+        host.install()
+        host.do("sendmail", "-odq", "root", stdin=letter("waits"))
+        said = host.do("/mnt/newer/minimta.py", "install")
+        assert without_would(said)[0] == f"write {PROGRAM}"
+        assert not re.search("(?m)^(divert|link|make) ", said)
+        for name in ("sendmail", "minimta"):
+            assert host.do(name, "--version") == f"minimta {NEWER}\n"
+        page = host.path("/usr/local/share/man/man8/minimta.8").read_text()
+        assert f"minimta {NEWER}" in page
+        assert len(host.queued()) == 1
+        host.do("sendmail", "-q")
+        host.wait_mail("waits")
+        # Either of them takes it away.
+        host.uninstall()
+        assert host.changes() == {}
+
+    def test_another_prefix_is_another_place(self, host):
+        host.install("--prefix", "/opt/mail")
+        program = "/opt/mail/lib/minimta/minimta.py"
+        assert os.readlink(host.path("/usr/sbin/sendmail")) == program
+        assert host.do("/opt/mail/sbin/minimta", "--version") == VERSION
+        host.uninstall()
+        assert host.changes() == {}
+
+    def test_one_prefix_after_the_other_leaves_nothing(self, host):
+        host.install()
+        host.install("--prefix", "/opt/mail")
+        host.do("mail", "-s", "moved", "root", stdin="text\n")
+        host.wait_mail("moved")
+        host.uninstall()
+        assert host.changes() == {}
+
+    # What somebody asks for
+
+    @pytest.mark.parametrize(("words", "user", "env", "code"), REFUSED_ROWS)
+    def test_what_cannot_be_is_refused_in_one_line(self, idle, words, user, env, code):
+        result = idle.run("/mnt/minimta.py", *words, user=user, **env)
+        assert (result.code, result.out) == (code, "")
+        assert re.fullmatch(rf"{words[0]}: .+\n", result.err)
+        assert idle.changes() == {}
+
+    def test_a_refusal_says_what_to_do(self, idle):
+        said = [
+            idle.run("/mnt/minimta.py", *words, user=user, **env).err
+            for words, user, env, _ in REFUSED_ROWS
+        ]
+        wrong = [line for line in said if not re.match(r"\w+: .+: .+", line)]
+        assert wrong == []
+
+    @pytest.mark.parametrize("user", [0, 5001])
+    @pytest.mark.parametrize("prefix", ["/usr", "/usr/local"])
+    def test_below_a_directory_only_files_are_made(self, idle, user, prefix):
+        place = f"/tmp/{new_token()}"
+        words = ("--destdir", place, "--prefix", prefix)
+        assert without_would(idle.install(*words, "-n")) == without_would(
+            idle.install(*words, user=user)
+        )
+        assert idle.changes() == {}
+        links = {*minimta.LINKS, f"{prefix}/sbin/minimta"}
+        program = f"{prefix}/lib/minimta/minimta.py"
+        made = files_below(idle.path(place))
+        assert set(made) == links | {
+            *(program, f"{prefix}/share/man/man8/minimta.8", minimta.MANIFEST),
+            f"{prefix}/lib/systemd/system/minimta.service",
+        }
+        for name in links:
+            assert os.readlink(made[name]) == program
+        for path in (*made.values(), *made[program].parents):
+            if not path.is_symlink() and path.is_relative_to(idle.path(place)):
+                wanted = 0o755 if path.is_dir() or path == made[program] else 0o644
+                assert (path, oct(path.stat().st_mode & 0o7777)) == (path, oct(wanted))
+                assert path.stat().st_uid == user
+        assert f"ExecStart={program} serve\n" in made[
+            f"{prefix}/lib/systemd/system/minimta.service"
+        ].read_text(encoding="utf-8")
+        assert idle.install(*words, user=user) == "everything is in place\n"
+        idle.uninstall(*words[:2], user=user)
+        assert files_below(idle.path(place)) == {}
+        assert idle.changes() == {}
+
+    @pytest.mark.parametrize("user", [0, 5001])
+    def test_make_install_does_the_same(self, idle, user):
+        tool("make")
+        by_make, by_word = (f"/tmp/{new_token()}" for _ in "12")
+        orders = (f"DESTDIR={by_make}", "PREFIX=/usr")
+        idle.do("make", "-s", "-C", "/mnt", "install", *orders, user=user)
+        idle.install("--destdir", by_word, "--prefix", "/usr", user=user)
+        one, other = (files_below(idle.path(place)) for place in (by_make, by_word))
+        assert one.keys() == other.keys()
+        assert [seen_at(path) for path in one.values()] == [
+            seen_at(path) for path in other.values()
+        ]
+        assert idle.changes() == {}
+
+    def test_make_install_without_words_is_install(self, host):
+        tool("make")
+        host.do("make", "-s", "-C", "/mnt", "install")
+        host.is_whole()
+        assert "everything is in place\n" in host.install()
+
+    def test_the_stub_stands_for_a_mail_system(self, host):
+        tool("dpkg-deb")
+        for name in ("one", "two"):
+            said = host.install("--stub-deb", f"/tmp/{name}.deb")
+            assert said == f"write /tmp/{name}.deb: apt-get install /tmp/{name}.deb\n"
+        data = [host.path(f"/tmp/{name}.deb").read_bytes() for name in ("one", "two")]
+        assert data[0] == data[1]
+        assert "Provides: default-mta, mail-transport-agent\n" in host.do(
+            "dpkg-deb", "-I", "/tmp/one.deb"
+        ).replace("\n ", "\n")
+        assert host.do("dpkg-deb", "-c", "/tmp/one.deb") == ""
+        # Those that are there have to go: only one stands for all.
+        shown = ("dpkg-query", "-W", "-f")
+        rows = host.do(*shown, "${Package} ${Provides}\n").splitlines()
+        rivals = [row.split()[0] for row in rows if "mail-transport-agent" in row]
+        host.shell(f"dpkg --force-depends --remove {' '.join(rivals)} dummy || true")
+        before = host.changes()
+        result = host.run("dpkg", "-i", "/tmp/one.deb")
+        assert result.code == 0, result
+        assert host.do(*shown, "${db:Status-Status} ${Provides}", "minimta-stub") == (
+            "installed default-mta, mail-transport-agent"
+        )
+        assert host.run("dpkg", "--audit").out == ""
+        # What wants some mail system is content.
+        host.put("/tmp/needy/DEBIAN/control", NEEDY)
+        host.shell("dpkg-deb -b /tmp/needy /tmp/needy.deb; dpkg -i /tmp/needy.deb")
+        host.shell("dpkg --force-depends --purge needy minimta-stub")
+        assert host.changes() == before
+
+    @pytest.mark.parametrize("word", ["man", "unit", "openrc", "crontab"])
+    def test_what_is_printed_is_for_that_prefix_and_changes_nothing(self, idle, word):
+        for user in (0, 5001):
+            text = idle.install("--print", word, "--prefix", "/opt/mail", user=user)
+            assert text.endswith("\n")
+            assert ("/opt/mail/lib/minimta/minimta.py" in text) == (
+                word in ("unit", "openrc")
+            )
+        assert idle.changes() == {}
+
+    def test_the_openrc_script_is_a_script(self, idle):
+        idle.put("/tmp/script", idle.install("--print", "openrc"))
+        assert idle.do("sh", "-n", "/tmp/script") == ""
+
+    def test_systemd_finds_no_fault_in_the_unit(self, lived_in):
+        tool("systemd-analyze")
+        verify = ("systemd-analyze", "verify", "--man=no")
+        lived_in.put("/tmp/plain.service", "[Service]\nExecStart=/bin/true\n")
+        if lived_in.run(*verify, "/tmp/plain.service").code:
+            pytest.skip("systemd-analyze cannot verify anything here")
+        lived_in.put("/tmp/minimta.service", lived_in.install("--print", "unit"))
+        result = lived_in.run(*verify, "/tmp/minimta.service")
+        assert (result.code, result.out + result.err) == (0, "")
+
+    # Hosts of other kinds
+
+    def test_without_dpkg_what_is_replaced_is_renamed(self, host):
+        no_diversions(host)
+        said = host.install()
+        for name in minimta.LINKS:
+            if seen_at(Path(name)):
+                assert f"move {name} to {name}{SAVED}\n" in said
+            assert seen_at(host.path(name + SAVED)) == seen_at(Path(name))
+        assert "move /usr/sbin/sendmail" not in host.install()
+
+    def test_alternatives_say_that_it_is_the_one(self, host):
+        rules_by_alternatives(host)
+        host.install()
+        shown = host.do("alternatives", "--query", "mta")
+        assert re.search(rf"(?m)^Value: {os.path.dirname(PROGRAM)}/sendmail$", shown)
+        for name in minimta.LINKS[:4]:
+            assert host.path(name).readlink().parent == Path("/etc/alternatives")
+        for name in minimta.LINKS:
+            assert host.do(name, "--version") == VERSION
+        assert "everything is in place\n" in host.install()
+        host.uninstall()
+        shown = host.do("alternatives", "--query", "mta")
+        assert re.search(r"(?m)^Status: auto$", shown)
+        assert re.search(r"(?m)^Value: /opt/other/sendmail$", shown)
+
+    def test_a_mailwrapper_is_told_to_call_it(self, host):
+        wraps_mailers(host)
+        before = seen_at(host.path("/etc/mail/mailer.conf"))
+        host.install()
+        text = host.path("/etc/mail/mailer.conf").read_text()
+        rows = [line.split() for line in text.splitlines()]
+        assert rows == [[name, PROGRAM] for name in ("sendmail", "newaliases", "mailq")]
+        assert seen_at(host.path(f"/etc/mail/mailer.conf{SAVED}")) == before
+        host.uninstall()
+        assert seen_at(host.path("/etc/mail/mailer.conf")) == before
+
+    def test_aliases_are_made_where_there_are_none(self, host):
+        has_no_aliases(host)
+        host.install()
+        assert host.path("/etc/aliases").stat().st_mode & 0o7777 == 0o644
+        host.do("newaliases")
+        host.do("mail", "-s", "for you", "postmaster", stdin="text\n")
+        assert "To: postmaster@" in host.wait_mail("for you")
+
+    def test_a_user_is_made_though_no_path_leads_to_useradd(self, host):
+        """As su has it, without a dash."""
+        if shutil.which("useradd", path="/usr/bin:/bin"):
+            pytest.skip("useradd is everywhere here")
+        host.install(PATH="/usr/bin:/bin")
+        host.is_whole()
+
+    def test_mail_that_waited_before_goes_out(self, host):
+        """Who owned the queue before there was a user for it, does no more."""
+        host.put("/etc/minimta.conf", "relayhost = [127.0.0.1]:9\n")
+        words = ("-odq", "root", "someone@far.example")
+        host.do("/mnt/minimta.py", "sendmail", *words, stdin=letter("early"))
+        host.install()
+        with host.serving():
+            host.wait_mail("early")
+            wait_for(lambda: "someone@far.example" in host.do("mailq"))
+            fates = re.compile("refused|cannot be read")
+            assert wait_for(lambda: fates.findall(host.do("mailq"))) == ["refused"]
+        host.is_whole()
+
+    def test_what_newaliases_makes_of_our_aliases_goes_with_them(self, host):
+        has_no_aliases(host)
+        before = host.changes()
+        host.install()
+        host.do("newaliases")
+        host.uninstall()
+        assert host.changes() == before
+
+    # Interrupted: see each_step
+
+    def after_each_kill(self, host, word, check):
+        """Runs a check after each kill that changed something; its faults."""
+        tool("strace")
+        wrong = []
+        for number, _ in enumerate(some(each_step(host, word))):
+            with host.copy() as one:
+                try:
+                    check(one)
+                except AssertionError as error:
+                    words = str(error).splitlines()[:9]
+                    wrong.append("\n  ".join([f"kill {number}", *words]))
+        return "\n".join(wrong)
+
+    def test_an_install_that_was_killed_is_finished_by_the_next(self, host):
+        def finish(one):
+            one.install()
+            one.is_whole()
+            said = one.commands()
+            assert "systemctl enable minimta" in said
+            assert said[-1] == "systemctl restart minimta"
+            one.uninstall()
+            assert one.changes() == before
+
+        has_systemd(host)
+        before = host.changes()
+        assert self.after_each_kill(host, "install", finish) == ""
+
+    def test_an_install_that_was_killed_is_taken_away(self, host):
+        def go_back(one):
+            code = one.run("/mnt/minimta.py", "uninstall").code
+            assert code == 0 or code == 69 and not one.has_manifest()
+            assert one.changes() == before
+
+        has_systemd(host)
+        before = host.changes()
+        assert self.after_each_kill(host, "install", go_back) == ""
+
+    def test_an_uninstall_that_was_killed_is_finished_by_the_next(self, host):
+        def finish(one):
+            code = one.run("/mnt/minimta.py", "uninstall").code
+            assert code == 0 or code == 69 and not one.has_manifest()
+            assert one.changes() == before
+
+        has_systemd(host)
+        before = host.changes()
+        host.install()
+        assert self.after_each_kill(host, "uninstall", finish) == ""
+
+    def test_what_an_uninstall_that_was_killed_left_is_installed_again(self, host):
+        def go_back(one):
+            one.install()
+            one.is_whole()
+            one.uninstall()
+            assert one.changes() == before
+
+        has_systemd(host)
+        before = host.changes()
+        host.install()
+        assert self.after_each_kill(host, "uninstall", go_back) == ""
+
+    @pytest.mark.parametrize(
+        ("kind", "place", "wanted"),
+        [
+            (has_systemd, "/usr/local/bin/systemctl", SERVICE_ROWS[0][1:3]),
+            (has_openrc, "/usr/local/bin/rc-update", SERVICE_ROWS[1][1:3]),
+        ],
+    )
+    def test_a_service_that_was_cut_short_is_started_by_the_next(
+        self, host, kind, place, wanted
+    ):
+        kind(host)
+        stand_in = host.path(place).read_text()
+        host.put(place, "#!/bin/sh\nkill -9 $PPID\n", 0o755)
+        assert host.run("/mnt/minimta.py", "install").code == -signal.SIGKILL
+        host.put(place, stand_in, 0o755)
+        host.install()
+        host.is_whole()
+        assert host.commands() == [*wanted[0], wanted[1]]
+
+    # Another mail system
+
+    def test_a_package_that_comes_and_goes_leaves_the_links(self, make_host):
+        tool("dpkg-deb")
+        alone, ours = make_host(), make_host()
+        for _ in meets_a_rival(alone):
+            pass
+        ours.install()
+        for _ in meets_a_rival(ours):
+            ours.is_whole()
+            assert ours.do("sendmail", "--version") == VERSION
+        ours.uninstall()
+        assert ours.changes() == alone.changes()
+
+
+# == 38 Dispatch: PROGRAMS, main ==============================================
 
 MAIN_ROWS = [
     # by its own name, by the first word

@@ -5545,9 +5545,29 @@ class Spool:
         if os.geteuid() == 0:
             uid = 0 if mode & 0o1000 else self.uid
             if (seen.st_uid, seen.st_gid) != (uid, self.gid if uid else 0):
+                if uid not in (0, seen.st_uid):
+                    self.hand_over(path, seen.st_uid)
                 os.chown(path, uid, self.gid if uid else 0)
         if seen.st_mode & 0o7777 != mode:
             os.chmod(path, mode)
+
+    def hand_over(self, folder: str, before: int) -> None:
+        """Gives files of one mail_owner to the next, when that has changed.
+
+        Only plain files of one name that are that owner's: it may have put
+        other things there.
+        """
+        for entry in os.scandir(folder):
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            try:
+                fd = os.open(entry.path, flags)
+            except OSError:
+                continue
+            seen = os.fstat(fd)
+            is_plain = stat.S_ISREG(seen.st_mode) and seen.st_nlink == 1
+            if is_plain and seen.st_uid == before:
+                os.fchown(fd, self.uid, self.gid)
+            os.close(fd)
 
     def sync(self) -> None:
         """Makes a new name in queue/ durable, and that others are gone.
@@ -19233,7 +19253,8 @@ def cmd_doctor(args: list[str], environ: dict) -> int:
     """
     options, words = read_flags(args, "C:", ["json"])
     if words:
-        raise ProgramError(EX_USAGE, f"unknown argument {printable(words[0], 60)}")
+        why = f"{printable(words[0], 60)}: no such argument: see doctor --help"
+        raise ProgramError(EX_USAGE, why)
     house, is_wrong = House(environ, options.get("-C", "")), False
     for name, check in CHECKS.items():
         for one in look_at(check, house):
@@ -19256,6 +19277,8 @@ def cmd_doctor(args: list[str], environ: dict) -> int:
 # mailwrapper(8).
 # Failures: ProgramError EX_NOPERM, EX_CANTCREAT, EX_OSERR.
 
+ROOTS_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
+ASIDE = ".minimta-new"  # what follows the name of a file that is being written
 SAVED = ".minimta-saved"  # what follows the name of a file that is moved away
 MAILER_CONF = "/etc/mail/mailer.conf"  # of BSD's mailwrapper
 MAILERS_WRAPPED = ("sendmail", "newaliases", "mailq")
@@ -19385,7 +19408,7 @@ Description: stands for minimta, which is installed without a package
 
 def put_file(path: str, data: bytes, mode: int) -> None:
     """Writes a file that is either the old one or the new one. OSError."""
-    aside = f"{path}.minimta-new"
+    aside = path + ASIDE
     fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, mode)
     try:
         os.fchmod(fd, mode)
@@ -19428,7 +19451,9 @@ class Manifest:
             text = "".join("\t".join(row) + "\n" for row in rows)
             put_file(self.path, os_bytes(text), 0o644)
             return
-        os.unlink(self.path)
+        for path in (self.path, self.path + ASIDE):
+            if os.path.lexists(path):
+                os.unlink(path)
         try:
             os.rmdir(os.path.dirname(self.path))
         except OSError:
@@ -19460,6 +19485,8 @@ class Installer:
     def __init__(self, environ: dict, destdir: str, prefix: str, is_dry: bool) -> None:
         self.environ = environ
         self.manual = ""
+        path = f"{environ.get('PATH', '')}:{ROOTS_PATH}"  # su gives less
+        self.env = {**environ, "PATH": path.lstrip(":")}
         self.destdir = destdir.rstrip("/")
         self.home = f"{prefix.rstrip('/')}/lib/minimta"
         self.share = f"{prefix.rstrip('/')}/share"
@@ -19469,6 +19496,7 @@ class Installer:
         self.manifest = Manifest(self.destdir + MANIFEST)
         self.count = 0  # things that were to be done
         self.is_kept = False  # whether what was to be undone stays
+        self.gone: set[str] = set()  # folders that are removed, or would be
 
     def say(self, text: str) -> None:
         """What is done, or would be."""
@@ -19480,7 +19508,7 @@ class Installer:
         import subprocess
 
         try:
-            done = subprocess.run(words, capture_output=True, check=False)
+            done = subprocess.run(words, capture_output=True, check=False, env=self.env)
         except OSError:
             return False
         return done.returncode == 0
@@ -19489,12 +19517,14 @@ class Installer:
         """Whether the host has a program, and may be changed by it."""
         import shutil
 
-        return not self.destdir and shutil.which(program) is not None
+        found = shutil.which(program, path=self.env["PATH"])
+        return not self.destdir and found is not None
 
     # There
 
     def install(self) -> None:
         """Everything, in the order in which it is needed."""
+        os.umask(0o022)  # it is for everybody
         self.put_program()
         for path in (*LINKS, self.command):
             self.link(path)
@@ -19523,7 +19553,12 @@ class Installer:
     def put(self, path: str, data: bytes, mode: int = 0o644) -> None:
         """A file of ours, if it is not there as it should be."""
         place = self.destdir + path
-        if content(place) == data and os.stat(place).st_mode & 0o777 == mode:
+        old = content(place)
+        if old == data and os.stat(place).st_mode & 0o777 == mode:
+            return
+        marks = [row[2] for row in self.manifest.rows() if row[:2] == ["file", path]]
+        if old and marks and digest(old) not in marks and path != self.program:
+            self.keep(path, "it was changed")
             return
         self.say(f"write {path}")
         if not self.is_dry:
@@ -19542,8 +19577,12 @@ class Installer:
 
     def is_ours(self, path: str) -> bool:
         """Whether a path is a link to our program."""
+        return self.leads_to(path) == self.program
+
+    def leads_to(self, path: str) -> str:
+        """Where a link leads, "" for what is none."""
         place = self.destdir + path
-        return os.path.islink(place) and os.readlink(place) == self.program
+        return os.readlink(place) if os.path.islink(place) else ""
 
     def link(self, path: str) -> None:
         """A name of the program's; what has it now is moved away."""
@@ -19552,12 +19591,13 @@ class Installer:
         if self.is_alternative(path):
             self.take_alternative(path)
             return
-        self.move_away(path)
+        if ["link", path, self.leads_to(path)] not in self.manifest.rows():
+            self.move_away(path)  # it is not ours of another prefix
         self.say(f"link {path} to {self.program}")
         if not self.is_dry:
             self.make_folders(os.path.dirname(path))
-            self.manifest.add("link", path)
-            aside = f"{self.destdir}{path}.minimta-new"
+            self.manifest.add("link", path, self.program)
+            aside = f"{self.destdir}{path}{ASIDE}"
             if os.path.lexists(aside):
                 os.unlink(aside)
             os.symlink(self.program, aside)
@@ -19581,6 +19621,14 @@ class Installer:
                 self.manifest.add("moved", path)
                 os.rename(self.destdir + path, self.destdir + saved)
 
+    def is_diverted(self, path: str) -> bool:
+        """Whether dpkg still knows of our diversion."""
+        import subprocess
+
+        words = ["dpkg-divert", "--truename", path]
+        found = subprocess.run(words, capture_output=True, check=False, env=self.env)
+        return os_text(found.stdout).strip() == path + SAVED
+
     def is_alternative(self, path: str) -> bool:
         """Whether `alternatives` rules a path, and not dpkg."""
         place = self.destdir + path
@@ -19599,7 +19647,7 @@ class Installer:
             place = os.readlink(link) if os.path.islink(link) else ""
             if "/alternatives/mta" in place:
                 own = f"{self.home}/{os.path.basename(link)}"
-                self.manifest.add("link", own)
+                self.manifest.add("link", own, self.program)
                 if not os.path.lexists(own):
                     os.symlink(self.program, own)
                 kind = "--slave" if words else "--install"
@@ -19649,8 +19697,11 @@ class Installer:
         """The queue's directories."""
         house = House(self.environ)
         directory = house.settings.queue_directory
-        if os.path.isdir(f"{directory}/queue"):
-            return
+        folders = [f"{directory}/{name}" for name, _ in FOLDERS]
+        if all(map(os.path.isdir, folders)):
+            owner = queue_owner(house.settings, house.users)
+            if os.stat(f"{directory}/queue").st_uid == owner.uid:
+                return
         self.say(f"make the queue {directory}")
         if not self.is_dry:
             self.make_folders(os.path.dirname(directory))
@@ -19676,26 +19727,29 @@ class Installer:
 
     def start(self, program: str, *orders: tuple) -> None:
         """The service, from now on and at each start of the host."""
-        if self.is_dry or not self.count:
+        done = ["started", program] in self.manifest.rows()
+        if self.is_dry or done and not self.count:
             return
         self.manifest.add("service", program)
-        for words in orders:
-            self.run(program, *words)
-        starter = ("systemctl", "restart", "minimta")
-        if program != "systemctl":
-            starter = ("rc-service", "minimta", "restart")
+        for order in orders:
+            self.run(program, *order)
         self.say("start the daemon")
-        if not self.run(*starter):
+        words = ("systemctl", "restart", "minimta")
+        if program != "systemctl":
+            words = ("rc-service", "minimta", "restart")
+        if not self.run(*words):
             text = "the daemon did not start: see minimta doctor"
             write_all(1, os_bytes(f"{text}\n"))
+        self.manifest.add("started", program)
 
     # And back
 
     def uninstall(self) -> None:
         """Undoes what the manifest says, the last thing first."""
         rows = self.manifest.rows()
-        if not rows:
-            raise ProgramError(EX_UNAVAILABLE, "it is not installed here")
+        if not rows and not os.path.lexists(self.manifest.path + ASIDE):
+            why = "it is not installed here: there is nothing to do"
+            raise ProgramError(EX_UNAVAILABLE, why)
         left = []
         for kind, *words in reversed(rows):
             self.is_kept = False
@@ -19713,6 +19767,7 @@ class Installer:
     def undo_file(self, path: str, mark: str) -> None:
         """A file of ours goes, unless somebody has changed it."""
         place = self.destdir + path
+        self.remove_aside(path)
         if not os.path.lexists(place):
             return
         marks = [row[2] for row in self.manifest.rows() if row[:2] == ["file", path]]
@@ -19720,8 +19775,21 @@ class Installer:
             self.keep(path, "it was changed")
             return
         self.say(f"remove {path}")
-        if not self.is_dry:
-            os.unlink(place)
+        if self.is_dry:
+            return
+        os.unlink(place)
+        if path == "/etc/aliases":
+            for name in AliasDatabase(path).files:
+                if os.path.lexists(name):
+                    os.unlink(name)
+        if path.endswith(".service"):
+            self.run("systemctl", "daemon-reload")
+
+    def remove_aside(self, path: str) -> None:
+        """What was half written when somebody killed us."""
+        aside = self.destdir + path + ASIDE
+        if os.path.lexists(aside) and not self.is_dry:
+            os.unlink(aside)
 
     def undo_folder(self, path: str) -> None:
         """A folder of ours goes, if nothing is in it."""
@@ -19738,9 +19806,10 @@ class Installer:
         if not self.is_dry:
             shutil.rmtree(self.destdir + path, ignore_errors=True)
 
-    def undo_link(self, path: str) -> None:
+    def undo_link(self, path: str, program: str) -> None:
         """A link of ours goes, not what took its place."""
-        if self.is_ours(path):
+        self.remove_aside(path)
+        if self.leads_to(path) == program:
             self.say(f"remove {path}")
             if not self.is_dry:
                 os.unlink(self.destdir + path)
@@ -19759,6 +19828,8 @@ class Installer:
 
     def undo_diversion(self, path: str) -> None:
         """dpkg puts the file back that it diverted."""
+        if not self.is_diverted(path):
+            return
         if os.path.lexists(path) and not self.is_dry:
             self.keep(path + SAVED, f"{path} is somebody's")
             return
@@ -19775,7 +19846,8 @@ class Installer:
 
     def undo_user(self, name: str) -> None:
         """The user goes, unless mail is left that belongs to it."""
-        if os.path.isdir(House(self.environ).settings.queue_directory):
+        directory = House(self.environ).settings.queue_directory
+        if os.path.isdir(directory) and directory not in self.gone:
             self.keep(f"the user {name}", "the queue is there")
             return
         self.say(f"remove the user {name}")
@@ -19799,6 +19871,7 @@ class Installer:
             self.keep(directory, f"{counted(count)} in it")
             return
         self.say(f"remove the queue {directory}, it is empty")
+        self.gone.add(directory)
         if not self.is_dry:
             shutil.rmtree(directory, ignore_errors=True)
 
@@ -19813,7 +19886,11 @@ class Installer:
             self.run("rc-service", "minimta", "stop")
             self.run("rc-update", "del", "minimta")
 
+    def undo_nothing(self, _: str) -> None:
+        """A line that only says how far an install came."""
+
     UNDO = {
+        "started": undo_nothing,
         "file": undo_file,
         "folder": undo_folder,
         "tree": undo_tree,
@@ -19855,10 +19932,13 @@ def read_installer(args: list[str], environ: dict, more: list[str]) -> tuple:
     """(Installer, options) of a command line. Raises ProgramError."""
     options, words = read_flags(args, "n", ["dry-run", "destdir=", "prefix=", *more])
     if words:
-        raise ProgramError(EX_USAGE, f"unknown argument {printable(words[0], 60)}")
+        why = f"{printable(words[0], 60)}: no such argument: see install --help"
+        raise ProgramError(EX_USAGE, why)
     destdir, prefix = options.get("--destdir", ""), options.get("--prefix", "")
-    if any(path and not path.startswith("/") for path in (destdir, prefix)):
-        raise ProgramError(EX_USAGE, "--destdir and --prefix need an absolute path")
+    for path in (destdir, prefix):
+        if path and not path.startswith("/"):
+            why = f"{printable(path, 100)}: not an absolute path: begin it with /"
+            raise ProgramError(EX_USAGE, why)
     is_dry = "--dry-run" in options or "-n" in options
     installer = Installer(environ, destdir, prefix or "/usr/local", is_dry)
     return installer, options
@@ -19869,7 +19949,8 @@ def change_host(installer: Installer, change: object, nothing: str) -> int:
     if os.geteuid() and not installer.destdir and not installer.is_dry:
         raise ProgramError(EX_NOPERM, "this changes the host: run as root")
     if installer.environ.get("MINIMTA_ROOT"):
-        raise ProgramError(EX_USAGE, "a private instance needs nothing installed")
+        why = "a private instance needs nothing installed: unset MINIMTA_ROOT"
+        raise ProgramError(EX_USAGE, why)
     try:
         change()
     except OSError as error:
@@ -19911,7 +19992,8 @@ def cmd_install(args: list[str], environ: dict) -> int:
     if "--print" in options:
         word = options["--print"]
         if word not in PRINTED:
-            raise ProgramError(EX_USAGE, f"--print needs {', '.join(PRINTED)}")
+            why = f"{printable(word, 60)}: not to be printed: {', '.join(PRINTED)}"
+            raise ProgramError(EX_USAGE, why)
         write_all(1, os_bytes(PRINTED[word](installer)))
         return EX_OK
     if "--stub-deb" in options:

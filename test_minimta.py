@@ -1572,6 +1572,45 @@ class TestHeaderAddresses:
         assert len(minimta.header_addresses("a@b," * 100_000)) == 100_000
 
 
+MAGIC_ROWS = [
+    # what is to be refused, with any code of its kind
+    *(("fail-550", ("fail", 550)), ("fail-599", ("fail", 599))),
+    *(("defer-451", ("defer", 451)), ("defer-421", ("defer", 421))),
+    ("slow-30", ("slow", 30)),
+    ("slow-0", ("slow", 0)),
+    # the case does not count
+    *(("FAIL-550", ("fail", 550)), ("Slow-1", ("slow", 1))),
+    # no number, or not only a number
+    *((name, ("", 0)) for name in ("fail-", "fail", "slow-", "defer-", "-550", "")),
+    *((name, ("", 0)) for name in ("fail-55x", "fail-550-1", "slow-1s", "slow--1")),
+    *((name, ("", 0)) for name in ("fail-5 0", "slow-1.5", "fail-550+x", "fail550")),
+    # digits of another script
+    ("slow-\u0663", ("", 0)),
+    # no code, or one of another kind
+    *((name, ("", 0)) for name in ("fail-250", "fail-451", "defer-550", "defer-45")),
+    *((name, ("", 0)) for name in ("fail-5500", "fail-55", "slow-9999")),
+    # other words
+    *((name, ("", 0)) for name in ("failed-550", "xfail-550", "pass-250")),
+]
+
+
+class TestCaptureWords:
+    """Magic recipients, as words."""
+
+    @pytest.mark.parametrize(("local", "wanted"), MAGIC_ROWS)
+    def test_a_local_part_is_magic_or_not(self, local, wanted):
+        assert minimta.magic_words(local) == wanted
+
+    @pytest.mark.parametrize(("local", "wanted"), MAGIC_ROWS)
+    def test_only_what_fails_or_is_deferred_is_refused(self, local, wanted):
+        word, code = wanted
+        failure = minimta.magic_failure(minimta.Address(local, "far.example"))
+        seen = failure and (failure.code, failure.status)
+        assert seen == (
+            (code, f"{code // 100}.0.0") if word[:1] in "fd" and code else None
+        )
+
+
 # == 4 Messages: WireReader, InputReader, Header, received_field, mbox_quoted =
 
 
@@ -4816,6 +4855,136 @@ class TestLog:
         assert (tmp_path / "log").stat().st_mode & 0o137 == 0
 
 
+def make_json_log(path):
+    """A log of JSON lines that is written to a file."""
+    return make_log(f"json:{path}")
+
+
+def json_lines(text):
+    """The objects of a log of JSON lines, each of them whole."""
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+HOSTILE_NAMES = [
+    '"a b"@host.example',
+    '"a, status=x"@host.example',
+    '"dsn=4.0.0 b"@host.example',
+    "b\u00fccher@host.example",
+    "\udcff@host.example",
+]
+
+
+class TestJsonLog:
+    """maillog_file = json:FILE."""
+
+    @pytest.mark.parametrize(("event", "wanted"), LOG_ROWS)
+    def test_an_event_has_its_object(self, tmp_path, event, wanted):
+        event(make_json_log(tmp_path / "log"))
+        found = json_lines((tmp_path / "log").read_text())
+        shown = [f"minimta/{row['component']} {row['message']}" for row in found]
+        assert shown == wanted.split("\n")
+
+    def test_it_says_when_where_and_who(self, tmp_path):
+        begin = time.time()
+        make_json_log(tmp_path / "log").line("qmgr", "text")
+        (row,) = json_lines((tmp_path / "log").read_text())
+        assert begin <= row.pop("time") <= time.time()
+        assert row == {
+            **{"host": "host", "name": "minimta", "component": "qmgr"},
+            **{"pid": os.getpid(), "message": "text", "level": "info"},
+        }
+
+    def test_a_delivery_has_its_words_as_keys(self, tmp_path):
+        attempt = delivered("mailbox bob@host.example", "team@host.example")
+        make_json_log(tmp_path / "log").attempt("T1X2Y3Z4A5", attempt, 0.0)
+        (row,) = json_lines((tmp_path / "log").read_text())
+        wanted = {
+            **{"queue_id": "T1X2Y3Z4A5", "to": "bob@host.example", "delay": "1.5"},
+            **{"orig_to": "team@host.example", "relay": "local"},
+            **{"dsn": "2.0.0", "status": "sent"},
+        }
+        assert {name: row.get(name) for name in wanted} == wanted
+
+    @pytest.mark.parametrize("name", HOSTILE_NAMES)
+    def test_a_recipient_is_named_whole(self, tmp_path, name):
+        attempt = delivered(f"mailbox {name}", name)
+        make_json_log(tmp_path / "log").attempt("T1X2Y3Z4A5", attempt, 0.0)
+        (row,) = json_lines((tmp_path / "log").read_text())
+        assert row["to"] == minimta.printable(name)
+        assert (row["status"], row["dsn"]) == ("sent", "2.0.0")
+
+    def test_what_another_host_says_is_no_key(self, tmp_path):
+        why = "said: 550 to=<eve@x> client=x sasl_username=y status=sent"
+        words = ("a@far.example", "remote a@far.example", "mx.far.example", why)
+        attempt = minimta.Attempt(1.5, "bounced", "5.1.1", *words)
+        make_json_log(tmp_path / "log").attempt("T1X2Y3Z4A5", attempt, 0.0)
+        (row,) = json_lines((tmp_path / "log").read_text())
+        assert (row["to"], row["status"]) == ("a@far.example", "bounced")
+        assert not {"client", "sasl_username"} & set(row)
+
+    def test_a_message_id_makes_no_keys(self, tmp_path):
+        header = "Message-ID: <1 to=<eve@x> status=sent@far.example>\n"
+        make_json_log(tmp_path / "log").active(taken_up(header))
+        first, _ = json_lines((tmp_path / "log").read_text())
+        assert not {"to", "status"} & set(first)
+
+    def test_a_warning_has_its_level(self, tmp_path):
+        make_json_log(tmp_path / "log").warning("qmgr", "disk full")
+        (row,) = json_lines((tmp_path / "log").read_text())
+        assert (row["level"], row["message"]) == ("warning", "warning: disk full")
+
+    @pytest.mark.parametrize(
+        "char", ["\n", '"', "\\", "\x1b", "\u2028", "\udcff", "\0"]
+    )
+    def test_an_event_is_one_object_whatever_it_says(self, tmp_path, char):
+        make_json_log(tmp_path / "log").line("smtpd", f"a{char}b")
+        (line,) = (tmp_path / "log").read_bytes().splitlines()
+        assert json.loads(line)["message"] == minimta.printable(f"a{char}b")
+
+    def test_every_program_logs_so(self, instance):
+        instance.configure(maillog_file=f"json:{instance.root}/var/log/mail.log")
+        instance.sendmail("user1", stdin=letter("by hand"))
+        instance.wait_message("user1", "by hand")
+        instance.start()
+        instance.send("user2@localhost", letter("by wire"))
+        instance.wait_message("user2", "by wire")
+        wait_for(lambda: instance.log().count(": removed") == 2)
+        rows = json_lines(instance.log())
+        sent = [row for row in rows if row.get("status")]
+        assert [(row["to"], row["status"], row["dsn"]) for row in sent] == [
+            (f"user1@{HOST}", "sent", "2.0.0"),
+            (f"user2@{HOST}", "sent", "2.0.0"),
+        ]
+        for one in sent:
+            own = [row for row in rows if row.get("queue_id") == one["queue_id"]]
+            assert {"cleanup", "qmgr", "local"} <= {row["component"] for row in own}
+            assert len({row["pid"] for row in own}) <= 2
+
+    def test_of_a_daemon_it_goes_to_stdout(self, instance):
+        instance.configure(maillog_file="json:-")
+        instance.process = subprocess.Popen(
+            [instance.bin / "minimta.py", "serve"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=instance.env("root"),
+            start_new_session=True,
+        )
+        wait_for(instance.is_ready)
+        instance.send("payam@localhost", letter("out"))
+        instance.wait_message("payam", "out")
+        process, instance.process = instance.process, None
+        process.terminate()
+        out, err = process.communicate(timeout=PATIENCE)
+        rows = json_lines(out.decode())
+        assert (process.returncode, err) == (0, b"")
+        assert rows[0]["message"].startswith("daemon started")
+        assert rows[-1]["message"] == "daemon stopped"
+        (sent,) = [row for row in rows if row.get("status")]
+        assert (sent["to"], sent["status"]) == (f"payam@{HOST}", "sent")
+        assert not (instance.root / "var/log").exists()
+
+
 # == 15 Users: User, Users, Passwords, Rights, find_root, read_settings =======
 
 
@@ -5034,6 +5203,90 @@ class TestReadSettings:
         with pytest.raises(minimta.ProgramError, match=re.escape(path)) as caught:
             minimta.read_settings({"MINIMTA_ROOT": str(tmp_path)}, path)
         assert caught.value.code == 78
+
+
+class TestFromFiles:
+    """MINIMTA_<NAME>_FILE: a setting in a file, as containers hand it over."""
+
+    @staticmethod
+    def config(instance, name, **environ):
+        """(value, where from) of a setting, as `minimta.py config` shows them."""
+        result = instance.run("minimta.py", "config", env=environ)
+        assert (result.code, result.err) == (0, "")
+        shape = rf"(?m)^{name} = (.*?) +# (.*); default: .*$"
+        return re.search(shape, result.out).groups()
+
+    @pytest.mark.parametrize("text", ["[mx]:26", "[mx]:26\n", "  [mx]:26 \r\n\n"])
+    def test_the_value_is_what_the_file_says(self, instance, text):
+        path = instance.write("secret", text)
+        value, source = self.config(instance, "relayhost", MINIMTA_RELAYHOST_FILE=path)
+        assert value == "[mx]:26"
+        assert "environment, MINIMTA_RELAYHOST" in source
+
+    def test_it_counts_more_than_the_settings_file(self, instance):
+        instance.configure(relayhost="[other]")
+        path = instance.write("secret", "[mx]")
+        assert self.config(instance, "relayhost", MINIMTA_RELAYHOST_FILE=path)[0] == (
+            "[mx]"
+        )
+
+    @pytest.mark.parametrize("value", ["[other]", ""])
+    @pytest.mark.parametrize("name", ["secret", "no-such-file"])
+    def test_what_the_environment_says_itself_counts_more(self, instance, value, name):
+        instance.write("secret", "[mx]")
+        env = {"MINIMTA_RELAYHOST": value, "MINIMTA_RELAYHOST_FILE": f"/{name}"}
+        wanted = (value, "environment, MINIMTA_RELAYHOST")
+        assert self.config(instance, "relayhost", **env) == wanted
+
+    def test_a_name_of_no_file_is_nothing(self, instance):
+        instance.configure(relayhost="[mx]")
+        assert self.config(instance, "relayhost", MINIMTA_RELAYHOST_FILE="")[0] == (
+            "[mx]"
+        )
+
+    def test_a_setting_that_ends_in_file_is_no_such_file(self, instance):
+        env = {"MINIMTA_MAILLOG_FILE": "/no/such/log"}
+        assert self.config(instance, "maillog_file", **env)[0] == "/no/such/log"
+        path = instance.write("where", "/another/log\n")
+        env = {"MINIMTA_MAILLOG_FILE_FILE": path}
+        assert self.config(instance, "maillog_file", **env)[0] == "/another/log"
+
+    @pytest.mark.parametrize("name", ["no-such-file", "."])
+    @pytest.mark.parametrize("program", ["config", "sendmail", "serve", "mailq"])
+    def test_a_file_that_cannot_be_read_ends_in_one_line(self, instance, program, name):
+        path = instance.root / name
+        words = ["payam"] if program == "sendmail" else []
+        env = {"MINIMTA_RELAYHOST_FILE": path}
+        result = instance.run("minimta.py", program, *words, env=env)
+        assert_one_clear_line(result, 78)
+        assert f"MINIMTA_RELAYHOST_FILE: {path}: " in result.err
+
+    @needs_root
+    def test_a_file_that_others_keep_is_not_read_for_a_user(self, instance, public_bin):
+        path = instance.write("secret", "[mx]")
+        path.chmod(0o600)
+        result = instance.run(
+            *("minimta.py", "config"),
+            env={"MINIMTA_RELAYHOST_FILE": path},
+            bin_dir=public_bin,
+            preexec_fn=become("user1"),
+        )
+        assert_one_clear_line(result, 78)
+        assert "Permission denied" in result.err
+
+    @pytest.mark.parametrize("data", [b"26x", b"", b"\xff\0", b"26\n27"])
+    def test_a_value_that_is_none_is_refused_in_one_line(self, instance, data):
+        path = instance.root / "port"
+        path.write_bytes(data)
+        env = {"MINIMTA_SMTPD_PORT_FILE": path}
+        assert_one_clear_line(instance.run("minimta.py", "config", env=env), 78)
+
+    def test_a_daemon_listens_where_the_file_says(self, instance):
+        instance.configure(smtpd_port=1)
+        path = instance.write("port", f"{instance.port}\n")
+        instance.start(env={"MINIMTA_SMTPD_PORT_FILE": str(path)})
+        instance.send("payam@localhost", letter("filed"))
+        instance.wait_message("payam", "filed")
 
 
 # == 16 Maps: MapFiles, Secrets, read_secrets =================================

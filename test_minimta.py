@@ -552,6 +552,12 @@ class Wire:
         return self.whole_answer()[-1]
 
 
+def unsent(wire):
+    """How much of what was sent the other end's kernel has not got yet."""
+    answer = fcntl.ioctl(wire.socket, termios.TIOCOUTQ, b"1234")
+    return struct.unpack("i", answer)[0]
+
+
 def play(peer, dialogue):
     """Say the C: lines to `peer`, and hold its answers to the S: lines."""
     for number, line in enumerate(dialogue.strip().splitlines(), 1):
@@ -15076,6 +15082,319 @@ class TestBounce:
         instance.sendmail("friend@example.com", stdin=letter("tired"), user="payam")
         report = instance.wait_message("payam", "tired")
         assert "friend@example.com" in report
+
+
+def by_wire(instance, name, token):
+    """Sends to a daemon, as a program does that knows SMTP."""
+    instance.start()
+    instance.send([name], letter(token))
+
+
+def by_hand(instance, name, token):
+    """Sends with sendmail alone."""
+    instance.sendmail(name, stdin=letter(token))
+
+
+def by_socket(instance, name, token):
+    """Sends with sendmail beside a daemon."""
+    instance.start()
+    instance.sendmail(name, stdin=letter(token))
+
+
+DOORS = {"SMTP": by_wire, "sendmail": by_hand, "sendmail and a daemon": by_socket}
+ANYBODY = [
+    # nobody here
+    *("nosuch", "nosuch+x@localhost", f"No.Such@{HOST}"),
+    # elsewhere
+    *("who@far.example", "Who+x@sub.far.example", '"odd one"@far.example'),
+    "who@[192.0.2.1]",
+    # in another domain somebody of here is nobody
+    "user1@far.example",
+]
+REFUSED_ROWS = [
+    *(("fail-550", "550 5.0.0"), ("fail-552", "552 5.0.0"), ("fail-599", "599 5.0.0")),
+    *(("defer-451", "451 4.0.0"), ("defer-421", "421 4.0.0")),
+    ("FAIL-550", "550 5.0.0"),
+]
+
+
+class TestCapture:
+    """capture = yes: mail for anybody stays here; magic recipients."""
+
+    @pytest.fixture
+    def captured(self, instance, make_sink):
+        """An instance that captures, though `sink` is its relayhost."""
+        instance.sink = make_sink()
+        instance.configure(capture="yes", relayhost=f"[127.0.0.1]:{instance.sink.port}")
+        return instance
+
+    @pytest.mark.parametrize("environ", [{}, {"capture": "yes"}])
+    def test_it_is_refused_without_a_private_instance(self, environ):
+        text = "" if environ else "capture = yes"
+        env = {"MINIMTA_CAPTURE": "yes"} if environ else {}
+        assert "capture: not for a host's own mail" in settings_error(text, **env)
+        assert make_settings(text, "/root", **env).capture
+
+    @needs_root
+    @pytest.mark.parametrize(
+        "words",
+        ["minimta.py config", "minimta.py serve", "sendmail payam", "mailq", "mail x"],
+    )
+    def test_on_a_host_every_program_refuses_it(self, instance, words):
+        program, *words = words.split()
+        env = {"MINIMTA_ROOT": "", "MINIMTA_CAPTURE": "yes"}
+        result = instance.run(program, *words, env=env)
+        assert_one_clear_line(result, 78)
+        assert "MINIMTA_CAPTURE: capture: not for a host's own mail" in result.err
+
+    @pytest.mark.parametrize("value", ["maybe", "", "1"])
+    def test_it_is_yes_or_no(self, value):
+        assert "capture" in settings_error(f"capture = {value}", root="/x")
+
+    @pytest.mark.parametrize("name", ANYBODY)
+    @pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+    def test_mail_for_anybody_stays_with_the_owner(self, captured, door, name):
+        door(captured, name, "kept")
+        message = captured.wait_message("root", "kept")
+        where = "" if "@" in name else f"@{HOST}"
+        assert fields(message, "X-Original-To") == [name + where]
+        assert fields(message, "Delivered-To") == [f"root@{HOST}"]
+        assert captured.sink.clients == []
+
+    @needs_root
+    @pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+    def test_the_owner_is_whose_the_directory_is(self, captured, door):
+        captured.give(captured.root, "user2")
+        door(captured, "who@far.example", "kept")
+        captured.wait_message("user2", "kept")
+        assert captured.mailbox("user2").stat().st_uid == UIDS["user2"]
+
+    def test_who_is_known_has_mail_of_his_own(self, captured):
+        captured.aliases("team: user1, who@far.example\n")
+        captured.start()
+        captured.send(["user2@localhost", "team@localhost"], letter("known"))
+        for user in ("user1", "user2", "root"):
+            captured.wait_message(user, "known")
+
+    @pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+    @pytest.mark.parametrize("name", ["nosuch", "who@far.example"])
+    def test_luser_relay_gets_it_in_place_of_the_owner(self, captured, door, name):
+        captured.configure(**captured.settings, luser_relay="user2")
+        door(captured, name, "elsewhere")
+        captured.wait_message("user2", "elsewhere")
+        assert captured.messages("root") == captured.sink.clients == []
+
+    def test_an_alias_of_a_domain_gets_what_is_for_it(self, captured):
+        captured.configure(**captured.settings, luser_relay="payam")
+        captured.aliases("@far.example: user2\n")
+        captured.start()
+        captured.send(["a@far.example", "b@other.example"], letter("domain"))
+        captured.wait_message("user2", "domain")
+        captured.wait_message("payam", "domain")
+        assert captured.messages("root") == captured.sink.clients == []
+
+    def test_a_route_leads_nowhere(self, captured):
+        route = f"far.example smtp:[127.0.0.1]:{captured.sink.port}\n"
+        routes = captured.write("etc/transport", route)
+        captured.configure(**captured.settings, transport_maps=routes)
+        by_wire(captured, "who@far.example", "routed")
+        captured.wait_message("root", "routed")
+        assert captured.sink.clients == []
+
+    def test_a_bounce_stays(self, captured):
+        captured.aliases('prog: "|exit 67"\n')
+        by_wire(captured, "prog@localhost", "doomed")
+        report = captured.wait_message("root", "doomed")
+        assert fields(report, "X-Original-To") == ["friend@example.com"]
+        assert "Status: 5.1.1" in report
+        assert captured.sink.clients == []
+
+    def test_what_a_user_forwards_stays(self, captured):
+        captured.forward("user1", "\\user1, me@far.example\n")
+        by_wire(captured, "user1@localhost", "forwarded")
+        captured.wait_message("user1", "forwarded")
+        captured.wait_message("root", "forwarded")
+        assert captured.sink.clients == []
+
+    @pytest.mark.parametrize("kind", ["alias", ".forward"])
+    def test_what_the_owner_forwards_stays(self, captured, kind):
+        if kind == "alias":
+            captured.aliases("root: me@far.example\n")
+        else:
+            (captured.home("root") / ".forward").write_text("me@far.example\n")
+        by_wire(captured, "who@far.example", "forwarded")
+        message = captured.wait_message("root", "forwarded")
+        assert fields(message, "X-Original-To") == ["who@far.example"]
+        assert captured.sink.clients == []
+
+    def test_the_owner_can_hand_it_on_to_somebody_here(self, captured):
+        captured.aliases("root: payam\n")
+        by_wire(captured, "who@far.example", "handed")
+        captured.wait_message("payam", "handed")
+
+    def test_a_stranger_may_send_anywhere(self, captured):
+        captured.configure(**captured.settings, mynetworks="192.0.2.0/24")
+        by_wire(captured, "who@far.example", "strange")
+        captured.wait_message("root", "strange")
+
+    @pytest.mark.parametrize("door", ["SMTP", "sendmail"])
+    def test_every_recipient_is_named_in_one_copy(self, captured, door):
+        names = ["who@far.example", "nosuch@localhost", "other@sub.far.example"]
+        if door == "SMTP":
+            captured.start()
+            captured.send(names, letter("three"))
+        else:
+            captured.sendmail(*names, stdin=letter("three"))
+        message = captured.wait_message("root", "three")
+        assert sorted(fields(message, "X-Original-To")) == sorted(names)
+
+    @pytest.mark.parametrize("domain", ["", "@localhost", "@far.example"])
+    @pytest.mark.parametrize(("local", "answer"), REFUSED_ROWS)
+    def test_a_magic_recipient_is_refused_so(self, captured, local, answer, domain):
+        captured.start()
+        with Wire(captured.port) as wire:
+            play(wire, "S: 220\nC: HELO x\nS: 250\nC: MAIL FROM:<a@b.example>\nS: 250")
+            play(wire, f"C: RCPT TO:<{local}{domain}>\nS: {answer}")
+            play(wire, "C: RCPT TO:<who@far.example>\nS: 250\nC: QUIT\nS: 221")
+
+    def test_no_alias_makes_a_magic_recipient_anything_else(self, captured):
+        captured.aliases("fail-550: payam\n@far.example: payam\n")
+        captured.start()
+        with captured.smtp() as client:
+            client.ehlo()
+            client.mail("a@b.example")
+            for name in ("fail-550@localhost", "fail-550@far.example"):
+                assert client.rcpt(name)[0] == 550
+
+    @pytest.mark.parametrize("is_served", [False, True])
+    @pytest.mark.parametrize("name", ["fail-550", "fail-552@far.example"])
+    def test_sendmail_is_told_at_once(self, captured, is_served, name):
+        if is_served:
+            captured.start()
+        result = captured.run("sendmail", name, stdin=letter("failed"))
+        assert_one_clear_line(result, 69)
+        assert "is to fail" in result.err
+        assert captured.queued() == []
+
+    @pytest.mark.parametrize("is_served", [False, True])
+    def test_beside_a_good_recipient_it_is_bounced(self, captured, is_served):
+        if is_served:
+            captured.start()
+        names = ("fail-550@far.example", "who@far.example")
+        captured.run("sendmail", *names, stdin=letter("half"))
+        captured.wait_message("root", "half")
+        report = captured.wait_message("payam", "half")
+        assert "fail-550@far.example" in report
+        assert "fail-550 is to fail" in re.sub(r"\s+", " ", report)
+
+    @pytest.mark.parametrize("door", ["sendmail", "sendmail and a daemon"])
+    @pytest.mark.parametrize("name", ["defer-451", "defer-421@far.example"])
+    def test_what_is_to_be_deferred_stays_so(self, captured, door, name):
+        DOORS[door](captured, name, "deferred")
+        shown = captured.wait_reason("is to defer")
+        assert name in shown
+        told_before = captured.log().count("status=deferred")
+        captured.run("sendmail", "-q", user="root")
+        wait_for(lambda: captured.log().count("status=deferred") > told_before)
+        assert len(captured.queued()) == 1
+        assert captured.messages("root") == []
+
+    def test_a_slow_recipient_takes_its_time_and_holds_up_nobody(self, captured):
+        captured.start()
+        hello = "S: 220\nC: HELO x\nS: 250\nC: MAIL FROM:<a@b.example>\nS: 250"
+        with Wire(captured.port) as wire:
+            play(wire, hello)
+            begin = time.monotonic()
+            wire.send(b"RCPT TO:<slow-2@far.example>\r\n")
+            captured.send(["who@far.example"], letter("quick"))
+            assert select.select([wire.socket], [], [], 0)[0] == []
+            assert wire.answer().startswith("250")
+            assert time.monotonic() - begin >= 2
+            play(wire, "C: DATA\nS: 354\nC: Subject: slow\nC:\nC: .\nS: 250")
+        captured.wait_message("root", "quick")
+        captured.wait_message("root", "slow")
+
+    def test_many_slow_recipients_hold_up_no_big_message(self, captured):
+        captured.start()
+        hello = "S: 220\nC: HELO x\nS: 250\nC: MAIL FROM:<a@b.example>\nS: 250"
+        with contextlib.ExitStack() as stack:
+            wires = [stack.enter_context(Wire(captured.port)) for _ in range(20)]
+            for wire in wires:
+                play(wire, hello)
+                wire.send(b"RCPT TO:<slow-600@far.example>\r\n")
+            captured.send(["who@far.example"], letter("big", LOREM * 20_000))
+            assert select.select([wire.socket for wire in wires], [], [], 0)[0] == []
+        captured.wait_message("root", "big")
+
+    def test_sendmail_takes_as_long_as_a_slow_recipient(self, captured):
+        captured.start()
+        begin = time.monotonic()
+        captured.sendmail("slow-1@far.example", stdin=letter("slow"))
+        assert time.monotonic() - begin >= 1
+        captured.wait_message("root", "slow")
+
+    def test_a_slow_recipient_does_not_keep_the_daemon(self, captured):
+        captured.start()
+        with Wire(captured.port) as wire:
+            play(wire, "S: 220\nC: HELO x\nS: 250\nC: MAIL FROM:<a@b.example>\nS: 250")
+            wire.send(b"RCPT TO:<slow-600@far.example>\r\n")
+            wait_for(lambda: not unsent(wire))
+            begin = time.monotonic()
+            assert captured.stop() == 0
+            assert time.monotonic() - begin < 10
+
+    @pytest.mark.parametrize("name", ["fail-550", "defer-451", "slow-600"])
+    @pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+    def test_without_it_these_are_names_like_others(self, instance, door, name):
+        instance.aliases(f"{name}: payam\n")
+        door(instance, f"{name}@localhost", "plain")
+        instance.wait_message("payam", "plain")
+
+    def test_without_it_nobody_is_kept(self, instance, make_sink):
+        relayed(instance, make_sink(), mynetworks="192.0.2.0/24")
+        with instance.smtp() as client:
+            client.ehlo()
+            client.mail("a@b.example")
+            assert client.rcpt("nosuch@localhost")[0] == 550
+            assert client.rcpt("who@far.example")[0] == 554
+
+    @pytest.mark.parametrize("name", ANYBODY)
+    def test_explain_says_it(self, captured, name):
+        result = captured.run("minimta.py", "explain", name)
+        assert (result.code, result.err) == (0, "")
+        assert "captured for root" in result.out
+        assert f"mailbox {captured.mailbox('root')}" in result.out
+        assert "relayhost" not in result.out
+
+    @pytest.mark.parametrize(
+        ("name", "code", "words"),
+        [
+            ("fail-550@far.example", 67, "bounced: fail-550 is to fail  (5.0.0"),
+            ("defer-451", 75, "deferred: defer-451 is to defer  (4.0.0"),
+            ("slow-600", 0, "captured for root"),
+        ],
+    )
+    def test_explain_knows_magic_recipients(self, captured, name, code, words):
+        result = captured.run("minimta.py", "explain", name)
+        assert (result.code, words in result.out) == (code, True), result
+
+    def test_bv_calls_anybody_deliverable(self, captured):
+        result = captured.run("sendmail", "-bv", "who@far.example", "fail-550@x")
+        first, second = result.out.splitlines()
+        assert "... deliverable: mailer local, user root" in first
+        assert "is to fail" in second
+
+    def test_a_daemon_takes_it_when_it_reads_its_settings_again(self, server):
+        server.configure(capture="yes")
+        server.hang_up()
+
+        def is_kept():
+            with server.smtp() as client:
+                client.ehlo()
+                client.mail("a@b.example")
+                return client.rcpt("nosuch@localhost")[0] == 250
+
+        wait_for(is_kept)
 
 
 def nobody_uid():

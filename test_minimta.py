@@ -21709,6 +21709,283 @@ class TestFaults:
         assert parts(server) == pids
 
 
+def why_no_container():
+    """What keeps a test from making a container, or ""."""
+    if not AS_ROOT:
+        return "only root can make namespaces"
+    missing = [n for n in ("unshare", "nsenter", "setpriv") if not shutil.which(n)]
+    if missing:
+        return f"no {missing[0]} here"
+    words = [*NAMESPACES, "mount -o remount,ro,bind /"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    return done.stderr.strip()
+
+
+NAMESPACES = [
+    *("unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"),
+    *("sh", "-ec"),
+]
+NUMBER = 12345  # a uid that no passwd file has
+AS_NUMBER = [
+    *("setpriv", "--reuid", str(NUMBER), "--regid", str(NUMBER), "--clear-groups"),
+]
+# The volume stays as it is, the rest of the file system is read-only.
+READ_ONLY = """
+mount --bind "$MINIMTA_ROOT" "$MINIMTA_ROOT"
+mount -o remount,ro,bind /
+"""
+
+
+class Container(Instance):
+    """An instance as images have it: PID 1, a uid without a name, one volume."""
+
+    def __init__(self, bin_dir):
+        self.settings = {}
+        super().__init__(bin_dir, below="volume")
+        self.owner = f"uid{NUMBER}"
+
+    def write_users(self):
+        """There is no passwd file."""
+
+    def configure(self, **settings):
+        """Settings come from the environment alone."""
+        self.settings = {
+            "smtpd_port": self.port,
+            "inet_interfaces": "127.0.0.1",
+            "myhostname": HOST,
+            "maillog_file": "json:-",
+            **settings,
+        }
+
+    def env(self, user=None, **more):
+        found = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/"}
+        found["MINIMTA_ROOT"] = str(self.root)
+        for name, value in self.settings.items():
+            found[f"MINIMTA_{name.upper()}"] = str(value)
+        return {**found, **more}
+
+    def start(self):
+        for path in (self.root, *self.root.rglob("*")):
+            os.chown(path, NUMBER, NUMBER)
+        program = shlex.join([*AS_NUMBER, f"{self.bin}/minimta.py", "serve"])
+        with open(self.top / "out", "ab") as out, open(self.top / "err", "ab") as err:
+            self.process = subprocess.Popen(
+                [*NAMESPACES, f"{READ_ONLY}exec {program}"],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env=self.env(),
+                cwd="/",
+                start_new_session=True,
+            )
+        wait_for(self.is_ready)
+        (self.first,) = children(self.process.pid)
+        return self
+
+    def run(self, program, *args, stdin="", user=None):
+        """Runs a program inside, as `docker exec` does."""
+        enter = ["nsenter", "--target", str(self.first), "--pid", "--mount"]
+        done = subprocess.run(
+            [*enter, *AS_NUMBER, self.bin / program, *args],
+            input=stdin.encode(),
+            capture_output=True,
+            env=self.env(),
+            cwd="/",
+            timeout=PATIENCE,
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def stop(self):
+        """SIGTERM to PID 1; the exit code, and how many seconds it took."""
+        begin = time.monotonic()
+        os.kill(self.first, signal.SIGTERM)
+        code = self.process.wait(PATIENCE)
+        self.process = None
+        return code, time.monotonic() - begin
+
+    def log(self):
+        return (self.top / "out").read_text(encoding="utf-8")
+
+    def stderr(self):
+        return (self.top / "err").read_text(encoding="utf-8")
+
+
+class TestContainer:
+    """PID 1 of a container: any uid, everything read-only but one volume."""
+
+    @pytest.fixture
+    def container(self, public_bin):
+        why = why_no_container()
+        if why:
+            pytest.skip(why)
+        one = Container(public_bin)
+        yield one
+        one.close()
+
+    def test_it_is_the_first_process_and_nobodys(self, container):
+        container.start()
+        status = Path(f"/proc/{container.first}/status").read_text()
+        assert re.search(r"(?m)^NSpid:.*\t1$", status)
+        assert re.search(rf"(?m)^Uid:(\t{NUMBER}){{4}}$", status)
+        mounts = Path(f"/proc/{container.first}/mounts").read_text()
+        assert re.search(r"(?m)^\S+ / \S+ ro,", mounts)
+        row = json_lines(container.log())[0]
+        assert (row["pid"], row["component"]) == (1, "master")
+
+    def test_mail_of_a_uid_without_a_name_is_delivered(self, container):
+        container.start().sendmail("root", stdin=letter("inside"))
+        message = container.wait_message("root", "inside")
+        assert fields(message, "Return-Path") == [f"<{container.owner}@{HOST}>"]
+        assert container.mailbox("root").stat().st_uid == NUMBER
+
+    def test_captured_mail_is_kept_for_the_number(self, container):
+        container.configure(capture="yes")
+        container.start()
+        container.sendmail("who@far.example", stdin=letter("by hand"))
+        container.send(["who@far.example"], letter("by wire"))
+        container.wait_message(container.owner, "by hand")
+        container.wait_message(container.owner, "by wire")
+        shown = container.run(
+            "mail", "-f", str(container.mailbox(container.owner)), "-H"
+        )
+        assert (shown.code, shown.err) == (0, "")
+        assert "by hand" in shown.out
+
+    def test_mail_goes_out(self, container, make_sink):
+        sink = make_sink()
+        container.configure(relayhost=f"[127.0.0.1]:{sink.port}")
+        container.start().sendmail("who@far.example", stdin=letter("out"))
+        wait_for(lambda: sink.received)
+        container.wait_empty()
+        assert sink_tokens(sink) == ["out"]
+
+    def test_its_log_is_on_stdout_and_nowhere_else(self, container):
+        container.start().sendmail("root", stdin=letter("told"))
+        container.wait_message("root", "told")
+        assert container.stop()[0] == 0
+        rows = json_lines(container.log())
+        (sent,) = [row for row in rows if row.get("status")]
+        assert (sent["to"], sent["status"]) == (f"root@{HOST}", "sent")
+        assert rows[-1]["message"] == "daemon stopped"
+        assert container.stderr() == ""
+        assert not (container.root / "var/log").exists()
+
+    def test_a_setting_comes_from_a_file_in_it(self, container):
+        path = container.write("secret", "files.example\n")
+        container.configure(myhostname_file=path)
+        del container.settings["myhostname"]
+        container.start()
+        with Wire(container.port) as wire:
+            assert wire.answer().startswith("220 files.example ")
+
+    def test_health_is_well(self, container):
+        result = container.start().run("minimta.py", "health")
+        assert (result.code, result.err) == (0, "")
+
+    def test_health_tells_when_its_processes_stand_still(self, container):
+        container.start()
+        for pid in children(container.first):
+            os.kill(pid, signal.SIGSTOP)
+        assert container.run("minimta.py", "health").code == 1
+
+    @pytest.mark.parametrize("program", ["mailq", "newaliases", "minimta.py config"])
+    def test_programs_run_inside(self, container, program):
+        name, *words = program.split()
+        result = container.start().run(name, *words)
+        assert (result.code, result.err) == (0, "")
+
+    def test_an_orphan_of_a_command_is_reaped(self, container):
+        gate, up = container.root / "gate", container.root / "up"
+        os.mkfifo(gate)
+        orphan = f"sh -c 'echo >{up}; read line <{gate}' >/dev/null 2>&1"
+        container.aliases(f'prog: "|cat >/dev/null; setsid {orphan} &"\n')
+        container.start()
+        before = set(children(container.first))
+        container.send(["prog@localhost"], letter("parent"))
+        wait_for(lambda: "delivered to command" in container.log() and up.exists())
+        (pid,) = wait_for(lambda: set(children(container.first)) - before)
+        gate.write_text("go on\n")
+        wait_for(lambda: not Path(f"/proc/{pid}").exists())
+        assert set(children(container.first)) == before
+
+    def test_sigterm_right_behind_the_250_loses_nothing(self, container):
+        container.configure(capture="yes")
+        container.start()
+        tokens = [f"<{new_token()}>" for _ in range(20)]
+        for token in tokens:
+            container.send(["who@far.example"], letter(token))
+        code, seconds = container.stop()
+        assert (code, seconds < 5) == (0, True), seconds
+        assert not container.pids()
+        container.start()
+        container.wait_empty()
+        counts = [len(container.with_token(container.owner, t)) for t in tokens]
+        assert counts == [1] * 20
+
+    def test_sigterm_in_the_middle_of_a_command_loses_nothing(self, container):
+        gate, up = container.root / "gate", container.root / "up"
+        os.mkfifo(gate)
+        container.aliases(f'prog: "|echo >>{up}; read line <{gate}"\n')
+        container.start()
+        container.send(["prog@localhost"], letter("middle"))
+        wait_for(up.exists)
+        code, seconds = container.stop()
+        assert (code, len(container.queued())) == (0, 1)
+        assert not container.pids()
+        assert seconds < 9  # docker kills at 10
+        up.unlink()
+        container.start()
+        wait_for(up.exists)
+        gate.write_text("go on\n")
+        container.wait_empty()
+        assert container.log().count("status=sent") == 1
+
+    def test_sigterm_in_the_middle_of_a_relay_loses_nothing(self, container, make_sink):
+        gate = threading.Event()
+
+        def answer(session, _):
+            gate.wait(PATIENCE)
+            return "451 4.3.0 Later"
+
+        sink = make_sink(DATA=answer)
+        container.configure(
+            relayhost=f"[127.0.0.1]:{sink.port}", minimal_backoff_time="1s"
+        )
+        container.start().sendmail("who@far.example", stdin=letter("out"))
+        wait_for(lambda: "DATA" in sink.verbs())
+        code, seconds = container.stop()
+        gate.set()
+        sink.answers["DATA"] = SINK_ANSWERS["DATA"]
+        assert (code, len(container.queued())) == (0, 1)
+        assert seconds < 9  # docker kills at 10
+        container.start()
+        wait_for(lambda: sink.received)
+        container.wait_empty()
+        assert sink_tokens(sink) == ["out"]
+
+    def test_a_kill_of_it_loses_nothing(self, container):
+        container.configure(capture="yes")
+        container.start()
+        container.send(["who@far.example"], letter("killed"))
+        container.kill()
+        container.start()
+        container.wait_message(container.owner, "killed")
+
+    def test_a_volume_of_somebody_else_is_told_in_one_line(self, container):
+        container.start()
+        container.stop()
+        for path in (container.root, *container.root.rglob("*")):
+            os.chown(path, 0, 0)
+        done = subprocess.run(
+            [*NAMESPACES, f'{READ_ONLY}exec "$@"', "sh"]
+            + [*AS_NUMBER, container.bin / "minimta.py", "serve"],
+            capture_output=True,
+            env=container.env(),
+            timeout=PATIENCE,
+        )
+        assert_one_clear_line(Result(done.returncode, b"", done.stderr), 77)
+
+
 # == House: the laws of the file ==============================================
 # Read with ast: what minimta.py promises about itself.
 

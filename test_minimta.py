@@ -4897,8 +4897,12 @@ class TestJsonLog:
         (row,) = json_lines((tmp_path / "log").read_text())
         assert begin <= row.pop("time") <= time.time()
         assert row == {
-            **{"host": "host", "name": "minimta", "component": "qmgr"},
-            **{"pid": os.getpid(), "message": "text", "level": "info"},
+            "host": "host",
+            "name": "minimta",
+            "component": "qmgr",
+            "pid": os.getpid(),
+            "message": "text",
+            "level": "info",
         }
 
     def test_a_delivery_has_its_words_as_keys(self, tmp_path):
@@ -4906,9 +4910,13 @@ class TestJsonLog:
         make_json_log(tmp_path / "log").attempt("T1X2Y3Z4A5", attempt, 0.0)
         (row,) = json_lines((tmp_path / "log").read_text())
         wanted = {
-            **{"queue_id": "T1X2Y3Z4A5", "to": "bob@host.example", "delay": "1.5"},
-            **{"orig_to": "team@host.example", "relay": "local"},
-            **{"dsn": "2.0.0", "status": "sent"},
+            "queue_id": "T1X2Y3Z4A5",
+            "to": "bob@host.example",
+            "orig_to": "team@host.example",
+            "relay": "local",
+            "delay": "1.5",
+            "dsn": "2.0.0",
+            "status": "sent",
         }
         assert {name: row.get(name) for name in wanted} == wanted
 
@@ -5216,7 +5224,7 @@ class TestFromFiles:
 
     @staticmethod
     def config(instance, name, **environ):
-        """(value, where from) of a setting, as `minimta.py config` shows them."""
+        """(value, where from) of a setting, as `config` shows them."""
         result = instance.run("minimta.py", "config", env=environ)
         assert (result.code, result.err) == (0, "")
         shape = rf"(?m)^{name} = (.*?) +# (.*); default: .*$"
@@ -9468,7 +9476,530 @@ class TestPeople:
         assert caught.value.code == code
 
 
-# == 34 Dispatch: PROGRAMS, main ==============================================
+# == 36 Moving in: Foreign, cmd_import ========================================
+
+
+# file names and texts -> what is printed
+IMPORTS = {
+    "ssmtp": (
+        {
+            "ssmtp.conf": """# /etc/ssmtp/ssmtp.conf
+root=admin@example.com
+mailhub=smtp.example.com:587
+AuthUser=me@example.com
+AuthPass=s3cret
+UseTLS=YES
+UseSTARTTLS=YES
+TLS_CA_File=/etc/ssl/ca.pem
+rewriteDomain=example.com
+hostname=box.example.com
+FromLineOverride=YES
+Debug=YES
+"""
+        },
+        """# /etc/minimta.conf
+smtp_tls_CAfile = /etc/ssl/ca.pem
+myorigin = example.com
+myhostname = box.example.com
+relayhost = [smtp.example.com]:587
+smtp_sasl_password_maps = /etc/minimta.passwords
+
+# /etc/minimta.passwords: chmod 600; put each password in yourself
+#   [smtp.example.com]:587 me@example.com:PASSWORD (it stands in ssmtp.conf, line 5)
+
+# /etc/aliases: then run newaliases
+#   root: admin@example.com
+
+# not taken:
+#   ssmtp.conf, line 12: Debug YES: no counterpart
+""",
+    ),
+    "msmtp": (
+        {
+            "msmtprc": """defaults
+auth on
+tls on
+tls_trust_file /etc/ssl/ca.pem
+logfile ~/.msmtp.log
+
+account work
+host mail.work.example
+port 465
+tls_starttls off
+from me@work.example
+user me
+password s3cret
+
+account home : work
+host mail.home.example
+from me@home.example
+
+account default : home
+domain box.example.com
+timeout 10
+"""
+        },
+        """# /etc/minimta.conf
+smtp_tls_CAfile = /etc/ssl/ca.pem
+smtp_generic_maps = /etc/minimta.generic
+myhostname = box.example.com
+relayhost = smtps://[mail.home.example]:465
+smtp_sasl_password_maps = /etc/minimta.passwords
+
+# /etc/minimta.generic: senders, as other hosts see them
+#   * me@home.example
+
+# /etc/minimta.passwords: chmod 600; put each password in yourself
+#   [mail.home.example]:465 me:PASSWORD (it stands in msmtprc, line 13)
+
+# not taken:
+#   msmtprc: account work: only one account is used
+#   msmtprc: account home: only one account is used
+#   msmtprc, line 21: timeout 10: no counterpart
+""",
+    ),
+    "msmtp with a command": (
+        {
+            "msmtprc": """account default
+host smtp.example.com
+port 587
+tls on
+user me
+passwordeval "gpg -q -d ~/.secret.gpg"
+"""
+        },
+        """# /etc/minimta.conf
+smtp_sasl_password_command = gpg -q -d ~/.secret.gpg
+relayhost = [smtp.example.com]:587
+smtp_sasl_password_maps = /etc/minimta.passwords
+
+# /etc/minimta.passwords: chmod 600; put each password in yourself
+#   [smtp.example.com]:587 me
+""",
+    ),
+    "dma": (
+        {
+            "dma.conf": """# smart host
+SMARTHOST mail.example.net
+PORT 465
+ALIASES /etc/aliases
+#SPOOLDIR /var/spool/dma
+SECURETRANSFER
+AUTHPATH /etc/dma/auth.conf
+MASQUERADE example.net
+MAILNAME box.example.net
+DEFER
+""",
+            "auth.conf": "# who\njoe|mail.example.net:s3cret\neve|b.example:s3cret\n",
+        },
+        """# /etc/minimta.conf
+alias_maps = /etc/aliases
+smtp_generic_maps = /etc/minimta.generic
+myorigin = box.example.net
+relayhost = smtps://[mail.example.net]:465
+smtp_sasl_password_maps = /etc/minimta.passwords
+
+# /etc/minimta.generic: senders, as other hosts see them
+#   * @example.net
+
+# /etc/minimta.passwords: chmod 600; put each password in yourself
+#   [mail.example.net]:465 joe:PASSWORD (it stands in auth.conf, line 2)
+#   [b.example] eve:PASSWORD (it stands in auth.conf, line 3)
+
+# not taken:
+#   dma.conf, line 10: DEFER : no counterpart
+""",
+    ),
+    "nullmailer": (
+        {
+            "remotes": """one.example smtp --port=587 --starttls --user=a --pass=s3cret
+two.example smtp --ssl
+# the last
+three.example --insecure
+"""
+        },
+        """# /etc/minimta.conf
+relayhost = [one.example]:587, smtps://[two.example]:465, [three.example]:25
+smtp_sasl_password_maps = /etc/minimta.passwords
+
+# /etc/minimta.passwords: chmod 600; put each password in yourself
+#   [one.example]:587 a:PASSWORD (it stands in remotes, line 1)
+
+# not taken:
+#   remotes, line 4: --insecure : no counterpart
+""",
+    ),
+    "Postfix": (
+        {
+            "main.cf": """# See /usr/share/postfix/main.cf.dist
+smtpd_banner = $myhostname ESMTP $mail_name
+biff = no
+compatibility_level = 3.6
+myhostname = mail.example.org
+alias_maps = hash:/etc/aliases
+mydestination = $myhostname,
+    localhost.example.org,
+    localhost
+relayhost = [smtp.example.org]:465
+smtp_tls_wrappermode = yes
+smtp_tls_security_level = encrypt
+smtp_sasl_password_maps = hash:/etc/postfix/sasl_passwd
+smtp_tls_CApath=/etc/ssl/certs
+virtual_alias_maps = hash:/etc/postfix/virtual
+mynetworks = 127.0.0.0/8 [::ffff:127.0.0.0]/104 [::1]/128
+mailbox_size_limit = 0
+mailbox_command =
+mail_owner = postfix
+recipient_delimiter = +
+inet_interfaces = loopback-only
+syslog_name = ${name?{x}:{y}}
+default_privs = nobody
+message_size_limit = 10 MB
+what is this
+"""
+        },
+        """# /etc/minimta.conf
+myhostname = mail.example.org
+alias_maps = hash:/etc/aliases
+mydestination = $myhostname, localhost.example.org, localhost
+relayhost = smtps://[smtp.example.org]:465
+smtp_tls_security_level = encrypt
+smtp_sasl_password_maps = hash:/etc/postfix/sasl_passwd
+mynetworks = 127.0.0.0/8 [::ffff:127.0.0.0]/104 [::1]/128
+mailbox_size_limit = 0
+recipient_delimiter = +
+inet_interfaces = loopback-only
+default_privs = nobody
+
+# not taken:
+#   main.cf, line 14: smtp_tls_CApath /etc/ssl/certs: no counterpart
+#   main.cf, line 15: virtual_alias_maps hash:/etc/postfix/virtual: no counterpart
+#   main.cf, line 19: mail_owner postfix: no counterpart
+#   main.cf, line 22: syslog_name ${name?{x}:{y}}: $name is no setting here
+#   main.cf, line 24: message_size_limit 10 MB: not a limit
+#   main.cf, line 25: what is this : not name = value
+""",
+    ),
+}
+# (file, text), relayhost or None: how the one is said by the other
+RELAY_ROWS = [
+    ("ssmtp.conf", "mailhub=mail", "[mail]:25"),
+    ("ssmtp.conf", "mailhub=mail.example.com:2525", "[mail.example.com]:2525"),
+    ("ssmtp.conf", "MAILHUB = [2001:db8::1]:26", "[2001:db8::1]:26"),
+    ("ssmtp.conf", "mailhub=mail\nUseTLS=no\nUseSTARTTLS=no", "[mail]:25"),
+    ("ssmtp.conf", "mailhub=mail:587\nUseSTARTTLS=YES", "[mail]:587"),
+    # without STARTTLS it is TLS from the start
+    ("ssmtp.conf", "mailhub=mail:465\nUseTLS=YES", "smtps://[mail]:465"),
+    ("ssmtp.conf", "mailhub=mail # ours", "[mail]:25"),
+    ("msmtprc", "host mail", "[mail]:25"),
+    ("msmtprc", "host mail\ntls on", "[mail]:25"),
+    ("msmtprc", "host mail\ntls", "[mail]:25"),
+    ("msmtprc", "host mail\ntls on\ntls_starttls off", "smtps://[mail]:465"),
+    ("msmtprc", "host mail\ntls off\ntls_starttls off", "[mail]:25"),
+    # the default account, wherever it stands; without one the first
+    ("msmtprc", "account default\nhost a\naccount b\nhost b", "[a]:25"),
+    ("msmtprc", "account b\nhost b\naccount default\nhost a", "[a]:25"),
+    ("msmtprc", "account a\nhost a\naccount b\nhost b", "[a]:25"),
+    # defaults hold for what follows them
+    ("msmtprc", "defaults\nport 26\naccount a\nhost a", "[a]:26"),
+    ("msmtprc", "defaults\nport 26\ndefaults\naccount a\nhost a", "[a]:25"),
+    ("msmtprc", "account a\nhost a\ndefaults\nport 26", "[a]:25"),
+    # of several accounts
+    (
+        "msmtprc",
+        "account a\nhost a\naccount b\nport 26\naccount c: a\nhost c",
+        "[a]:25",
+    ),
+    (
+        "msmtprc",
+        "account a\nhost a\naccount b\nport 26\naccount default : a, b",
+        "[a]:26",
+    ),
+    ("dma.conf", "SMARTHOST mail", "[mail]:25"),
+    ("dma.conf", "SMARTHOST mail\nPORT 587\nSECURETRANSFER\nSTARTTLS", "[mail]:587"),
+    ("dma.conf", "SMARTHOST mail\nSECURETRANSFER", "smtps://[mail]:465"),
+    ("dma.conf", "#SMARTHOST mail", None),
+    ("remotes", "mail", "[mail]:25"),
+    ("remotes", "mail smtp", "[mail]:25"),
+    ("remotes", "mail smtp --ssl --starttls --port=587", "[mail]:587"),
+    ("remotes", "a\n\n#b\nc smtp --port=26", "[a]:25, [c]:26"),
+    ("main.cf", "relayhost = mail", "mail"),
+    ("main.cf", "relayhost = [mail]:587", "[mail]:587"),
+    ("main.cf", "relayhost =", ""),
+    ("main.cf", "relayhost = $mydomain\nmydomain = a.example", "$mydomain"),
+    ("main.cf", "relayhost = a\nrelayhost = b", "b"),
+    (
+        "main.cf",
+        "smtp_tls_wrappermode = yes\nrelayhost = [mail]:465",
+        "smtps://[mail]:465",
+    ),
+    ("main.cf", "smtp_tls_wrappermode = yes\nrelayhost =", ""),
+    ("main.cf", "relayhost =\nsmtp_tls_wrappermode = yes", ""),
+    ("main.cf", "relayhost = $strange\nsmtp_tls_wrappermode = yes", None),
+    # what is no port, or no host
+    *(
+        ("msmtprc", f"host mail\nport {port}", None)
+        for port in ("x", "-1", "0", "99999")
+    ),
+    *(("remotes", f"mail smtp --port={port}", None) for port in ("x", "-1", "99999")),
+    *(("dma.conf", f"SMARTHOST mail\nPORT {port}", None) for port in ("2 5", "70000")),
+    *(
+        ("ssmtp.conf", f"mailhub={hub}", None)
+        for hub in ("mail:x", "a b", "-", "", "a:0")
+    ),
+    ("msmtprc", "port 25\nuser me", None),
+]
+SECRET_FILES = [
+    ("ssmtp.conf", "mailhub=mail\nAuthUser=me\nAuthPass=s3cret\n"),
+    ("ssmtp.conf", "AuthPass=s3cret\n"),
+    ("ssmtp.conf", "mailhub=mail\nAuthPass s3cret\n"),
+    ("ssmtp.conf", "mailhub=mail\nAuthPass: s3cret\n"),
+    ("ssmtp.conf", "mailhub=a b\nAuthPass=x=s3cret\n"),
+    ("msmtprc", "host mail\nuser me\npassword s3cret\n"),
+    ("msmtprc", "host mail\nuser me\npassword\ts3cret\n"),
+    ("msmtprc", 'host mail\nuser me\npassword "s3cret # s3cret"\n'),
+    ("msmtprc", "host mail\nuser me\nproxy_password s3cret\n"),
+    ("msmtprc", "host mail\nuser me\npassword=s3cret\n"),
+    ("msmtprc", "account a\nhost a\npassword s3cret\naccount default\nhost b\n"),
+    ("dma.conf", "SMARTHOST mail\nPASSWORD s3cret\n"),
+    ("auth.conf", "joe|mail:s3cret\n"),
+    ("auth.conf", "joe|mail:x|y:s3cret\n"),
+    ("auth.conf", "joe|mail s3cret\n"),
+    ("auth.conf", "joe mail:s3cret\n"),
+    ("auth.conf", "|mail:s3cret\n"),
+    ("remotes", "mail smtp --user=me --pass=s3cret\n"),
+    ("remotes", "mail smtp --user=me --pass='s3cret s3cret'\n"),
+    ("remotes", "mail smtp --user=me --pass s3cret\n"),
+    ("remotes", "mail smtp --password=s3cret\n"),
+    ("main.cf", "relayhost = [mail]\nsmtp_sasl_password_maps = static:me:s3cret\n"),
+    ("main.cf", "smtp_sasl_password_maps = inline:{mail=me:s3cret}\n"),
+    ("main.cf", "smtpd_tls_key_password = s3cret\n"),
+]
+# What makes settings that minimta itself would not take.
+ODD_FILES = [
+    ("ssmtp.conf", "mailhub=mail\nhostname=$x\n"),
+    ("ssmtp.conf", "rewriteDomain=a\x1bb\nhostname=a b\n"),
+    ("msmtprc", "host mail\ntls_trust_file $HOME/ca\naliases ~/aliases\n"),
+    ("msmtprc", "host mail\ndomain $myhostname\n"),
+    ("dma.conf", "SMARTHOST $mail\nMAILNAME $x\nALIASES\n"),
+    ("remotes", "mail smtp --x509cafile=$HOME/ca\n"),
+    ("main.cf", "mynetworks = $mynetworks\n"),
+    ("main.cf", "relayhost = $strange\nsmtp_tls_wrappermode = yes\n"),
+    ("main.cf", "mydestination = ${x?y}, $(z), $$, $\n"),
+    ("main.cf", "  relayhost = a\n = \n=b\nsmtpd_port = 99999\ncapture = yes\n"),
+    ("main.cf", "queue_directory = /var/spool/postfix\ndefault_process_limit = 1\n"),
+]
+
+
+class TestImport:
+    """import: other programs' settings, said in ours."""
+
+    @staticmethod
+    def imported(instance, *names, **files):
+        """What import prints of files, which must succeed in silence."""
+        for name, text in files.items():
+            (instance.root / name).write_text(text, encoding="utf-8")
+        result = instance.run("minimta.py", "import", *(names or files))
+        assert (result.code, result.err) == (0, ""), result
+        return result.out
+
+    @staticmethod
+    def accepted(instance, text):
+        """What config says to the settings that import has printed."""
+        path = instance.write("imported", text)
+        result = instance.run("minimta.py", "config", "-C", path)
+        assert (result.code, result.err) == (0, ""), text
+        return result.out
+
+    @pytest.mark.parametrize("name", IMPORTS)
+    def test_a_file_says_in_our_settings_what_it_said(self, instance, name):
+        files, wanted = IMPORTS[name]
+        out = self.imported(instance, **files)
+        assert out == wanted
+        assert "s3cret" not in out
+        self.accepted(instance, out)
+
+    @pytest.mark.parametrize(
+        "order", [("dma.conf", "auth.conf"), ("auth.conf", "dma.conf")]
+    )
+    def test_the_order_of_dmas_files_does_not_matter(self, instance, order):
+        files, wanted = IMPORTS["dma"]
+        assert self.imported(instance, *order, **files) == wanted
+
+    def test_a_line_of_a_file_is_found_by_its_whole_path(self, instance):
+        path = instance.write("etc/ssmtp/ssmtp.conf", "mailhub=mail\nDebug=YES\n")
+        result = instance.run("minimta.py", "import", path)
+        assert f"#   {path}, line 2: Debug YES: no counterpart\n" in result.out
+
+    def test_a_users_own_file_has_a_dot(self, instance):
+        out = self.imported(instance, **{".msmtprc": "host mail\n"})
+        assert "relayhost = [mail]:25\n" in out
+
+    def test_files_of_several_programs_come_together(self, instance):
+        out = self.imported(
+            instance,
+            **{"remotes": "one.example\n", "main.cf": "myhostname = a.example\n"},
+        )
+        assert "relayhost = [one.example]:25\n" in out
+        assert "myhostname = a.example\n" in out
+
+    @pytest.mark.parametrize(("name", "text", "wanted"), RELAY_ROWS)
+    def test_a_relay_is_said_so(self, instance, name, text, wanted):
+        out = self.imported(instance, **{name: f"{text}\n"})
+        found = re.findall(r"(?m)^relayhost = ?(.*)$", out)
+        assert found == ([] if wanted is None else [wanted]), out
+        self.accepted(instance, out)
+
+    @pytest.mark.parametrize(("name", "text"), SECRET_FILES)
+    def test_a_password_is_not_shown(self, instance, name, text):
+        (instance.root / name).write_text(text, encoding="utf-8")
+        result = instance.run("minimta.py", "import", name)
+        assert "s3cret" not in result.out + result.err
+
+    @pytest.mark.parametrize(("name", "text"), ODD_FILES)
+    def test_whatever_it_says_is_accepted(self, instance, name, text):
+        out = self.imported(instance, **{name: text})
+        self.accepted(instance, out)
+        assert out.replace("\n", "").isprintable()
+
+    @pytest.mark.parametrize("name", ["myorigin", "mydestination"])
+    def test_a_name_that_stands_in_a_file_is_none(self, instance, name):
+        """Debian's Postfix: myorigin = /etc/mailname."""
+        out = self.imported(instance, **{"main.cf": f"{name} = /etc/mailname\n"})
+        assert f"\n{name} = " not in out
+        assert f"{name} /etc/mailname" in out
+
+    def test_quotes_of_a_command_stay(self, instance):
+        text = "host mail\nuser me\npasswordeval \"sh -c 'cat ~/x'\"\n"
+        out = self.imported(instance, msmtprc=text)
+        assert "smtp_sasl_password_command = sh -c 'cat ~/x'\n" in out
+
+    def test_of_two_senders_the_later_one_counts(self, instance):
+        first = "account a\nhost a\nfrom one@a.example\n"
+        text = f"{first}account default : a\nfrom two@a.example\n"
+        out = self.imported(instance, msmtprc=text)
+        assert re.findall(r"(?m)^#   \* (.*)$", out) == ["two@a.example"]
+
+    def test_a_password_that_was_sent_in_clear_is_warned_of(self, instance):
+        text = "host mail\ntls off\nuser me\npassword s3cret\n"
+        out = self.imported(instance, msmtprc=text)
+        assert "msmtprc, line 2: tls off: a password is never sent in clear" in out
+
+    @pytest.mark.parametrize(
+        "data", [b"", b"\n\n", b"# none\n", b"\0\xff" * 999, b"\r\n"]
+    )
+    @pytest.mark.parametrize("name", sorted(minimta.FOREIGN_FILES))
+    def test_a_file_that_says_nothing_gives_nothing(self, instance, name, data):
+        (instance.root / name).write_bytes(data)
+        result = instance.run("minimta.py", "import", name)
+        assert (result.code, result.err) == (0, "")
+        assert "relayhost" not in result.out
+        self.accepted(instance, result.out)
+
+    def test_random_bytes_are_no_program(self, instance):
+        dice = random.Random(SEED)
+        for name in minimta.FOREIGN_FILES:
+            (instance.root / name).write_bytes(dice.randbytes(5000))
+        result = instance.run("minimta.py", "import", *minimta.FOREIGN_FILES)
+        assert (result.code, result.err) == (0, ""), SEED
+        assert all(line.isprintable() for line in result.out.split("\n")), SEED
+
+    @pytest.mark.parametrize(
+        ("words", "code"),
+        [
+            ([], 64),
+            (["-x", "main.cf"], 64),
+            (["main.conf"], 64),
+            (["main.cf", "exim4.conf"], 64),
+            (["nowhere/main.cf"], 66),
+            (["main.cf", "auth.conf"], 66),
+            (["folder/main.cf"], 66),
+            (["main.cf/main.cf"], 66),
+        ],
+    )
+    def test_what_is_no_such_file_ends_in_one_line(self, instance, words, code):
+        instance.write("main.cf", "relayhost = a\n")
+        (instance.root / "folder/main.cf").mkdir(parents=True)
+        result = instance.run("minimta.py", "import", *words)
+        assert_one_clear_line(result, code)
+        assert result.out == ""
+
+    @needs_root
+    def test_a_file_that_is_not_the_users_to_read_is_told(self, instance, public_bin):
+        instance.write("auth.conf", "joe|mail:s3cret\n").chmod(0o600)
+        how = {"bin_dir": public_bin, "preexec_fn": become("user1")}
+        result = instance.run("minimta.py", "import", "auth.conf", **how)
+        assert_one_clear_line(result, 66)
+        assert "Permission denied" in result.err
+
+    def test_it_changes_nothing(self, instance):
+        before = sorted(instance.root.rglob("*"))
+        text = (instance.root / "etc/minimta.conf").read_text()
+        path = instance.root.parent / f"{instance.root.name}-ssmtp.conf"
+        path.write_text(IMPORTS["ssmtp"][0]["ssmtp.conf"])
+        try:
+            assert instance.run("minimta.py", "import", path).code == 0
+        finally:
+            path.unlink()
+        assert sorted(instance.root.rglob("*")) == before
+        assert (instance.root / "etc/minimta.conf").read_text() == text
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("ssmtp.conf", "mailhub=127.0.0.1:{}\n"),
+            (
+                "msmtprc",
+                "defaults\ntls off\naccount default\nhost 127.0.0.1\nport {}\n",
+            ),
+            ("dma.conf", "SMARTHOST 127.0.0.1\nPORT {}\n"),
+            ("remotes", "127.0.0.1 smtp --port={}\n"),
+            ("main.cf", "relayhost = [127.0.0.1]:{}\n"),
+        ],
+    )
+    def test_the_relay_that_it_writes_gets_mail(self, instance, make_sink, name, text):
+        sink = make_sink()
+        out = self.imported(instance, **{name: text.format(sink.port)})
+        own = (instance.root / "etc/minimta.conf").read_text()
+        instance.write("etc/minimta.conf", own + out)
+        instance.start()
+        post(instance, ["who@far.example"], letter("moved"))
+        assert outcomes(instance, "who@far.example") == ["sent"]
+        assert sink_tokens(sink) == ["moved"]
+
+    @pytest.mark.parametrize("is_wrapped", [False, True])
+    def test_with_the_password_put_in_it_logs_in(
+        self, instance, make_names, make_sink, certificates, is_wrapped
+    ):
+        sink = make_sink(
+            certificate=certificates["good"], mechanisms="PLAIN", is_wrapped=is_wrapped
+        )
+        make_names(instance, {}, "127.0.0.1 localhost\n")
+        rows = (
+            *("account default", "host localhost", f"port {sink.port}", "tls on"),
+            *(f"tls_starttls {'off' if is_wrapped else 'on'}", "user joe"),
+            *(f"tls_trust_file {certificates['ca']}", "password s3cret"),
+            "from me@example.com",
+        )
+        out = self.imported(instance, msmtprc="\n".join(rows))
+        for name, mode in (("passwords", 0o600), ("generic", 0o644)):
+            (line,) = re.findall(rf"(?m)^# /etc/minimta.{name}: .*\n#   (.*)$", out)
+            line = re.sub(":PASSWORD .*", ":s3cret", line)
+            path = instance.write(f"etc/minimta.{name}", f"{line}\n")
+            path.chmod(mode)
+            out = out.replace(f"= /etc/minimta.{name}", f"= {path}")
+        own = (instance.root / "etc/minimta.conf").read_text()
+        instance.write("etc/minimta.conf", own + out)
+        instance.start().sendmail("who@far.example", stdin=letter("moved"))
+        assert outcomes(instance, "who@far.example") == ["sent"]
+        assert sink.logins == [Login("PLAIN", "joe", "s3cret", True)]
+        assert sink.received[0][0].startswith("MAIL FROM:<me@example.com>")
+
+    def test_help_names_it(self, instance):
+        assert re.search(r"(?m)^import +\S", instance.run("minimta.py", "--help").out)
+
+
+# == 37 Dispatch: PROGRAMS, main ==============================================
 
 
 VERSION = f"minimta {minimta.__version__}\n"
@@ -21737,7 +22268,7 @@ mount -o remount,ro,bind /
 
 
 class Container(Instance):
-    """An instance as images have it: PID 1, a uid without a name, one volume."""
+    """An instance as images have it: PID 1, a nameless uid, one volume."""
 
     def __init__(self, bin_dir):
         self.settings = {}

@@ -9776,7 +9776,7 @@ SECRET_FILES = [
     ("main.cf", "smtpd_tls_key_password = s3cret\n"),
 ]
 # What makes settings that minimta itself would not take.
-ODD_FILES = [
+ODD_IMPORTS = [
     ("ssmtp.conf", "mailhub=mail\nhostname=$x\n"),
     ("ssmtp.conf", "rewriteDomain=a\x1bb\nhostname=a b\n"),
     ("msmtprc", "host mail\ntls_trust_file $HOME/ca\naliases ~/aliases\n"),
@@ -9856,7 +9856,7 @@ class TestImport:
         result = instance.run("minimta.py", "import", name)
         assert "s3cret" not in result.out + result.err
 
-    @pytest.mark.parametrize(("name", "text"), ODD_FILES)
+    @pytest.mark.parametrize(("name", "text"), ODD_IMPORTS)
     def test_whatever_it_says_is_accepted(self, instance, name, text):
         out = self.imported(instance, **{name: text})
         self.accepted(instance, out)

@@ -552,6 +552,12 @@ class Wire:
         return self.whole_answer()[-1]
 
 
+def unsent(wire):
+    """How much of what was sent the other end's kernel has not got yet."""
+    answer = fcntl.ioctl(wire.socket, termios.TIOCOUTQ, b"1234")
+    return struct.unpack("i", answer)[0]
+
+
 def play(peer, dialogue):
     """Say the C: lines to `peer`, and hold its answers to the S: lines."""
     for number, line in enumerate(dialogue.strip().splitlines(), 1):
@@ -1570,6 +1576,45 @@ class TestHeaderAddresses:
 
     def test_100_000_addresses_are_100_000_addresses(self):
         assert len(minimta.header_addresses("a@b," * 100_000)) == 100_000
+
+
+MAGIC_ROWS = [
+    # what is to be refused, with any code of its kind
+    *(("fail-550", ("fail", 550)), ("fail-599", ("fail", 599))),
+    *(("defer-451", ("defer", 451)), ("defer-421", ("defer", 421))),
+    ("slow-30", ("slow", 30)),
+    ("slow-0", ("slow", 0)),
+    # the case does not count
+    *(("FAIL-550", ("fail", 550)), ("Slow-1", ("slow", 1))),
+    # no number, or not only a number
+    *((name, ("", 0)) for name in ("fail-", "fail", "slow-", "defer-", "-550", "")),
+    *((name, ("", 0)) for name in ("fail-55x", "fail-550-1", "slow-1s", "slow--1")),
+    *((name, ("", 0)) for name in ("fail-5 0", "slow-1.5", "fail-550+x", "fail550")),
+    # digits of another script
+    ("slow-\u0663", ("", 0)),
+    # no code, or one of another kind
+    *((name, ("", 0)) for name in ("fail-250", "fail-451", "defer-550", "defer-45")),
+    *((name, ("", 0)) for name in ("fail-5500", "fail-55", "slow-9999")),
+    # other words
+    *((name, ("", 0)) for name in ("failed-550", "xfail-550", "pass-250")),
+]
+
+
+class TestCaptureWords:
+    """Magic recipients, as words."""
+
+    @pytest.mark.parametrize(("local", "wanted"), MAGIC_ROWS)
+    def test_a_local_part_is_magic_or_not(self, local, wanted):
+        assert minimta.magic_words(local) == wanted
+
+    @pytest.mark.parametrize(("local", "wanted"), MAGIC_ROWS)
+    def test_only_what_fails_or_is_deferred_is_refused(self, local, wanted):
+        word, code = wanted
+        failure = minimta.magic_failure(minimta.Address(local, "far.example"))
+        seen = failure and (failure.code, failure.status)
+        assert seen == (
+            (code, f"{code // 100}.0.0") if word[:1] in "fd" and code else None
+        )
 
 
 # == 4 Messages: WireReader, InputReader, Header, received_field, mbox_quoted =
@@ -4817,6 +4862,144 @@ class TestLog:
         assert (tmp_path / "log").stat().st_mode & 0o137 == 0
 
 
+def make_json_log(path):
+    """A log of JSON lines that is written to a file."""
+    return make_log(f"json:{path}")
+
+
+def json_lines(text):
+    """The objects of a log of JSON lines, each of them whole."""
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+HOSTILE_NAMES = [
+    '"a b"@host.example',
+    '"a, status=x"@host.example',
+    '"dsn=4.0.0 b"@host.example',
+    "b\u00fccher@host.example",
+    "\udcff@host.example",
+]
+
+
+class TestJsonLog:
+    """maillog_file = json:FILE."""
+
+    @pytest.mark.parametrize(("event", "wanted"), LOG_ROWS)
+    def test_an_event_has_its_object(self, tmp_path, event, wanted):
+        event(make_json_log(tmp_path / "log"))
+        found = json_lines((tmp_path / "log").read_text())
+        shown = [f"minimta/{row['component']} {row['message']}" for row in found]
+        assert shown == wanted.split("\n")
+
+    def test_it_says_when_where_and_who(self, tmp_path):
+        begin = time.time()
+        make_json_log(tmp_path / "log").line("qmgr", "text")
+        (row,) = json_lines((tmp_path / "log").read_text())
+        assert begin <= row.pop("time") <= time.time()
+        assert row == {
+            "host": "host",
+            "name": "minimta",
+            "component": "qmgr",
+            "pid": os.getpid(),
+            "message": "text",
+            "level": "info",
+        }
+
+    def test_a_delivery_has_its_words_as_keys(self, tmp_path):
+        attempt = delivered("mailbox bob@host.example", "team@host.example")
+        make_json_log(tmp_path / "log").attempt("T1X2Y3Z4A5", attempt, 0.0)
+        (row,) = json_lines((tmp_path / "log").read_text())
+        wanted = {
+            "queue_id": "T1X2Y3Z4A5",
+            "to": "bob@host.example",
+            "orig_to": "team@host.example",
+            "relay": "local",
+            "delay": "1.5",
+            "dsn": "2.0.0",
+            "status": "sent",
+        }
+        assert {name: row.get(name) for name in wanted} == wanted
+
+    @pytest.mark.parametrize("name", HOSTILE_NAMES)
+    def test_a_recipient_is_named_whole(self, tmp_path, name):
+        attempt = delivered(f"mailbox {name}", name)
+        make_json_log(tmp_path / "log").attempt("T1X2Y3Z4A5", attempt, 0.0)
+        (row,) = json_lines((tmp_path / "log").read_text())
+        assert row["to"] == minimta.printable(name)
+        assert (row["status"], row["dsn"]) == ("sent", "2.0.0")
+
+    def test_what_another_host_says_is_no_key(self, tmp_path):
+        why = "said: 550 to=<eve@x> client=x sasl_username=y status=sent"
+        words = ("a@far.example", "remote a@far.example", "mx.far.example", why)
+        attempt = minimta.Attempt(1.5, "bounced", "5.1.1", *words)
+        make_json_log(tmp_path / "log").attempt("T1X2Y3Z4A5", attempt, 0.0)
+        (row,) = json_lines((tmp_path / "log").read_text())
+        assert (row["to"], row["status"]) == ("a@far.example", "bounced")
+        assert not {"client", "sasl_username"} & set(row)
+
+    def test_a_message_id_makes_no_keys(self, tmp_path):
+        header = "Message-ID: <1 to=<eve@x> status=sent@far.example>\n"
+        make_json_log(tmp_path / "log").active(taken_up(header))
+        first, _ = json_lines((tmp_path / "log").read_text())
+        assert not {"to", "status"} & set(first)
+
+    def test_a_warning_has_its_level(self, tmp_path):
+        make_json_log(tmp_path / "log").warning("qmgr", "disk full")
+        (row,) = json_lines((tmp_path / "log").read_text())
+        assert (row["level"], row["message"]) == ("warning", "warning: disk full")
+
+    @pytest.mark.parametrize(
+        "char", ["\n", '"', "\\", "\x1b", "\u2028", "\udcff", "\0"]
+    )
+    def test_an_event_is_one_object_whatever_it_says(self, tmp_path, char):
+        make_json_log(tmp_path / "log").line("smtpd", f"a{char}b")
+        (line,) = (tmp_path / "log").read_bytes().splitlines()
+        assert json.loads(line)["message"] == minimta.printable(f"a{char}b")
+
+    def test_every_program_logs_so(self, instance):
+        instance.configure(maillog_file=f"json:{instance.root}/var/log/mail.log")
+        instance.sendmail("user1", stdin=letter("by hand"))
+        instance.wait_message("user1", "by hand")
+        instance.start()
+        instance.send("user2@localhost", letter("by wire"))
+        instance.wait_message("user2", "by wire")
+        wait_for(lambda: instance.log().count(": removed") == 2)
+        rows = json_lines(instance.log())
+        sent = [row for row in rows if row.get("status")]
+        assert [(row["to"], row["status"], row["dsn"]) for row in sent] == [
+            (f"user1@{HOST}", "sent", "2.0.0"),
+            (f"user2@{HOST}", "sent", "2.0.0"),
+        ]
+        for one in sent:
+            own = [row for row in rows if row.get("queue_id") == one["queue_id"]]
+            assert {"cleanup", "qmgr", "local"} <= {row["component"] for row in own}
+            assert len({row["pid"] for row in own}) <= 2
+
+    def test_of_a_daemon_it_goes_to_stdout(self, instance):
+        instance.configure(maillog_file="json:-")
+        instance.process = subprocess.Popen(
+            [instance.bin / "minimta.py", "serve"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=instance.env("root"),
+            start_new_session=True,
+        )
+        wait_for(instance.is_ready)
+        instance.send("payam@localhost", letter("out"))
+        instance.wait_message("payam", "out")
+        process, instance.process = instance.process, None
+        process.terminate()
+        out, err = process.communicate(timeout=PATIENCE)
+        rows = json_lines(out.decode())
+        assert (process.returncode, err) == (0, b"")
+        assert rows[0]["message"].startswith("daemon started")
+        assert rows[-1]["message"] == "daemon stopped"
+        (sent,) = [row for row in rows if row.get("status")]
+        assert (sent["to"], sent["status"]) == (f"payam@{HOST}", "sent")
+        assert not (instance.root / "var/log").exists()
+
+
 # == 15 Users: User, Users, Passwords, Rights, find_root, read_settings =======
 
 
@@ -5035,6 +5218,90 @@ class TestReadSettings:
         with pytest.raises(minimta.ProgramError, match=re.escape(path)) as caught:
             minimta.read_settings({"MINIMTA_ROOT": str(tmp_path)}, path)
         assert caught.value.code == 78
+
+
+class TestFromFiles:
+    """MINIMTA_<NAME>_FILE: a setting in a file, as containers hand it over."""
+
+    @staticmethod
+    def config(instance, name, **environ):
+        """(value, where from) of a setting, as `config` shows them."""
+        result = instance.run("minimta.py", "config", env=environ)
+        assert (result.code, result.err) == (0, "")
+        shape = rf"(?m)^{name} = (.*?) +# (.*); default: .*$"
+        return re.search(shape, result.out).groups()
+
+    @pytest.mark.parametrize("text", ["[mx]:26", "[mx]:26\n", "  [mx]:26 \r\n\n"])
+    def test_the_value_is_what_the_file_says(self, instance, text):
+        path = instance.write("secret", text)
+        value, source = self.config(instance, "relayhost", MINIMTA_RELAYHOST_FILE=path)
+        assert value == "[mx]:26"
+        assert "environment, MINIMTA_RELAYHOST" in source
+
+    def test_it_counts_more_than_the_settings_file(self, instance):
+        instance.configure(relayhost="[other]")
+        path = instance.write("secret", "[mx]")
+        assert self.config(instance, "relayhost", MINIMTA_RELAYHOST_FILE=path)[0] == (
+            "[mx]"
+        )
+
+    @pytest.mark.parametrize("value", ["[other]", ""])
+    @pytest.mark.parametrize("name", ["secret", "no-such-file"])
+    def test_what_the_environment_says_itself_counts_more(self, instance, value, name):
+        instance.write("secret", "[mx]")
+        env = {"MINIMTA_RELAYHOST": value, "MINIMTA_RELAYHOST_FILE": f"/{name}"}
+        wanted = (value, "environment, MINIMTA_RELAYHOST")
+        assert self.config(instance, "relayhost", **env) == wanted
+
+    def test_a_name_of_no_file_is_nothing(self, instance):
+        instance.configure(relayhost="[mx]")
+        assert self.config(instance, "relayhost", MINIMTA_RELAYHOST_FILE="")[0] == (
+            "[mx]"
+        )
+
+    def test_a_setting_that_ends_in_file_is_no_such_file(self, instance):
+        env = {"MINIMTA_MAILLOG_FILE": "/no/such/log"}
+        assert self.config(instance, "maillog_file", **env)[0] == "/no/such/log"
+        path = instance.write("where", "/another/log\n")
+        env = {"MINIMTA_MAILLOG_FILE_FILE": path}
+        assert self.config(instance, "maillog_file", **env)[0] == "/another/log"
+
+    @pytest.mark.parametrize("name", ["no-such-file", "."])
+    @pytest.mark.parametrize("program", ["config", "sendmail", "serve", "mailq"])
+    def test_a_file_that_cannot_be_read_ends_in_one_line(self, instance, program, name):
+        path = instance.root / name
+        words = ["payam"] if program == "sendmail" else []
+        env = {"MINIMTA_RELAYHOST_FILE": path}
+        result = instance.run("minimta.py", program, *words, env=env)
+        assert_one_clear_line(result, 78)
+        assert f"MINIMTA_RELAYHOST_FILE: {path}: " in result.err
+
+    @needs_root
+    def test_a_file_that_others_keep_is_not_read_for_a_user(self, instance, public_bin):
+        path = instance.write("secret", "[mx]")
+        path.chmod(0o600)
+        result = instance.run(
+            *("minimta.py", "config"),
+            env={"MINIMTA_RELAYHOST_FILE": path},
+            bin_dir=public_bin,
+            preexec_fn=become("user1"),
+        )
+        assert_one_clear_line(result, 78)
+        assert "Permission denied" in result.err
+
+    @pytest.mark.parametrize("data", [b"26x", b"", b"\xff\0", b"26\n27"])
+    def test_a_value_that_is_none_is_refused_in_one_line(self, instance, data):
+        path = instance.root / "port"
+        path.write_bytes(data)
+        env = {"MINIMTA_SMTPD_PORT_FILE": path}
+        assert_one_clear_line(instance.run("minimta.py", "config", env=env), 78)
+
+    def test_a_daemon_listens_where_the_file_says(self, instance):
+        instance.configure(smtpd_port=1)
+        path = instance.write("port", f"{instance.port}\n")
+        instance.start(env={"MINIMTA_SMTPD_PORT_FILE": str(path)})
+        instance.send("payam@localhost", letter("filed"))
+        instance.wait_message("payam", "filed")
 
 
 # == 16 Maps: MapFiles, Secrets, read_secrets =================================
@@ -9210,6 +9477,529 @@ class TestPeople:
         with pytest.raises(minimta.ProgramError) as caught:
             minimta.read_recipients(quiet.house, ["bob", word])
         assert caught.value.code == code
+
+
+# == 36 Moving in: Foreign, cmd_import ========================================
+
+
+# file names and texts -> what is printed
+IMPORTS = {
+    "ssmtp": (
+        {
+            "ssmtp.conf": """# /etc/ssmtp/ssmtp.conf
+root=admin@example.com
+mailhub=smtp.example.com:587
+AuthUser=me@example.com
+AuthPass=s3cret
+UseTLS=YES
+UseSTARTTLS=YES
+TLS_CA_File=/etc/ssl/ca.pem
+rewriteDomain=example.com
+hostname=box.example.com
+FromLineOverride=YES
+Debug=YES
+"""
+        },
+        """# /etc/minimta.conf
+smtp_tls_CAfile = /etc/ssl/ca.pem
+myorigin = example.com
+myhostname = box.example.com
+relayhost = [smtp.example.com]:587
+smtp_sasl_password_maps = /etc/minimta.passwords
+
+# /etc/minimta.passwords: chmod 600; put each password in yourself
+#   [smtp.example.com]:587 me@example.com:PASSWORD (it stands in ssmtp.conf, line 5)
+
+# /etc/aliases: then run newaliases
+#   root: admin@example.com
+
+# not taken:
+#   ssmtp.conf, line 12: Debug YES: no counterpart
+""",
+    ),
+    "msmtp": (
+        {
+            "msmtprc": """defaults
+auth on
+tls on
+tls_trust_file /etc/ssl/ca.pem
+logfile ~/.msmtp.log
+
+account work
+host mail.work.example
+port 465
+tls_starttls off
+from me@work.example
+user me
+password s3cret
+
+account home : work
+host mail.home.example
+from me@home.example
+
+account default : home
+domain box.example.com
+timeout 10
+"""
+        },
+        """# /etc/minimta.conf
+smtp_tls_CAfile = /etc/ssl/ca.pem
+smtp_generic_maps = /etc/minimta.generic
+myhostname = box.example.com
+relayhost = smtps://[mail.home.example]:465
+smtp_sasl_password_maps = /etc/minimta.passwords
+
+# /etc/minimta.generic: senders, as other hosts see them
+#   * me@home.example
+
+# /etc/minimta.passwords: chmod 600; put each password in yourself
+#   [mail.home.example]:465 me:PASSWORD (it stands in msmtprc, line 13)
+
+# not taken:
+#   msmtprc: account work: only one account is used
+#   msmtprc: account home: only one account is used
+#   msmtprc, line 21: timeout 10: no counterpart
+""",
+    ),
+    "msmtp with a command": (
+        {
+            "msmtprc": """account default
+host smtp.example.com
+port 587
+tls on
+user me
+passwordeval "gpg -q -d ~/.secret.gpg"
+"""
+        },
+        """# /etc/minimta.conf
+smtp_sasl_password_command = gpg -q -d ~/.secret.gpg
+relayhost = [smtp.example.com]:587
+smtp_sasl_password_maps = /etc/minimta.passwords
+
+# /etc/minimta.passwords: chmod 600; put each password in yourself
+#   [smtp.example.com]:587 me
+""",
+    ),
+    "dma": (
+        {
+            "dma.conf": """# smart host
+SMARTHOST mail.example.net
+PORT 465
+ALIASES /etc/aliases
+#SPOOLDIR /var/spool/dma
+SECURETRANSFER
+AUTHPATH /etc/dma/auth.conf
+MASQUERADE example.net
+MAILNAME box.example.net
+DEFER
+""",
+            "auth.conf": "# who\njoe|mail.example.net:s3cret\neve|b.example:s3cret\n",
+        },
+        """# /etc/minimta.conf
+alias_maps = /etc/aliases
+smtp_generic_maps = /etc/minimta.generic
+myorigin = box.example.net
+relayhost = smtps://[mail.example.net]:465
+smtp_sasl_password_maps = /etc/minimta.passwords
+
+# /etc/minimta.generic: senders, as other hosts see them
+#   * @example.net
+
+# /etc/minimta.passwords: chmod 600; put each password in yourself
+#   [mail.example.net]:465 joe:PASSWORD (it stands in auth.conf, line 2)
+#   [b.example] eve:PASSWORD (it stands in auth.conf, line 3)
+
+# not taken:
+#   dma.conf, line 10: DEFER : no counterpart
+""",
+    ),
+    "nullmailer": (
+        {
+            "remotes": """one.example smtp --port=587 --starttls --user=a --pass=s3cret
+two.example smtp --ssl
+# the last
+three.example --insecure
+"""
+        },
+        """# /etc/minimta.conf
+relayhost = [one.example]:587, smtps://[two.example]:465, [three.example]:25
+smtp_sasl_password_maps = /etc/minimta.passwords
+
+# /etc/minimta.passwords: chmod 600; put each password in yourself
+#   [one.example]:587 a:PASSWORD (it stands in remotes, line 1)
+
+# not taken:
+#   remotes, line 4: --insecure : no counterpart
+""",
+    ),
+    "Postfix": (
+        {
+            "main.cf": """# See /usr/share/postfix/main.cf.dist
+smtpd_banner = $myhostname ESMTP $mail_name
+biff = no
+compatibility_level = 3.6
+myhostname = mail.example.org
+alias_maps = hash:/etc/aliases
+mydestination = $myhostname,
+    localhost.example.org,
+    localhost
+relayhost = [smtp.example.org]:465
+smtp_tls_wrappermode = yes
+smtp_tls_security_level = encrypt
+smtp_sasl_password_maps = hash:/etc/postfix/sasl_passwd
+smtp_tls_CApath=/etc/ssl/certs
+virtual_alias_maps = hash:/etc/postfix/virtual
+mynetworks = 127.0.0.0/8 [::ffff:127.0.0.0]/104 [::1]/128
+mailbox_size_limit = 0
+mailbox_command =
+mail_owner = postfix
+recipient_delimiter = +
+inet_interfaces = loopback-only
+syslog_name = ${name?{x}:{y}}
+default_privs = nobody
+message_size_limit = 10 MB
+what is this
+"""
+        },
+        """# /etc/minimta.conf
+myhostname = mail.example.org
+alias_maps = hash:/etc/aliases
+mydestination = $myhostname, localhost.example.org, localhost
+relayhost = smtps://[smtp.example.org]:465
+smtp_tls_security_level = encrypt
+smtp_sasl_password_maps = hash:/etc/postfix/sasl_passwd
+mynetworks = 127.0.0.0/8 [::ffff:127.0.0.0]/104 [::1]/128
+mailbox_size_limit = 0
+recipient_delimiter = +
+inet_interfaces = loopback-only
+default_privs = nobody
+
+# not taken:
+#   main.cf, line 14: smtp_tls_CApath /etc/ssl/certs: no counterpart
+#   main.cf, line 15: virtual_alias_maps hash:/etc/postfix/virtual: no counterpart
+#   main.cf, line 19: mail_owner postfix: no counterpart
+#   main.cf, line 22: syslog_name ${name?{x}:{y}}: $name is no setting here
+#   main.cf, line 24: message_size_limit 10 MB: not a limit
+#   main.cf, line 25: what is this : not name = value
+""",
+    ),
+}
+# (file, text), relayhost or None: how the one is said by the other
+RELAY_ROWS = [
+    ("ssmtp.conf", "mailhub=mail", "[mail]:25"),
+    ("ssmtp.conf", "mailhub=mail.example.com:2525", "[mail.example.com]:2525"),
+    ("ssmtp.conf", "MAILHUB = [2001:db8::1]:26", "[2001:db8::1]:26"),
+    ("ssmtp.conf", "mailhub=mail\nUseTLS=no\nUseSTARTTLS=no", "[mail]:25"),
+    ("ssmtp.conf", "mailhub=mail:587\nUseSTARTTLS=YES", "[mail]:587"),
+    # without STARTTLS it is TLS from the start
+    ("ssmtp.conf", "mailhub=mail:465\nUseTLS=YES", "smtps://[mail]:465"),
+    ("ssmtp.conf", "mailhub=mail # ours", "[mail]:25"),
+    ("msmtprc", "host mail", "[mail]:25"),
+    ("msmtprc", "host mail\ntls on", "[mail]:25"),
+    ("msmtprc", "host mail\ntls", "[mail]:25"),
+    ("msmtprc", "host mail\ntls on\ntls_starttls off", "smtps://[mail]:465"),
+    ("msmtprc", "host mail\ntls off\ntls_starttls off", "[mail]:25"),
+    # the default account, wherever it stands; without one the first
+    ("msmtprc", "account default\nhost a\naccount b\nhost b", "[a]:25"),
+    ("msmtprc", "account b\nhost b\naccount default\nhost a", "[a]:25"),
+    ("msmtprc", "account a\nhost a\naccount b\nhost b", "[a]:25"),
+    # defaults hold for what follows them
+    ("msmtprc", "defaults\nport 26\naccount a\nhost a", "[a]:26"),
+    ("msmtprc", "defaults\nport 26\ndefaults\naccount a\nhost a", "[a]:25"),
+    ("msmtprc", "account a\nhost a\ndefaults\nport 26", "[a]:25"),
+    # of several accounts
+    (
+        "msmtprc",
+        "account a\nhost a\naccount b\nport 26\naccount c: a\nhost c",
+        "[a]:25",
+    ),
+    (
+        "msmtprc",
+        "account a\nhost a\naccount b\nport 26\naccount default : a, b",
+        "[a]:26",
+    ),
+    ("dma.conf", "SMARTHOST mail", "[mail]:25"),
+    ("dma.conf", "SMARTHOST mail\nPORT 587\nSECURETRANSFER\nSTARTTLS", "[mail]:587"),
+    ("dma.conf", "SMARTHOST mail\nSECURETRANSFER", "smtps://[mail]:465"),
+    ("dma.conf", "#SMARTHOST mail", None),
+    ("remotes", "mail", "[mail]:25"),
+    ("remotes", "mail smtp", "[mail]:25"),
+    ("remotes", "mail smtp --ssl --starttls --port=587", "[mail]:587"),
+    ("remotes", "a\n\n#b\nc smtp --port=26", "[a]:25, [c]:26"),
+    ("main.cf", "relayhost = mail", "mail"),
+    ("main.cf", "relayhost = [mail]:587", "[mail]:587"),
+    ("main.cf", "relayhost =", ""),
+    ("main.cf", "relayhost = $mydomain\nmydomain = a.example", "$mydomain"),
+    ("main.cf", "relayhost = a\nrelayhost = b", "b"),
+    (
+        "main.cf",
+        "smtp_tls_wrappermode = yes\nrelayhost = [mail]:465",
+        "smtps://[mail]:465",
+    ),
+    ("main.cf", "smtp_tls_wrappermode = yes\nrelayhost =", ""),
+    ("main.cf", "relayhost =\nsmtp_tls_wrappermode = yes", ""),
+    ("main.cf", "relayhost = $strange\nsmtp_tls_wrappermode = yes", None),
+    # what is no port, or no host
+    *(
+        ("msmtprc", f"host mail\nport {port}", None)
+        for port in ("x", "-1", "0", "99999")
+    ),
+    *(("remotes", f"mail smtp --port={port}", None) for port in ("x", "-1", "99999")),
+    *(("dma.conf", f"SMARTHOST mail\nPORT {port}", None) for port in ("2 5", "70000")),
+    *(
+        ("ssmtp.conf", f"mailhub={hub}", None)
+        for hub in ("mail:x", "a b", "-", "", "a:0")
+    ),
+    ("msmtprc", "port 25\nuser me", None),
+]
+SECRET_FILES = [
+    ("ssmtp.conf", "mailhub=mail\nAuthUser=me\nAuthPass=s3cret\n"),
+    ("ssmtp.conf", "AuthPass=s3cret\n"),
+    ("ssmtp.conf", "mailhub=mail\nAuthPass s3cret\n"),
+    ("ssmtp.conf", "mailhub=mail\nAuthPass: s3cret\n"),
+    ("ssmtp.conf", "mailhub=a b\nAuthPass=x=s3cret\n"),
+    ("msmtprc", "host mail\nuser me\npassword s3cret\n"),
+    ("msmtprc", "host mail\nuser me\npassword\ts3cret\n"),
+    ("msmtprc", 'host mail\nuser me\npassword "s3cret # s3cret"\n'),
+    ("msmtprc", "host mail\nuser me\nproxy_password s3cret\n"),
+    ("msmtprc", "host mail\nuser me\npassword=s3cret\n"),
+    ("msmtprc", "account a\nhost a\npassword s3cret\naccount default\nhost b\n"),
+    ("dma.conf", "SMARTHOST mail\nPASSWORD s3cret\n"),
+    ("auth.conf", "joe|mail:s3cret\n"),
+    ("auth.conf", "joe|mail:x|y:s3cret\n"),
+    ("auth.conf", "joe|mail s3cret\n"),
+    ("auth.conf", "joe mail:s3cret\n"),
+    ("auth.conf", "|mail:s3cret\n"),
+    ("remotes", "mail smtp --user=me --pass=s3cret\n"),
+    ("remotes", "mail smtp --user=me --pass='s3cret s3cret'\n"),
+    ("remotes", "mail smtp --user=me --pass s3cret\n"),
+    ("remotes", "mail smtp --password=s3cret\n"),
+    ("main.cf", "relayhost = [mail]\nsmtp_sasl_password_maps = static:me:s3cret\n"),
+    ("main.cf", "smtp_sasl_password_maps = inline:{mail=me:s3cret}\n"),
+    ("main.cf", "smtpd_tls_key_password = s3cret\n"),
+]
+# What makes settings that minimta itself would not take.
+ODD_IMPORTS = [
+    ("ssmtp.conf", "mailhub=mail\nhostname=$x\n"),
+    ("ssmtp.conf", "rewriteDomain=a\x1bb\nhostname=a b\n"),
+    ("msmtprc", "host mail\ntls_trust_file $HOME/ca\naliases ~/aliases\n"),
+    ("msmtprc", "host mail\ndomain $myhostname\n"),
+    ("dma.conf", "SMARTHOST $mail\nMAILNAME $x\nALIASES\n"),
+    ("remotes", "mail smtp --x509cafile=$HOME/ca\n"),
+    ("main.cf", "mynetworks = $mynetworks\n"),
+    ("main.cf", "relayhost = $strange\nsmtp_tls_wrappermode = yes\n"),
+    ("main.cf", "mydestination = ${x?y}, $(z), $$, $\n"),
+    ("main.cf", "  relayhost = a\n = \n=b\nsmtpd_port = 99999\ncapture = yes\n"),
+    ("main.cf", "queue_directory = /var/spool/postfix\ndefault_process_limit = 1\n"),
+]
+
+
+class TestImport:
+    """import: other programs' settings, said in ours."""
+
+    @staticmethod
+    def imported(instance, *names, **files):
+        """What import prints of files, which must succeed in silence."""
+        for name, text in files.items():
+            (instance.root / name).write_text(text, encoding="utf-8")
+        result = instance.run("minimta.py", "import", *(names or files))
+        assert (result.code, result.err) == (0, ""), result
+        return result.out
+
+    @staticmethod
+    def accepted(instance, text):
+        """What config says to the settings that import has printed."""
+        path = instance.write("imported", text)
+        result = instance.run("minimta.py", "config", "-C", path)
+        assert (result.code, result.err) == (0, ""), text
+        return result.out
+
+    @pytest.mark.parametrize("name", IMPORTS)
+    def test_a_file_says_in_our_settings_what_it_said(self, instance, name):
+        files, wanted = IMPORTS[name]
+        out = self.imported(instance, **files)
+        assert out == wanted
+        assert "s3cret" not in out
+        self.accepted(instance, out)
+
+    @pytest.mark.parametrize(
+        "order", [("dma.conf", "auth.conf"), ("auth.conf", "dma.conf")]
+    )
+    def test_the_order_of_dmas_files_does_not_matter(self, instance, order):
+        files, wanted = IMPORTS["dma"]
+        assert self.imported(instance, *order, **files) == wanted
+
+    def test_a_line_of_a_file_is_found_by_its_whole_path(self, instance):
+        path = instance.write("etc/ssmtp/ssmtp.conf", "mailhub=mail\nDebug=YES\n")
+        result = instance.run("minimta.py", "import", path)
+        assert f"#   {path}, line 2: Debug YES: no counterpart\n" in result.out
+
+    def test_a_users_own_file_has_a_dot(self, instance):
+        out = self.imported(instance, **{".msmtprc": "host mail\n"})
+        assert "relayhost = [mail]:25\n" in out
+
+    def test_files_of_several_programs_come_together(self, instance):
+        out = self.imported(
+            instance,
+            **{"remotes": "one.example\n", "main.cf": "myhostname = a.example\n"},
+        )
+        assert "relayhost = [one.example]:25\n" in out
+        assert "myhostname = a.example\n" in out
+
+    @pytest.mark.parametrize(("name", "text", "wanted"), RELAY_ROWS)
+    def test_a_relay_is_said_so(self, instance, name, text, wanted):
+        out = self.imported(instance, **{name: f"{text}\n"})
+        found = re.findall(r"(?m)^relayhost = ?(.*)$", out)
+        assert found == ([] if wanted is None else [wanted]), out
+        self.accepted(instance, out)
+
+    @pytest.mark.parametrize(("name", "text"), SECRET_FILES)
+    def test_a_password_is_not_shown(self, instance, name, text):
+        (instance.root / name).write_text(text, encoding="utf-8")
+        result = instance.run("minimta.py", "import", name)
+        assert "s3cret" not in result.out + result.err
+
+    @pytest.mark.parametrize(("name", "text"), ODD_IMPORTS)
+    def test_whatever_it_says_is_accepted(self, instance, name, text):
+        out = self.imported(instance, **{name: text})
+        self.accepted(instance, out)
+        assert out.replace("\n", "").isprintable()
+
+    @pytest.mark.parametrize("name", ["myorigin", "mydestination"])
+    def test_a_name_that_stands_in_a_file_is_none(self, instance, name):
+        """Debian's Postfix: myorigin = /etc/mailname."""
+        out = self.imported(instance, **{"main.cf": f"{name} = /etc/mailname\n"})
+        assert f"\n{name} = " not in out
+        assert f"{name} /etc/mailname" in out
+
+    def test_quotes_of_a_command_stay(self, instance):
+        text = "host mail\nuser me\npasswordeval \"sh -c 'cat ~/x'\"\n"
+        out = self.imported(instance, msmtprc=text)
+        assert "smtp_sasl_password_command = sh -c 'cat ~/x'\n" in out
+
+    def test_of_two_senders_the_later_one_counts(self, instance):
+        first = "account a\nhost a\nfrom one@a.example\n"
+        text = f"{first}account default : a\nfrom two@a.example\n"
+        out = self.imported(instance, msmtprc=text)
+        assert re.findall(r"(?m)^#   \* (.*)$", out) == ["two@a.example"]
+
+    def test_a_password_that_was_sent_in_clear_is_warned_of(self, instance):
+        text = "host mail\ntls off\nuser me\npassword s3cret\n"
+        out = self.imported(instance, msmtprc=text)
+        assert "msmtprc, line 2: tls off: a password is never sent in clear" in out
+
+    @pytest.mark.parametrize(
+        "data", [b"", b"\n\n", b"# none\n", b"\0\xff" * 999, b"\r\n"]
+    )
+    @pytest.mark.parametrize("name", sorted(minimta.FOREIGN_FILES))
+    def test_a_file_that_says_nothing_gives_nothing(self, instance, name, data):
+        (instance.root / name).write_bytes(data)
+        result = instance.run("minimta.py", "import", name)
+        assert (result.code, result.err) == (0, "")
+        assert "relayhost" not in result.out
+        self.accepted(instance, result.out)
+
+    def test_random_bytes_are_no_program(self, instance):
+        dice = random.Random(SEED)
+        for name in minimta.FOREIGN_FILES:
+            (instance.root / name).write_bytes(dice.randbytes(5000))
+        result = instance.run("minimta.py", "import", *minimta.FOREIGN_FILES)
+        assert (result.code, result.err) == (0, ""), SEED
+        assert all(line.isprintable() for line in result.out.split("\n")), SEED
+
+    @pytest.mark.parametrize(
+        ("words", "code"),
+        [
+            ([], 64),
+            (["-x", "main.cf"], 64),
+            (["main.conf"], 64),
+            (["main.cf", "exim4.conf"], 64),
+            (["nowhere/main.cf"], 66),
+            (["main.cf", "auth.conf"], 66),
+            (["folder/main.cf"], 66),
+            (["main.cf/main.cf"], 66),
+        ],
+    )
+    def test_what_is_no_such_file_ends_in_one_line(self, instance, words, code):
+        instance.write("main.cf", "relayhost = a\n")
+        (instance.root / "folder/main.cf").mkdir(parents=True)
+        result = instance.run("minimta.py", "import", *words)
+        assert_one_clear_line(result, code)
+        assert result.out == ""
+
+    @needs_root
+    def test_a_file_that_is_not_the_users_to_read_is_told(self, instance, public_bin):
+        instance.write("auth.conf", "joe|mail:s3cret\n").chmod(0o600)
+        how = {"bin_dir": public_bin, "preexec_fn": become("user1")}
+        result = instance.run("minimta.py", "import", "auth.conf", **how)
+        assert_one_clear_line(result, 66)
+        assert "Permission denied" in result.err
+
+    def test_it_changes_nothing(self, instance):
+        before = sorted(instance.root.rglob("*"))
+        text = (instance.root / "etc/minimta.conf").read_text()
+        path = instance.root.parent / f"{instance.root.name}-ssmtp.conf"
+        path.write_text(IMPORTS["ssmtp"][0]["ssmtp.conf"])
+        try:
+            assert instance.run("minimta.py", "import", path).code == 0
+        finally:
+            path.unlink()
+        assert sorted(instance.root.rglob("*")) == before
+        assert (instance.root / "etc/minimta.conf").read_text() == text
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("ssmtp.conf", "mailhub=127.0.0.1:{}\n"),
+            (
+                "msmtprc",
+                "defaults\ntls off\naccount default\nhost 127.0.0.1\nport {}\n",
+            ),
+            ("dma.conf", "SMARTHOST 127.0.0.1\nPORT {}\n"),
+            ("remotes", "127.0.0.1 smtp --port={}\n"),
+            ("main.cf", "relayhost = [127.0.0.1]:{}\n"),
+        ],
+    )
+    def test_the_relay_that_it_writes_gets_mail(self, instance, make_sink, name, text):
+        sink = make_sink()
+        out = self.imported(instance, **{name: text.format(sink.port)})
+        own = (instance.root / "etc/minimta.conf").read_text()
+        instance.write("etc/minimta.conf", own + out)
+        instance.start()
+        post(instance, ["who@far.example"], letter("moved"))
+        assert outcomes(instance, "who@far.example") == ["sent"]
+        assert sink_tokens(sink) == ["moved"]
+
+    @pytest.mark.parametrize("is_wrapped", [False, True])
+    def test_with_the_password_put_in_it_logs_in(
+        self, instance, make_names, make_sink, certificates, is_wrapped
+    ):
+        sink = make_sink(
+            certificate=certificates["good"], mechanisms="PLAIN", is_wrapped=is_wrapped
+        )
+        make_names(instance, {}, "127.0.0.1 localhost\n")
+        rows = (
+            *("account default", "host localhost", f"port {sink.port}", "tls on"),
+            *(f"tls_starttls {'off' if is_wrapped else 'on'}", "user joe"),
+            *(f"tls_trust_file {certificates['ca']}", "password s3cret"),
+            "from me@example.com",
+        )
+        out = self.imported(instance, msmtprc="\n".join(rows))
+        for name, mode in (("passwords", 0o600), ("generic", 0o644)):
+            (line,) = re.findall(rf"(?m)^# /etc/minimta.{name}: .*\n#   (.*)$", out)
+            line = re.sub(":PASSWORD .*", ":s3cret", line)
+            path = instance.write(f"etc/minimta.{name}", f"{line}\n")
+            path.chmod(mode)
+            out = out.replace(f"= /etc/minimta.{name}", f"= {path}")
+        own = (instance.root / "etc/minimta.conf").read_text()
+        instance.write("etc/minimta.conf", own + out)
+        instance.start().sendmail("who@far.example", stdin=letter("moved"))
+        assert outcomes(instance, "who@far.example") == ["sent"]
+        assert sink.logins == [Login("PLAIN", "joe", "s3cret", True)]
+        assert sink.received[0][0].startswith("MAIL FROM:<me@example.com>")
+
+    def test_help_names_it(self, instance):
+        assert re.search(r"(?m)^import +\S", instance.run("minimta.py", "--help").out)
 
 
 # == 37 Installation: Manifest, Installer, cmd_install, cmd_uninstall =========
@@ -15963,6 +16753,319 @@ class TestBounce:
         assert "friend@example.com" in report
 
 
+def by_wire(instance, name, token):
+    """Sends to a daemon, as a program does that knows SMTP."""
+    instance.start()
+    instance.send([name], letter(token))
+
+
+def by_hand(instance, name, token):
+    """Sends with sendmail alone."""
+    instance.sendmail(name, stdin=letter(token))
+
+
+def by_socket(instance, name, token):
+    """Sends with sendmail beside a daemon."""
+    instance.start()
+    instance.sendmail(name, stdin=letter(token))
+
+
+DOORS = {"SMTP": by_wire, "sendmail": by_hand, "sendmail and a daemon": by_socket}
+ANYBODY = [
+    # nobody here
+    *("nosuch", "nosuch+x@localhost", f"No.Such@{HOST}"),
+    # elsewhere
+    *("who@far.example", "Who+x@sub.far.example", '"odd one"@far.example'),
+    "who@[192.0.2.1]",
+    # in another domain somebody of here is nobody
+    "user1@far.example",
+]
+REFUSED_ROWS = [
+    *(("fail-550", "550 5.0.0"), ("fail-552", "552 5.0.0"), ("fail-599", "599 5.0.0")),
+    *(("defer-451", "451 4.0.0"), ("defer-421", "421 4.0.0")),
+    ("FAIL-550", "550 5.0.0"),
+]
+
+
+class TestCapture:
+    """capture = yes: mail for anybody stays here; magic recipients."""
+
+    @pytest.fixture
+    def captured(self, instance, make_sink):
+        """An instance that captures, though `sink` is its relayhost."""
+        instance.sink = make_sink()
+        instance.configure(capture="yes", relayhost=f"[127.0.0.1]:{instance.sink.port}")
+        return instance
+
+    @pytest.mark.parametrize("environ", [{}, {"capture": "yes"}])
+    def test_it_is_refused_without_a_private_instance(self, environ):
+        text = "" if environ else "capture = yes"
+        env = {"MINIMTA_CAPTURE": "yes"} if environ else {}
+        assert "capture: not for a host's own mail" in settings_error(text, **env)
+        assert make_settings(text, "/root", **env).capture
+
+    @needs_root
+    @pytest.mark.parametrize(
+        "words",
+        ["minimta.py config", "minimta.py serve", "sendmail payam", "mailq", "mail x"],
+    )
+    def test_on_a_host_every_program_refuses_it(self, instance, words):
+        program, *words = words.split()
+        env = {"MINIMTA_ROOT": "", "MINIMTA_CAPTURE": "yes"}
+        result = instance.run(program, *words, env=env)
+        assert_one_clear_line(result, 78)
+        assert "MINIMTA_CAPTURE: capture: not for a host's own mail" in result.err
+
+    @pytest.mark.parametrize("value", ["maybe", "", "1"])
+    def test_it_is_yes_or_no(self, value):
+        assert "capture" in settings_error(f"capture = {value}", root="/x")
+
+    @pytest.mark.parametrize("name", ANYBODY)
+    @pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+    def test_mail_for_anybody_stays_with_the_owner(self, captured, door, name):
+        door(captured, name, "kept")
+        message = captured.wait_message("root", "kept")
+        where = "" if "@" in name else f"@{HOST}"
+        assert fields(message, "X-Original-To") == [name + where]
+        assert fields(message, "Delivered-To") == [f"root@{HOST}"]
+        assert captured.sink.clients == []
+
+    @needs_root
+    @pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+    def test_the_owner_is_whose_the_directory_is(self, captured, door):
+        captured.give(captured.root, "user2")
+        door(captured, "who@far.example", "kept")
+        captured.wait_message("user2", "kept")
+        assert captured.mailbox("user2").stat().st_uid == UIDS["user2"]
+
+    def test_who_is_known_has_mail_of_his_own(self, captured):
+        captured.aliases("team: user1, who@far.example\n")
+        captured.start()
+        captured.send(["user2@localhost", "team@localhost"], letter("known"))
+        for user in ("user1", "user2", "root"):
+            captured.wait_message(user, "known")
+
+    @pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+    @pytest.mark.parametrize("name", ["nosuch", "who@far.example"])
+    def test_luser_relay_gets_it_in_place_of_the_owner(self, captured, door, name):
+        captured.configure(**captured.settings, luser_relay="user2")
+        door(captured, name, "elsewhere")
+        captured.wait_message("user2", "elsewhere")
+        assert captured.messages("root") == captured.sink.clients == []
+
+    def test_an_alias_of_a_domain_gets_what_is_for_it(self, captured):
+        captured.configure(**captured.settings, luser_relay="payam")
+        captured.aliases("@far.example: user2\n")
+        captured.start()
+        captured.send(["a@far.example", "b@other.example"], letter("domain"))
+        captured.wait_message("user2", "domain")
+        captured.wait_message("payam", "domain")
+        assert captured.messages("root") == captured.sink.clients == []
+
+    def test_a_route_leads_nowhere(self, captured):
+        route = f"far.example smtp:[127.0.0.1]:{captured.sink.port}\n"
+        routes = captured.write("etc/transport", route)
+        captured.configure(**captured.settings, transport_maps=routes)
+        by_wire(captured, "who@far.example", "routed")
+        captured.wait_message("root", "routed")
+        assert captured.sink.clients == []
+
+    def test_a_bounce_stays(self, captured):
+        captured.aliases('prog: "|exit 67"\n')
+        by_wire(captured, "prog@localhost", "doomed")
+        report = captured.wait_message("root", "doomed")
+        assert fields(report, "X-Original-To") == ["friend@example.com"]
+        assert "Status: 5.1.1" in report
+        assert captured.sink.clients == []
+
+    def test_what_a_user_forwards_stays(self, captured):
+        captured.forward("user1", "\\user1, me@far.example\n")
+        by_wire(captured, "user1@localhost", "forwarded")
+        captured.wait_message("user1", "forwarded")
+        captured.wait_message("root", "forwarded")
+        assert captured.sink.clients == []
+
+    @pytest.mark.parametrize("kind", ["alias", ".forward"])
+    def test_what_the_owner_forwards_stays(self, captured, kind):
+        if kind == "alias":
+            captured.aliases("root: me@far.example\n")
+        else:
+            (captured.home("root") / ".forward").write_text("me@far.example\n")
+        by_wire(captured, "who@far.example", "forwarded")
+        message = captured.wait_message("root", "forwarded")
+        assert fields(message, "X-Original-To") == ["who@far.example"]
+        assert captured.sink.clients == []
+
+    def test_the_owner_can_hand_it_on_to_somebody_here(self, captured):
+        captured.aliases("root: payam\n")
+        by_wire(captured, "who@far.example", "handed")
+        captured.wait_message("payam", "handed")
+
+    def test_a_stranger_may_send_anywhere(self, captured):
+        captured.configure(**captured.settings, mynetworks="192.0.2.0/24")
+        by_wire(captured, "who@far.example", "strange")
+        captured.wait_message("root", "strange")
+
+    @pytest.mark.parametrize("door", ["SMTP", "sendmail"])
+    def test_every_recipient_is_named_in_one_copy(self, captured, door):
+        names = ["who@far.example", "nosuch@localhost", "other@sub.far.example"]
+        if door == "SMTP":
+            captured.start()
+            captured.send(names, letter("three"))
+        else:
+            captured.sendmail(*names, stdin=letter("three"))
+        message = captured.wait_message("root", "three")
+        assert sorted(fields(message, "X-Original-To")) == sorted(names)
+
+    @pytest.mark.parametrize("domain", ["", "@localhost", "@far.example"])
+    @pytest.mark.parametrize(("local", "answer"), REFUSED_ROWS)
+    def test_a_magic_recipient_is_refused_so(self, captured, local, answer, domain):
+        captured.start()
+        with Wire(captured.port) as wire:
+            play(wire, "S: 220\nC: HELO x\nS: 250\nC: MAIL FROM:<a@b.example>\nS: 250")
+            play(wire, f"C: RCPT TO:<{local}{domain}>\nS: {answer}")
+            play(wire, "C: RCPT TO:<who@far.example>\nS: 250\nC: QUIT\nS: 221")
+
+    def test_no_alias_makes_a_magic_recipient_anything_else(self, captured):
+        captured.aliases("fail-550: payam\n@far.example: payam\n")
+        captured.start()
+        with captured.smtp() as client:
+            client.ehlo()
+            client.mail("a@b.example")
+            for name in ("fail-550@localhost", "fail-550@far.example"):
+                assert client.rcpt(name)[0] == 550
+
+    @pytest.mark.parametrize("is_served", [False, True])
+    @pytest.mark.parametrize("name", ["fail-550", "fail-552@far.example"])
+    def test_sendmail_is_told_at_once(self, captured, is_served, name):
+        if is_served:
+            captured.start()
+        result = captured.run("sendmail", name, stdin=letter("failed"))
+        assert_one_clear_line(result, 69)
+        assert "is to fail" in result.err
+        assert captured.queued() == []
+
+    @pytest.mark.parametrize("is_served", [False, True])
+    def test_beside_a_good_recipient_it_is_bounced(self, captured, is_served):
+        if is_served:
+            captured.start()
+        names = ("fail-550@far.example", "who@far.example")
+        captured.run("sendmail", *names, stdin=letter("half"))
+        captured.wait_message("root", "half")
+        report = captured.wait_message("payam", "half")
+        assert "fail-550@far.example" in report
+        assert "fail-550 is to fail" in re.sub(r"\s+", " ", report)
+
+    @pytest.mark.parametrize("door", ["sendmail", "sendmail and a daemon"])
+    @pytest.mark.parametrize("name", ["defer-451", "defer-421@far.example"])
+    def test_what_is_to_be_deferred_stays_so(self, captured, door, name):
+        DOORS[door](captured, name, "deferred")
+        shown = captured.wait_reason("is to defer")
+        assert name in shown
+        told_before = captured.log().count("status=deferred")
+        captured.run("sendmail", "-q", user="root")
+        wait_for(lambda: captured.log().count("status=deferred") > told_before)
+        assert len(captured.queued()) == 1
+        assert captured.messages("root") == []
+
+    def test_a_slow_recipient_takes_its_time_and_holds_up_nobody(self, captured):
+        captured.start()
+        hello = "S: 220\nC: HELO x\nS: 250\nC: MAIL FROM:<a@b.example>\nS: 250"
+        with Wire(captured.port) as wire:
+            play(wire, hello)
+            begin = time.monotonic()
+            wire.send(b"RCPT TO:<slow-2@far.example>\r\n")
+            captured.send(["who@far.example"], letter("quick"))
+            assert select.select([wire.socket], [], [], 0)[0] == []
+            assert wire.answer().startswith("250")
+            assert time.monotonic() - begin >= 2
+            play(wire, "C: DATA\nS: 354\nC: Subject: slow\nC:\nC: .\nS: 250")
+        captured.wait_message("root", "quick")
+        captured.wait_message("root", "slow")
+
+    def test_many_slow_recipients_hold_up_no_big_message(self, captured):
+        captured.start()
+        hello = "S: 220\nC: HELO x\nS: 250\nC: MAIL FROM:<a@b.example>\nS: 250"
+        with contextlib.ExitStack() as stack:
+            wires = [stack.enter_context(Wire(captured.port)) for _ in range(20)]
+            for wire in wires:
+                play(wire, hello)
+                wire.send(b"RCPT TO:<slow-600@far.example>\r\n")
+            captured.send(["who@far.example"], letter("big", LOREM * 20_000))
+            assert select.select([wire.socket for wire in wires], [], [], 0)[0] == []
+        captured.wait_message("root", "big")
+
+    def test_sendmail_takes_as_long_as_a_slow_recipient(self, captured):
+        captured.start()
+        begin = time.monotonic()
+        captured.sendmail("slow-1@far.example", stdin=letter("slow"))
+        assert time.monotonic() - begin >= 1
+        captured.wait_message("root", "slow")
+
+    def test_a_slow_recipient_does_not_keep_the_daemon(self, captured):
+        captured.start()
+        with Wire(captured.port) as wire:
+            play(wire, "S: 220\nC: HELO x\nS: 250\nC: MAIL FROM:<a@b.example>\nS: 250")
+            wire.send(b"RCPT TO:<slow-600@far.example>\r\n")
+            wait_for(lambda: not unsent(wire))
+            begin = time.monotonic()
+            assert captured.stop() == 0
+            assert time.monotonic() - begin < 10
+
+    @pytest.mark.parametrize("name", ["fail-550", "defer-451", "slow-600"])
+    @pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+    def test_without_it_these_are_names_like_others(self, instance, door, name):
+        instance.aliases(f"{name}: payam\n")
+        door(instance, f"{name}@localhost", "plain")
+        instance.wait_message("payam", "plain")
+
+    def test_without_it_nobody_is_kept(self, instance, make_sink):
+        relayed(instance, make_sink(), mynetworks="192.0.2.0/24")
+        with instance.smtp() as client:
+            client.ehlo()
+            client.mail("a@b.example")
+            assert client.rcpt("nosuch@localhost")[0] == 550
+            assert client.rcpt("who@far.example")[0] == 554
+
+    @pytest.mark.parametrize("name", ANYBODY)
+    def test_explain_says_it(self, captured, name):
+        result = captured.run("minimta.py", "explain", name)
+        assert (result.code, result.err) == (0, "")
+        assert "captured for root" in result.out
+        assert f"mailbox {captured.mailbox('root')}" in result.out
+        assert "relayhost" not in result.out
+
+    @pytest.mark.parametrize(
+        ("name", "code", "words"),
+        [
+            ("fail-550@far.example", 67, "bounced: fail-550 is to fail  (5.0.0"),
+            ("defer-451", 75, "deferred: defer-451 is to defer  (4.0.0"),
+            ("slow-600", 0, "captured for root"),
+        ],
+    )
+    def test_explain_knows_magic_recipients(self, captured, name, code, words):
+        result = captured.run("minimta.py", "explain", name)
+        assert (result.code, words in result.out) == (code, True), result
+
+    def test_bv_calls_anybody_deliverable(self, captured):
+        result = captured.run("sendmail", "-bv", "who@far.example", "fail-550@x")
+        first, second = result.out.splitlines()
+        assert "... deliverable: mailer local, user root" in first
+        assert "is to fail" in second
+
+    def test_a_daemon_takes_it_when_it_reads_its_settings_again(self, server):
+        server.configure(capture="yes")
+        server.hang_up()
+
+        def is_kept():
+            with server.smtp() as client:
+                client.ehlo()
+                client.mail("a@b.example")
+                return client.rcpt("nosuch@localhost")[0] == 250
+
+        wait_for(is_kept)
+
+
 def nobody_uid():
     """Whose rights commands of /etc/aliases have."""
     return pwd.getpwnam("nobody").pw_uid if AS_ROOT else os.getuid()
@@ -22289,6 +23392,283 @@ class TestFaults:
         server.send("payam@localhost", letter("later"))
         server.wait_message("payam", "later")
         assert parts(server) == pids
+
+
+def why_no_container():
+    """What keeps a test from making a container, or ""."""
+    if not AS_ROOT:
+        return "only root can make namespaces"
+    missing = [n for n in ("unshare", "nsenter", "setpriv") if not shutil.which(n)]
+    if missing:
+        return f"no {missing[0]} here"
+    words = [*NAMESPACES, "mount -o remount,ro,bind /"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    return done.stderr.strip()
+
+
+NAMESPACES = [
+    *("unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"),
+    *("sh", "-ec"),
+]
+NUMBER = 12345  # a uid that no passwd file has
+AS_NUMBER = [
+    *("setpriv", "--reuid", str(NUMBER), "--regid", str(NUMBER), "--clear-groups"),
+]
+# The volume stays as it is, the rest of the file system is read-only.
+READ_ONLY = """
+mount --bind "$MINIMTA_ROOT" "$MINIMTA_ROOT"
+mount -o remount,ro,bind /
+"""
+
+
+class Container(Instance):
+    """An instance as images have it: PID 1, a nameless uid, one volume."""
+
+    def __init__(self, bin_dir):
+        self.settings = {}
+        super().__init__(bin_dir, below="volume")
+        self.owner = f"uid{NUMBER}"
+
+    def write_users(self):
+        """There is no passwd file."""
+
+    def configure(self, **settings):
+        """Settings come from the environment alone."""
+        self.settings = {
+            "smtpd_port": self.port,
+            "inet_interfaces": "127.0.0.1",
+            "myhostname": HOST,
+            "maillog_file": "json:-",
+            **settings,
+        }
+
+    def env(self, user=None, **more):
+        found = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/"}
+        found["MINIMTA_ROOT"] = str(self.root)
+        for name, value in self.settings.items():
+            found[f"MINIMTA_{name.upper()}"] = str(value)
+        return {**found, **more}
+
+    def start(self):
+        for path in (self.root, *self.root.rglob("*")):
+            os.chown(path, NUMBER, NUMBER)
+        program = shlex.join([*AS_NUMBER, f"{self.bin}/minimta.py", "serve"])
+        with open(self.top / "out", "ab") as out, open(self.top / "err", "ab") as err:
+            self.process = subprocess.Popen(
+                [*NAMESPACES, f"{READ_ONLY}exec {program}"],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env=self.env(),
+                cwd="/",
+                start_new_session=True,
+            )
+        wait_for(self.is_ready)
+        (self.first,) = children(self.process.pid)
+        return self
+
+    def run(self, program, *args, stdin="", user=None):
+        """Runs a program inside, as `docker exec` does."""
+        enter = ["nsenter", "--target", str(self.first), "--pid", "--mount"]
+        done = subprocess.run(
+            [*enter, *AS_NUMBER, self.bin / program, *args],
+            input=stdin.encode(),
+            capture_output=True,
+            env=self.env(),
+            cwd="/",
+            timeout=PATIENCE,
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def stop(self):
+        """SIGTERM to PID 1; the exit code, and how many seconds it took."""
+        begin = time.monotonic()
+        os.kill(self.first, signal.SIGTERM)
+        code = self.process.wait(PATIENCE)
+        self.process = None
+        return code, time.monotonic() - begin
+
+    def log(self):
+        return (self.top / "out").read_text(encoding="utf-8")
+
+    def stderr(self):
+        return (self.top / "err").read_text(encoding="utf-8")
+
+
+class TestContainer:
+    """PID 1 of a container: any uid, everything read-only but one volume."""
+
+    @pytest.fixture
+    def container(self, public_bin):
+        why = why_no_container()
+        if why:
+            pytest.skip(why)
+        one = Container(public_bin)
+        yield one
+        one.close()
+
+    def test_it_is_the_first_process_and_nobodys(self, container):
+        container.start()
+        status = Path(f"/proc/{container.first}/status").read_text()
+        assert re.search(r"(?m)^NSpid:.*\t1$", status)
+        assert re.search(rf"(?m)^Uid:(\t{NUMBER}){{4}}$", status)
+        mounts = Path(f"/proc/{container.first}/mounts").read_text()
+        assert re.search(r"(?m)^\S+ / \S+ ro,", mounts)
+        row = json_lines(container.log())[0]
+        assert (row["pid"], row["component"]) == (1, "master")
+
+    def test_mail_of_a_uid_without_a_name_is_delivered(self, container):
+        container.start().sendmail("root", stdin=letter("inside"))
+        message = container.wait_message("root", "inside")
+        assert fields(message, "Return-Path") == [f"<{container.owner}@{HOST}>"]
+        assert container.mailbox("root").stat().st_uid == NUMBER
+
+    def test_captured_mail_is_kept_for_the_number(self, container):
+        container.configure(capture="yes")
+        container.start()
+        container.sendmail("who@far.example", stdin=letter("by hand"))
+        container.send(["who@far.example"], letter("by wire"))
+        container.wait_message(container.owner, "by hand")
+        container.wait_message(container.owner, "by wire")
+        shown = container.run(
+            "mail", "-f", str(container.mailbox(container.owner)), "-H"
+        )
+        assert (shown.code, shown.err) == (0, "")
+        assert "by hand" in shown.out
+
+    def test_mail_goes_out(self, container, make_sink):
+        sink = make_sink()
+        container.configure(relayhost=f"[127.0.0.1]:{sink.port}")
+        container.start().sendmail("who@far.example", stdin=letter("out"))
+        wait_for(lambda: sink.received)
+        container.wait_empty()
+        assert sink_tokens(sink) == ["out"]
+
+    def test_its_log_is_on_stdout_and_nowhere_else(self, container):
+        container.start().sendmail("root", stdin=letter("told"))
+        container.wait_message("root", "told")
+        assert container.stop()[0] == 0
+        rows = json_lines(container.log())
+        (sent,) = [row for row in rows if row.get("status")]
+        assert (sent["to"], sent["status"]) == (f"root@{HOST}", "sent")
+        assert rows[-1]["message"] == "daemon stopped"
+        assert container.stderr() == ""
+        assert not (container.root / "var/log").exists()
+
+    def test_a_setting_comes_from_a_file_in_it(self, container):
+        path = container.write("secret", "files.example\n")
+        container.configure(myhostname_file=path)
+        del container.settings["myhostname"]
+        container.start()
+        with Wire(container.port) as wire:
+            assert wire.answer().startswith("220 files.example ")
+
+    def test_health_is_well(self, container):
+        result = container.start().run("minimta.py", "health")
+        assert (result.code, result.err) == (0, "")
+
+    def test_health_tells_when_its_processes_stand_still(self, container):
+        container.start()
+        for pid in children(container.first):
+            os.kill(pid, signal.SIGSTOP)
+        assert container.run("minimta.py", "health").code == 1
+
+    @pytest.mark.parametrize("program", ["mailq", "newaliases", "minimta.py config"])
+    def test_programs_run_inside(self, container, program):
+        name, *words = program.split()
+        result = container.start().run(name, *words)
+        assert (result.code, result.err) == (0, "")
+
+    def test_an_orphan_of_a_command_is_reaped(self, container):
+        gate, up = container.root / "gate", container.root / "up"
+        os.mkfifo(gate)
+        orphan = f"sh -c 'echo >{up}; read line <{gate}' >/dev/null 2>&1"
+        container.aliases(f'prog: "|cat >/dev/null; setsid {orphan} &"\n')
+        container.start()
+        before = set(children(container.first))
+        container.send(["prog@localhost"], letter("parent"))
+        wait_for(lambda: "delivered to command" in container.log() and up.exists())
+        (pid,) = wait_for(lambda: set(children(container.first)) - before)
+        gate.write_text("go on\n")
+        wait_for(lambda: not Path(f"/proc/{pid}").exists())
+        assert set(children(container.first)) == before
+
+    def test_sigterm_right_behind_the_250_loses_nothing(self, container):
+        container.configure(capture="yes")
+        container.start()
+        tokens = [f"<{new_token()}>" for _ in range(20)]
+        for token in tokens:
+            container.send(["who@far.example"], letter(token))
+        code, seconds = container.stop()
+        assert (code, seconds < 5) == (0, True), seconds
+        assert not container.pids()
+        container.start()
+        container.wait_empty()
+        counts = [len(container.with_token(container.owner, t)) for t in tokens]
+        assert counts == [1] * 20
+
+    def test_sigterm_in_the_middle_of_a_command_loses_nothing(self, container):
+        gate, up = container.root / "gate", container.root / "up"
+        os.mkfifo(gate)
+        container.aliases(f'prog: "|echo >>{up}; read line <{gate}"\n')
+        container.start()
+        container.send(["prog@localhost"], letter("middle"))
+        wait_for(up.exists)
+        code, seconds = container.stop()
+        assert (code, len(container.queued())) == (0, 1)
+        assert not container.pids()
+        assert seconds < 9  # docker kills at 10
+        up.unlink()
+        container.start()
+        wait_for(up.exists)
+        gate.write_text("go on\n")
+        container.wait_empty()
+        assert container.log().count("status=sent") == 1
+
+    def test_sigterm_in_the_middle_of_a_relay_loses_nothing(self, container, make_sink):
+        gate = threading.Event()
+
+        def answer(session, _):
+            gate.wait(PATIENCE)
+            return "451 4.3.0 Later"
+
+        sink = make_sink(DATA=answer)
+        container.configure(
+            relayhost=f"[127.0.0.1]:{sink.port}", minimal_backoff_time="1s"
+        )
+        container.start().sendmail("who@far.example", stdin=letter("out"))
+        wait_for(lambda: "DATA" in sink.verbs())
+        code, seconds = container.stop()
+        gate.set()
+        sink.answers["DATA"] = SINK_ANSWERS["DATA"]
+        assert (code, len(container.queued())) == (0, 1)
+        assert seconds < 9  # docker kills at 10
+        container.start()
+        wait_for(lambda: sink.received)
+        container.wait_empty()
+        assert sink_tokens(sink) == ["out"]
+
+    def test_a_kill_of_it_loses_nothing(self, container):
+        container.configure(capture="yes")
+        container.start()
+        container.send(["who@far.example"], letter("killed"))
+        container.kill()
+        container.start()
+        container.wait_message(container.owner, "killed")
+
+    def test_a_volume_of_somebody_else_is_told_in_one_line(self, container):
+        container.start()
+        container.stop()
+        for path in (container.root, *container.root.rglob("*")):
+            os.chown(path, 0, 0)
+        done = subprocess.run(
+            [*NAMESPACES, f'{READ_ONLY}exec "$@"', "sh"]
+            + [*AS_NUMBER, container.bin / "minimta.py", "serve"],
+            capture_output=True,
+            env=container.env(),
+            timeout=PATIENCE,
+        )
+        assert_one_clear_line(Result(done.returncode, b"", done.stderr), 77)
 
 
 # == House: the laws of the file ==============================================

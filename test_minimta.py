@@ -9209,7 +9209,690 @@ class TestPeople:
         assert caught.value.code == code
 
 
-# == 34 Dispatch: PROGRAMS, main ==============================================
+# == 37 Doctor: Finding, CHECKS, cmd_doctor ===================================
+
+
+WORLD = {  # what a name server says of the domain that doctor asks for
+    ("gmail.com", "MX"): [("MX", (5, "mx.gmail.com"))],
+    ("mx.gmail.com", "A"): [("A", "127.9.8.7")],
+    ("mx.gmail.com", "AAAA"): [],
+}
+SPOOL = "var/spool/minimta"
+
+
+def findings(one, check, **how):
+    """What doctor finds of one check, as objects."""
+    result = one.run("minimta.py", "doctor", "--json", **{"user": "root", **how})
+    assert result.code in (0, 1), result
+    assert result.err == ""
+    rows = [json.loads(line) for line in result.out.splitlines()]
+    return [row for row in rows if row["check"] == check]
+
+
+def ailments(one, check, **how):
+    """Those of a check's findings that are not ok."""
+    return [row for row in findings(one, check, **how) if row["state"] != "ok"]
+
+
+def as_told(one, todo):
+    """Types what doctor says, as root."""
+    path = f"{one.bin}:{one.env()['PATH']}"
+    env = one.env("root", PATH=path)
+    subprocess.run(["/bin/sh", "-c", todo], env=env, cwd="/", capture_output=True)
+
+
+def started_as_told(one, todo):
+    """Starts the daemon by what doctor says."""
+    words = ["/bin/sh", "-c", f"exec env {todo}"]
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    how = {"env": one.env("root"), "cwd": "/", "start_new_session": True, **quiet}
+    one.process = subprocess.Popen(words, **how)
+    wait_for(one.is_ready)
+
+
+def restarted(one, _):
+    """Restarts the daemon, as doctor says."""
+    if one.process:
+        one.stop()
+    one.start()
+
+
+def edits(name, text):
+    """A harm or a cure: another text in a file of the instance."""
+    return lambda one, *_: one.write(name, text)
+
+
+def sets(**settings):
+    """A harm or a cure: other settings."""
+    return lambda one, *_: one.configure(**{**one.well, **settings})
+
+
+def shell(command):
+    """A harm or a cure: a command in the instance's root."""
+    return lambda one, *_: subprocess.run(command, shell=True, check=True, cwd=one.root)
+
+
+def secret_file(setting, name):
+    """A harm: a password file that others may read."""
+
+    def harm(one):
+        path = one.write(name, "")
+        path.chmod(0o644)
+        one.configure(**one.well, **{setting: path})
+
+    return harm
+
+
+def both(*steps):
+    """A harm of several."""
+    return lambda one: [step(one) for step in steps]
+
+
+def outdated(one):
+    """A harm: the aliases are younger than their database."""
+    one.run("newaliases")
+    for path in (one.root / "etc").glob("aliases.db*"):
+        os.utime(path, (1e9, 1e9))
+
+
+def broken_database(one):
+    """A harm: a database that is none."""
+    one.run("newaliases")
+    for path in (one.root / "etc").glob("aliases.db*"):
+        path.write_bytes(b"no database at all\n" * 99)
+
+
+def fifo_mailbox(one):
+    """A harm: a pipe where a mailbox should be."""
+    one.mailbox("payam").unlink()
+    os.mkfifo(one.mailbox("payam"))
+
+
+def linked_mailbox(one):
+    """A harm: a link where a mailbox should be."""
+    one.mailbox("payam").rename(one.root / "elsewhere")
+    one.mailbox("payam").symlink_to(one.root / "elsewhere")
+
+
+def mailbox_of_two_names(one):
+    """A harm: a mailbox that is another file, too."""
+    os.link(one.mailbox("payam"), one.root / "elsewhere")
+
+
+def moved_away(one, _):
+    """A cure: the mailbox is moved away."""
+    one.mailbox("payam").rename(one.root / "etc/moved")
+
+
+def ill(name, check, harm, state, text, todo, cure=None, marks=()):
+    """A row: what is done, what is found then, and whether the cure is one."""
+    return pytest.param(check, harm, state, text, todo, cure, id=name, marks=marks)
+
+
+# {top} is the instance's root, {spool} its queue, {etc} its etc.
+ILLS = [
+    # the queue
+    ill(
+        *("a folder open to others", "spool", shell(f"chmod 755 {SPOOL}/queue")),
+        *("wrong", "{spool}/queue has mode 0755, not 0700"),
+        *("chmod 0700 {spool}/queue", as_told),
+    ),
+    ill(
+        *("a maildrop closed to users", "spool", shell(f"chmod 700 {SPOOL}/maildrop")),
+        *("wrong", "{spool}/maildrop has mode 0700, not 1733"),
+        *("chmod 1733 {spool}/maildrop", as_told),
+    ),
+    ill(
+        *("a folder of somebody's", "spool", shell(f"chown 5001 {SPOOL}/journal")),
+        *("wrong", "{spool}/journal belongs to uid 5001", "chown {owner} "),
+        *(as_told, needs_root),
+    ),
+    ill(
+        *("a maildrop of somebody's", "spool", shell(f"chown 5001 {SPOOL}/maildrop")),
+        *("wrong", "{spool}/maildrop belongs to uid 5001"),
+        *("chown 0 {spool}/maildrop", as_told, needs_root),
+    ),
+    ill(
+        *("a folder that is gone", "spool", shell(f"rmdir {SPOOL}/hold")),
+        *("wrong", "{spool}/hold: No such file or directory", "restart the daemon"),
+        restarted,
+    ),
+    ill(
+        *("no queue", "spool", shell(f"rm -r {SPOOL}"), "warning"),
+        *("{spool} is not there yet: the daemon makes it", "minimta.py serve"),
+        started_as_told,
+    ),
+    ill(
+        *("mail that waits", "queue"),
+        lambda one: put(one, "0AAAAAAAAA", "a@far.example", age=2 * 86400),
+        *("warning", "1 message in it, 0 of the last hour, one since "),
+        *("mailq, then minimta.py trace ID", shell(f"rm {SPOOL}/queue/*")),
+    ),
+    ill(
+        *("mail that piles up", "queue"),
+        lambda one: [put(one, f"0{n:09}", "a@far.example") for n in range(101)],
+        *("warning", "101 messages in it, 101 of the last hour"),
+        *("minimta.py queue summary", shell(f"rm {SPOOL}/queue/*")),
+    ),
+    # the daemon
+    ill(
+        *("no daemon", "daemon", lambda one: None, "wrong"),
+        *("the daemon does not answer", "minimta.py serve", started_as_told),
+    ),
+    # the aliases
+    ill(
+        *("a bad line", "aliases", edits("etc/aliases", "a: b\n\nx y z\n"), "wrong"),
+        *("{etc}/aliases, line 3: ", "edit {etc}/aliases, then newaliases"),
+        lambda one, _: (one.aliases("a: payam\n"), one.run("newaliases")),
+    ),
+    ill(
+        *("a target that is nobody", "aliases"),
+        *(edits("etc/aliases", "root: payam\ntypo: payan\n"), "warning"),
+        "{etc}/aliases, line 2: typo: payan: no such user or alias: "
+        "did you mean payam?",
+        "edit {etc}/aliases, then newaliases",
+        lambda one, _: (one.aliases("typo: payam\n"), one.run("newaliases")),
+    ),
+    ill(
+        *("a ring", "aliases", edits("etc/aliases", "a: b\nb: c\nc: a\n"), "warning"),
+        "{etc}/aliases, line 1: alias loop: a -> b -> c -> a",
+        "edit {etc}/aliases, then newaliases",
+        lambda one, _: (one.aliases("a: payam\n"), one.run("newaliases")),
+    ),
+    ill(
+        *("an old database", "aliases", outdated, "warning"),
+        *("is older than source file {etc}/aliases", "newaliases", as_told),
+    ),
+    ill(
+        *("a broken database", "aliases", broken_database, "warning"),
+        *("cannot be read", "newaliases", as_told),
+    ),
+    ill(
+        *("aliases that others may write", "aliases", shell("chmod 666 etc/aliases")),
+        *("warning", "others may write the file: chmod go-w", "edit {etc}/aliases"),
+        shell("chmod go-w etc/aliases"),
+    ),
+    ill(
+        *("aliases of somebody's", "aliases", shell("chown 5001 etc/aliases")),
+        *("warning", "uid 5001 owns the file: chown root", "edit {etc}/aliases"),
+        *(shell("chown root etc/aliases"), needs_root),
+    ),
+    # root
+    ill(
+        *("root's mail for nobody", "root", edits("etc/aliases", "# none\n")),
+        *("warning", "mail for root stays in root's mailbox"),
+        "put 'root: you' into the aliases file, then newaliases",
+        lambda one, _: (one.aliases("root: payam\n"), one.run("newaliases")),
+        needs_root,
+    ),
+    ill(
+        *("root's mail for a stranger", "root", edits("etc/aliases", "root: payan\n")),
+        *("wrong", 'mail for root: unknown user: "payan"'),
+        "put 'root: you' into the aliases file, then newaliases",
+        lambda one, _: (one.aliases("root: payam\n"), one.run("newaliases")),
+    ),
+    # settings and maps
+    ill(
+        *("a map that is not there", "settings", sets(transport_maps="/no/such")),
+        *("wrong", "transport_maps: /no/such: No such file or directory"),
+        *("mend it", sets()),
+    ),
+    ill(
+        *("a map that is a folder", "settings", sets(smtp_generic_maps="/etc")),
+        *("wrong", "smtp_generic_maps: /etc: Is a directory", "mend it", sets()),
+    ),
+    ill(
+        *("a bad line in a map", "settings"),
+        lambda one: sets(transport_maps=one.write("etc/t", "# one\n* pigeon:x\n"))(one),
+        *("wrong", "{etc}/t, line 2: ", "mend it", edits("etc/t", "* smtp:[a.b]\n")),
+    ),
+    ill(
+        *("passwords for all to read", "settings"),
+        secret_file("smtp_sasl_password_maps", "etc/secrets"),
+        *("wrong", "{etc}/secrets: others can read it", "chmod 600 {etc}/secrets"),
+        as_told,
+    ),
+    ill(
+        *("hashes for all to read", "settings"),
+        secret_file("smtpd_sasl_password_file", "etc/logins"),
+        *("wrong", "{etc}/logins: anybody can read it", "chmod o= {etc}/logins"),
+        as_told,
+    ),
+    ill(
+        *("settings that need others", "settings", sets(smtpd_tls_port="1465")),
+        *("wrong", "smtpd_tls_port: set smtpd_tls_cert_file, too"),
+        *("mend that, or run as root", sets()),
+    ),
+    # the host
+    ill(
+        *("a name of no world", "name", sets(myhostname="box.localdomain"), "warning"),
+        *("box.localdomain is no name in the world", "set myhostname = "),
+        sets(myhostname="host.example.com"),
+    ),
+    ill(
+        *("a name of one word", "name", sets(myhostname="box"), "warning"),
+        *("box is no name in the world", "set myhostname = host.example.com in "),
+        sets(myhostname="host.example.com"),
+    ),
+    ill(
+        *("no name server", "resolver", edits("etc/resolv.conf", "# none\n")),
+        *("warning", "{etc}/resolv.conf names no server", "edit {etc}/resolv.conf"),
+        lambda one, _: one.write("etc/resolv.conf", one.servers),
+    ),
+    ill(
+        *("a name server that is down", "resolver"),
+        edits("etc/resolv.conf", "nameserver [127.0.0.1]:9\n"),
+        *("wrong", "{etc}/resolv.conf: Host or domain name not found"),
+        "edit {etc}/resolv.conf",
+        lambda one, _: one.write("etc/resolv.conf", one.servers),
+    ),
+    ill(
+        *("a clock that is behind", "clock"),
+        lambda one: os.utime(one.queue, (time.time() + 86400,) * 2),
+        *("wrong", "the clock is behind: {spool} is of the future"),
+        *("set it: timedatectl set-ntp true, or date", shell(f"touch {SPOOL}")),
+    ),
+    ill(
+        *("a full disk", "disk", sets(queue_minfree="900000G"), "wrong"),
+        *("{spool}: ", "make room, see df -h {spool}", sets()),
+    ),
+    # mailboxes
+    ill(
+        *("a mailbox for all to read", "mailboxes", shell("chmod 644 var/mail/payam")),
+        *("warning", "{top}/var/mail/payam: anybody may use it"),
+        *("chmod o= {top}/var/mail/payam", as_told),
+    ),
+    ill(
+        *("a mailbox of somebody's", "mailboxes", shell("chown 5001 var/mail/payam")),
+        *("wrong", "{top}/var/mail/payam belongs to uid 5001"),
+        *("chown payam {top}/var/mail/payam", shell("chown 5003 var/mail/payam")),
+        needs_root,
+    ),
+    ill(
+        *("root's mailbox is somebody's", "mailboxes"),
+        shell("touch var/mail/root; chown 5001 var/mail/root; chmod 600 var/mail/root"),
+        *("wrong", "{top}/var/mail/root belongs to uid 5001"),
+        *("chown root {top}/var/mail/root", as_told, needs_root),
+    ),
+    ill(
+        *("a pipe as mailbox", "mailboxes", fifo_mailbox, "wrong"),
+        "{top}/var/mail/payam is no mailbox: mail waits",
+        *("move {top}/var/mail/payam away", moved_away),
+    ),
+    ill(
+        *("a link as mailbox", "mailboxes", linked_mailbox, "wrong"),
+        "{top}/var/mail/payam is no mailbox: mail waits",
+        *("move {top}/var/mail/payam away", moved_away),
+    ),
+    ill(
+        *("a mailbox with two names", "mailboxes", mailbox_of_two_names, "wrong"),
+        *("{top}/var/mail/payam", "", shell("rm elsewhere")),
+    ),
+    # .forward
+    ill(
+        *("a .forward that others may write", "forward"),
+        *(lambda one: one.forward("payam", "user1\n", 0o666), "warning"),
+        "{top}/home/payam/.forward",
+        "chown payam {top}/home/payam/.forward; "
+        "chmod go-w {top}/home/payam/.forward {top}/home/payam",
+        *(as_told, needs_root),
+    ),
+    ill(
+        *("a home that others may write", "forward"),
+        both(
+            lambda one: one.forward("user1", "user2\n"), shell("chmod 777 home/user1")
+        ),
+        *("warning", "not used, mail goes to the mailbox"),
+        *("chown user1 {top}/home/user1/.forward; chmod go-w", as_told, needs_root),
+    ),
+]
+
+# What the relayhost is and says, what we have for it -> state, text, what to do.
+LOGIN = "[localhost] joe:secret"
+MEND_RELAY, MEND_LOGIN = "mend relayhost or what it names", "mend the login: "
+DOORS = {
+    "takes all": ({}, "", "ok", "lets us in; no TLS", ""),
+    "with TLS": (
+        *({"certificate": "good"}, "", "ok"),
+        *("127.0.0.1 lets us in; TLSv1.3", ""),
+    ),
+    "good login": (
+        *({"certificate": "good", "mechanisms": "PLAIN"}, LOGIN, "ok"),
+        *("127.0.0.1 lets us in, as joe; TLSv1.3", ""),
+    ),
+    "bad login": (
+        {
+            **{"certificate": "good", "mechanisms": "PLAIN"},
+            "AUTH": "535 5.7.8 bad password",
+        },
+        *(LOGIN, "wrong", "said: 535 5.7.8 bad password", MEND_LOGIN),
+    ),
+    "a login without TLS": (
+        *({"mechanisms": "PLAIN", "is_careless": True}, LOGIN, "wrong"),
+        *("", ""),
+    ),
+    "untrusted": (
+        *({"certificate": "self-signed"}, "", "wrong", "certificate", MEND_RELAY),
+    ),
+    "expired": (*({"certificate": "expired"}, "", "wrong", "expired", MEND_RELAY),),
+    "wrong name": (
+        *({"certificate": "wrong name"}, "", "wrong", "other.example", MEND_RELAY),
+    ),
+    "busy": (
+        *({"CONNECT": "421 4.3.2 Not now"}, "", "wrong"),
+        *("said: 421 4.3.2 Not now", MEND_RELAY),
+    ),
+    "down": (None, "", "wrong", "Connection refused", MEND_RELAY),
+}
+
+
+class TestDoctor:
+    """minimta.py doctor: each thing that can be wrong, found and mended."""
+
+    @pytest.fixture
+    def patient(self, make_instance, make_names, make_sink):
+        """An instance in which all is well, but without a daemon."""
+        one, sink = make_instance(), make_sink()
+        make_names(one, WORLD)
+        one.servers = (one.root / "etc/resolv.conf").read_text()
+        one.well = {"relayhost": f"[127.0.0.1]:{sink.port}"}
+        one.well["myhostname"] = "host.example.com"
+        one.configure(**one.well)
+        one.aliases("root: payam\n")
+        one.run("newaliases")
+        one.sendmail("-odi", "payam", stdin=letter("first"))
+        one.wait_empty()
+        return one
+
+    @staticmethod
+    def filled(one, text):
+        """A row's text with the instance's paths."""
+        owner = (one.queue / "incoming").stat().st_uid if one.queue.exists() else 0
+        places = {"top": one.root, "spool": one.queue, "etc": one.root / "etc"}
+        return text.format(owner=owner, **places)
+
+    @pytest.mark.skipif(not AS_ROOT, reason="only root can look at all of it")
+    def test_where_all_is_well_it_says_so(self, patient):
+        patient.start()
+        result = patient.run("minimta.py", "doctor", user="root")
+        assert (result.code, result.err) == (0, ""), result
+        rows = [line.split(": ")[0].split(None, 1) for line in result.out.splitlines()]
+        assert {state for state, _ in rows} == {"ok"}, result.out
+        assert list(dict.fromkeys(name for _, name in rows)) == list(minimta.CHECKS)
+
+    def test_in_a_new_instance_nothing_is_wrong(self, instance, make_names):
+        make_names(instance, WORLD)
+        instance.start()
+        result = instance.run("minimta.py", "doctor", user="root")
+        wrong = [line for line in result.out.splitlines() if line[:5] == "wrong"]
+        assert (result.code, wrong) == (0, [])
+
+    @pytest.mark.parametrize(("check", "harm", "state", "text", "todo", "cure"), ILLS)
+    def test_what_is_wrong_is_found_and_mended(
+        self, patient, check, harm, state, text, todo, cure
+    ):
+        text, todo = self.filled(patient, text), self.filled(patient, todo)
+        harm(patient)
+        found = ailments(patient, check)
+        (row,) = [row for row in found if text in row["text"]] or [found]
+        assert row, f"nothing is found to be wrong with {check}"
+        assert (row["state"], todo in row["todo"]) == (state, True), row
+        if cure:
+            cure(patient, row["todo"])
+            assert ailments(patient, check) == []
+
+    def test_every_check_has_been_made_to_fail(self):
+        checks = {row.values[0] for row in ILLS}
+        elsewhere = {"python", "links", "cron", "port", "way out"}
+        assert checks | elsewhere == set(minimta.CHECKS)
+
+    @pytest.mark.parametrize(
+        ("greeting", "shown"),
+        [
+            ("220 sink.example ESMTP", "220 sink.example ESMTP"),
+            ("220 host.example.com ESMTP Exim", "220 host.example.com ESMTP Exim"),
+            (b"SSH-2.0-OpenSSH\r\n", "SSH-2.0-OpenSSH"),
+        ],
+    )
+    def test_another_program_on_our_port_is_found(self, patient, greeting, shown):
+        sink = SmtpSink(place=("127.0.0.1", patient.port), CONNECT=greeting)
+        try:
+            (row,) = ailments(patient, "port")
+        finally:
+            sink.close()
+        text = f"127.0.0.1:{patient.port} is another's: {shown}"
+        assert (row["state"], row["text"]) == ("wrong", text)
+        assert row["todo"] == "stop it, or set smtpd_port"
+        assert ailments(patient, "port") == []
+
+    def test_a_program_on_our_port_that_says_nothing_is_found(self, patient):
+        with socket.create_server(("127.0.0.1", patient.port)):
+            (row,) = ailments(patient, "port") or [None]
+        assert row, "a port that somebody has is said to be free"
+        assert row["state"] == "wrong"
+
+    def test_a_name_server_that_is_silent_is_found(self, patient):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as mute:
+            mute.bind(("127.0.0.1", 0))
+            place = f"nameserver [127.0.0.1]:{mute.getsockname()[1]}"
+            patient.write("etc/resolv.conf", f"{place}\noptions timeout:1 attempts:1\n")
+            (row,) = ailments(patient, "resolver")
+        assert (row["state"], row["todo"]) == (
+            "wrong",
+            f"edit {patient.root}/etc/resolv.conf",
+        )
+
+    def test_a_name_server_that_knows_no_such_name_is_well(self, patient, make_names):
+        make_names(patient, {})
+        assert ailments(patient, "resolver") == []
+
+    @pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+    def test_a_relayhost_is_tried_and_nothing_is_sent(
+        self, patient, make_names, make_sink, certificates, door
+    ):
+        features, login, state, text, todo = door
+        make_names(patient, WORLD, "127.0.0.1 localhost\n")
+        sink, port = None, free_port()
+        if features is not None:
+            words = dict(features)
+            if "certificate" in words:
+                words["certificate"] = certificates[words["certificate"]]
+            sink = make_sink(**words)
+            port = sink.port
+        passwords = patient.write("etc/secrets", login + "\n")
+        passwords.chmod(0o600)
+        patient.configure(
+            relayhost=f"[localhost]:{port}",
+            smtp_tls_CAfile=certificates["ca"],
+            smtp_sasl_password_maps=passwords,
+        )
+        (row,) = findings(patient, "way out")
+        assert (row["state"], text in row["text"]) == (state, True), row
+        assert row["todo"].startswith(todo)
+        assert bool(row["todo"]) == (state != "ok")
+        assert "secret" not in row["text"].replace("etc/secrets", "")
+        if sink:
+            assert sink.received == []
+            assert not {"MAIL", "RCPT", "DATA"} & set(sink.verbs())
+
+    def test_each_relayhost_is_tried(self, patient, make_sink):
+        sink, busy = make_sink(), make_sink(CONNECT="421 4.3.2 Not now")
+        hops = f"[127.0.0.1]:{busy.port}, [127.0.0.1]:{sink.port}"
+        patient.configure(relayhost=hops)
+        states = [row["state"] for row in findings(patient, "way out")]
+        assert states == ["wrong", "ok"]
+
+    def test_without_a_relayhost_port_25_is_tried(self, patient, make_names):
+        patient.configure(myhostname="host.example.com")
+        if AS_ROOT:
+            with contextlib.suppress(OSError):
+                sink = SmtpSink(place=("127.9.8.7", 25))
+                try:
+                    (row,) = findings(patient, "way out")
+                finally:
+                    sink.close()
+                assert row["state"] == "ok"
+                assert row["text"] == "port 25 of other hosts can be reached"
+                assert sink.verbs() == []
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.9.8.7", 25)) == 0:
+                pytest.skip("something here has port 25 of every address")
+        (row,) = findings(patient, "way out")
+        assert row == {
+            "check": "way out",
+            "state": "warning",
+            "text": "port 25 of other hosts is closed to us",
+            "todo": "set relayhost = [smarthost]:587 in /etc/minimta.conf",
+        }
+        make_names(patient, {})
+        (row,) = findings(patient, "way out")
+        assert row["state"] == "warning"
+        assert row["text"] == "whether mail can leave cannot be told: no DNS"
+
+    def test_with_capture_nothing_needs_a_way_out(self, patient):
+        patient.configure(relayhost="[127.0.0.1]:9", capture="yes")
+        (row,) = findings(patient, "way out")
+        assert (row["state"], row["text"]) == (
+            *("ok", "nothing leaves: capture is on"),
+        )
+
+    @needs_root
+    def test_a_disk_without_inodes_is_found(self, patient):
+        options = "nr_inodes=200,mode=755"
+        with mounted("-t", "tmpfs", "-o", options, "none", str(patient.queue)):
+            rows = ailments(patient, "disk")
+        (row,) = rows
+        assert row["state"] == "wrong"
+        assert re.fullmatch(rf"{patient.queue}: 19\d inodes left", row["text"])
+        assert row["todo"] == f"remove files, see df -i {patient.queue}"
+        assert ailments(patient, "disk") == []
+
+    def test_a_private_instance_needs_no_links_and_no_cron(self, patient):
+        assert ailments(patient, "links") == ailments(patient, "cron") == []
+
+    def test_json_has_an_object_a_line(self, patient):
+        result = patient.run("minimta.py", "doctor", "--json", user="root")
+        rows = [json.loads(line) for line in result.out.splitlines()]
+        assert result.code == 1
+        assert {tuple(row) for row in rows} == {("check", "state", "text", "todo")}
+        assert {row["state"] for row in rows} <= {"ok", "warning", "wrong"}
+        assert all(row["text"] for row in rows)
+        assert [row for row in rows if row["state"] == "ok" and row["todo"]] == []
+
+    def test_what_is_shown_is_what_json_says(self, patient):
+        as_text = patient.run("minimta.py", "doctor", user="root").out
+        for row in findings(patient, "daemon") + findings(patient, "aliases"):
+            line = f"{row['state']:<8} {row['check']}: {row['text']}\n"
+            assert line + (f"{'':8} -> {row['todo']}\n" if row["todo"] else "") in (
+                as_text
+            )
+
+    @pytest.mark.parametrize(
+        ("words", "code"),
+        [
+            ([], 1),
+            (["--json"], 1),
+            (["now"], 64),
+            (["-Z"], 64),
+            (["--verbose"], 64),
+            (["-C"], 64),
+            (["-C", "/no/such"], 78),
+        ],
+    )
+    def test_the_exit_code_says_what_came_of_it(self, patient, words, code):
+        result = patient.run("minimta.py", "doctor", *words, user="root")
+        assert result.code == code, result
+        if code > 1:
+            assert_one_clear_line(result, code)
+
+    def test_warnings_alone_are_no_failure(self, patient):
+        patient.configure(**{**patient.well, "myhostname": "box.localdomain"})
+        patient.start()
+        result = patient.run("minimta.py", "doctor", user="root")
+        assert result.code == 0
+        assert "warning  name: " in result.out
+
+    def test_settings_that_cannot_be_read_are_one_line(self, patient):
+        patient.write("etc/minimta.conf", "relay_host = x\n")
+        result = patient.run("minimta.py", "doctor", user="root")
+        assert_one_clear_line(result, 78)
+
+    def test_it_takes_the_settings_that_it_is_given(self, patient):
+        path = patient.write("other.conf", "myhostname = other.example.net\n")
+        result = patient.run("minimta.py", "doctor", "-C", path, user="root")
+        assert "name: other.example.net\n" in result.out
+
+    def test_it_changes_nothing(self, patient):
+        def seen():
+            found = {}
+            for path in sorted(patient.root.rglob("*")):
+                state = path.lstat()
+                found[path] = (state.st_mode, state.st_uid, state.st_mtime_ns)
+            return found
+
+        patient.aliases("root: payam\nx: y\n")
+        before = seen()
+        patient.run("minimta.py", "doctor", user="root")
+        assert seen() == before
+
+    @needs_root
+    def test_a_user_is_told_what_only_root_can_see(self, patient, public_bin):
+        patient.bin = public_bin
+        secrets = patient.write("etc/secrets", "[a.example] joe:secret\n")
+        secrets.chmod(0o600)
+        patient.start()
+        how = {"user": "user1", "preexec_fn": become("user1")}
+        result = patient.run("minimta.py", "doctor", **how)
+        assert (result.code, result.err) == (0, ""), result
+        assert "only root can look at all of them" in result.out
+        for row in findings(patient, "forward", **how):
+            assert (row["state"], row["todo"]) == ("warning", "run as root")
+
+    @needs_root
+    def test_a_password_file_that_only_root_reads_is_no_users_trouble(
+        self, patient, public_bin
+    ):
+        patient.bin = public_bin
+        secrets = patient.write("etc/secrets", "[a.example] joe:secret\n")
+        secrets.chmod(0o600)
+        patient.configure(**patient.well, smtp_sasl_password_maps=secrets)
+        how = {"user": "user1", "preexec_fn": become("user1")}
+        (row,) = ailments(patient, "settings", **how)
+        assert "Permission denied" in row["text"]
+        assert "root" in row["todo"]
+
+    @pytest.mark.parametrize("module", minimta.MODULES)
+    def test_a_module_that_python_has_not_is_named(self, patient, tmp_path, module):
+        python = tmp_path / "python"
+        real = os.path.realpath(sys.executable)
+        python.write_text(
+            '#!/bin/sh\ncode=$3\nshift 3\nexec {} -IS -c "import sys\n'
+            'sys.modules[\'{}\'] = None\n$code" "$@"\n'.format(real, module)
+        )
+        python.chmod(0o755)
+        made = install(python)
+        try:
+            result = patient.run("minimta.py", "doctor", bin_dir=made, user="root")
+        finally:
+            shutil.rmtree(made)
+        line, todo = result.out.splitlines()[:2]
+        state = "warning" if module == "readline" else "wrong"
+        assert line.startswith(f"{state:<8} python: Python 3.")
+        assert line.endswith(f" has no {module}")
+        assert "python" in todo.lower()
+        if os.path.exists("/etc/debian_version"):
+            assert todo == f"{'':8} -> apt-get install python3"
+        # The other checks are made as well.
+        names = {
+            line[9:].partition(": ")[0]
+            for line in result.out.splitlines()
+            if line[0] != " "
+        }
+        assert (result.code, result.err) == (1, ""), result
+        assert names == set(minimta.CHECKS)
+
+
+# == 39 Dispatch: PROGRAMS, main ==============================================
 
 
 VERSION = f"minimta {minimta.__version__}\n"

@@ -9313,7 +9313,7 @@ class Overlay:
 
 @pytest.fixture(scope="class")
 def make_overlay():
-    """Makes views of this machine that may be changed, with minimta.py in /root."""
+    """Makes views of this machine, with minimta.py in /root."""
     made = []
 
     def make():
@@ -9411,7 +9411,7 @@ def both(*steps):
     return lambda one: [step(one) for step in steps]
 
 
-def aliased(text):
+def with_aliases(text):
     """A harm or a cure: other aliases, in force."""
     return lambda one, *_: (one.aliases(text), one.run("newaliases"))
 
@@ -9511,7 +9511,7 @@ ILLS = [
     ill(
         *("a bad line", "aliases", edits("etc/aliases", "a: b\n\nx y z\n"), "wrong"),
         *("{etc}/aliases, line 3: ", "edit {etc}/aliases, then newaliases"),
-        aliased("a: payam\n"),
+        with_aliases("a: payam\n"),
     ),
     ill(
         *("a target that is nobody", "aliases"),
@@ -9519,13 +9519,13 @@ ILLS = [
         "{etc}/aliases, line 2: typo: payan: no such user or alias: "
         "did you mean payam?",
         "edit {etc}/aliases, then newaliases",
-        aliased("typo: payam\n"),
+        with_aliases("typo: payam\n"),
     ),
     ill(
         *("a ring", "aliases", edits("etc/aliases", "a: b\nb: c\nc: a\n"), "warning"),
         "{etc}/aliases, line 1: alias loop: a -> b -> c -> a",
         "edit {etc}/aliases, then newaliases",
-        aliased("a: payam\n"),
+        with_aliases("a: payam\n"),
     ),
     ill(
         *("an old database", "aliases", outdated, "warning"),
@@ -9547,16 +9547,16 @@ ILLS = [
     ),
     # root
     ill(
-        *("root's mail for nobody", "root", aliased("# none\n")),
+        *("root's mail for nobody", "root", with_aliases("# none\n")),
         *("warning", "mail for root stays in root's mailbox"),
         "put 'root: you' into the aliases file, then newaliases",
-        *(aliased("root: payam\n"), needs_root),
+        *(with_aliases("root: payam\n"), needs_root),
     ),
     ill(
-        *("root's mail for a stranger", "root", aliased("root: payan\n")),
+        *("root's mail for a stranger", "root", with_aliases("root: payan\n")),
         *("wrong", 'mail for root: unknown user: "payan"'),
         "put 'root: you' into the aliases file, then newaliases",
-        aliased("root: payam\n"),
+        with_aliases("root: payam\n"),
     ),
     # settings and maps
     ill(
@@ -9682,7 +9682,7 @@ ILLS = [
     ),
 ]
 
-# What the relayhost is and says, what we have for it -> state, text, what to do.
+# The relayhost, our password for it -> state, text, what to do.
 LOGIN = "[localhost] joe:secret"
 MEND_RELAY, MEND_LOGIN = "mend relayhost or what it names", "mend the login: "
 NO_LOGIN = "(?!mend the login)."  # a certificate is no login
@@ -9698,14 +9698,15 @@ DOORS = {
     ),
     "bad login": (
         {
-            **{"certificate": "good", "mechanisms": "PLAIN"},
+            "certificate": "good",
+            "mechanisms": "PLAIN",
             "AUTH": "535 5.7.8 bad password",
         },
         *(LOGIN, "wrong", "said: 535 5.7.8 bad password", MEND_LOGIN),
     ),
     "a login without TLS": (
         *({"mechanisms": "PLAIN", "is_careless": True}, LOGIN, "wrong"),
-        *("", ""),
+        *("it offers no TLS", NO_LOGIN),
     ),
     "untrusted": (
         *({"certificate": "self-signed"}, "", "wrong", "certificate", NO_LOGIN),
@@ -10015,7 +10016,10 @@ class TestDoctor:
         shutil.rmtree(folder)
 
     @pytest.mark.parametrize("module", minimta.MODULES)
-    def test_a_module_that_python_has_not_is_named(self, instance, poor_bin, module):
+    def test_a_module_that_python_has_not_is_named(
+        self, instance, poor_bin, make_sink, module
+    ):
+        instance.configure(relayhost=f"[127.0.0.1]:{make_sink().port}")
         how = {"bin_dir": poor_bin, "user": "root", "env": {"MISSING": module}}
         result = instance.run("minimta.py", "doctor", **how)
         line, todo = result.out.splitlines()[:2]
@@ -10103,7 +10107,7 @@ class TestDoctorOfAHost:
         try:
             wait_for(lambda: host.run("minimta", "health").code == 0)
             result = host.run("minimta", "doctor")
-            told = re.findall(r"(?m)^(?!ok ).*", result.out)
+            told = re.findall(r"(?m)^(?!ok ).+", result.out)
             assert (result.code, told) == (0, []), result
             assert host.shell("echo hi | mail -s hi root; mailq")
         finally:
@@ -10122,20 +10126,26 @@ class TestDoctorOfAHost:
         host.shell(rows[0]["todo"])
         assert self.ailments(host, "links") == self.ailments(host, "cron") == []
 
-    def test_a_python_that_cron_has_not_is_found(self, make_overlay):
-        one = make_overlay()
-        python = os.path.realpath(python_for_everyone())
-        one.shell("/root/minimta.py install")
-        one.shell("sed -i 's/^pinned=.*/pinned=/' /usr/local/lib/minimta/minimta.py")
-        one.shell("rm -f /usr/bin/python3 /usr/local/bin/python3 /bin/python3")
-        one.shell(f"mkdir -p {ONLY_THERE}; ln -s {python} {ONLY_THERE}/python3")
-        path = one.env()["PATH"] + ":" + ONLY_THERE
-        (row,) = self.ailments(one, "cron", PATH=path)
-        assert row["state"] == "wrong"
-        assert row["text"].startswith("/usr/sbin/sendmail fails for cron: ")
-        result = one.run("minimta", "install", PATH=path)
-        assert result.code == 0, result
-        assert self.ailments(one, "cron", PATH=path) == []
+    def test_a_python_that_cron_has_not_is_found(self, host):
+        python = python_for_everyone()
+        host.shell("sed -i 's/^pinned=.*/pinned=/' /usr/local/lib/minimta/minimta.py")
+        host.shell(
+            "cd /usr; for d in bin local/bin; do mv $d/python3 $d/kept || :; done"
+        )
+        host.shell(f"mkdir -p {ONLY_THERE}")
+        host.shell(f"ln -s {os.path.realpath(python)} {ONLY_THERE}/python3")
+        path = host.env()["PATH"] + ":" + ONLY_THERE
+        try:
+            (row,) = self.ailments(host, "cron", PATH=path)
+            assert row["state"] == "wrong"
+            assert row["text"].startswith("/usr/sbin/sendmail fails for cron: ")
+            result = host.run("minimta", "install", PATH=path)
+            assert result.code == 0, result
+            assert self.ailments(host, "cron", PATH=path) == []
+        finally:
+            host.shell(
+                "cd /usr; for d in bin local/bin; do mv $d/kept $d/python3 || :; done"
+            )
 
     def test_a_private_instance_is_not_started_by_the_hosts_service(self, host):
         host.shell("mkdir -p /etc/systemd/system /tmp/private")
@@ -12434,6 +12444,7 @@ CERTIFICATES = {
     "good": ("mx.far.example", "DNS:*.far.example,DNS:localhost,IP:127.0.0.1", 2049),
     "expired": ("mx.far.example", "DNS:*.far.example,DNS:localhost", 2021),
     "wrong name": ("other.example", "DNS:other.example", 2049),
+    "manual": ("mail.example.com", "DNS:mail.example.com", 2049),
 }
 AUTHORITY = """
 [ca]
@@ -22072,6 +22083,539 @@ class TestFaults:
         server.send("payam@localhost", letter("later"))
         server.wait_message("payam", "later")
         assert parts(server) == pids
+
+
+# == The manual: what README.md says is so ====================================
+# Its blocks are run, and what they print is compared with what it shows.
+
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+Block = collections.namedtuple("Block", "line kind text")
+BLOCKS = [
+    Block(README.count("\n", 0, found.start()) + 1, found[1], found[2])
+    for found in re.finditer(r"(?ms)^```(\w*)\n(.*?)^```$", README)
+]
+
+# What differs from one run to the next, in what is shown and in what is said.
+DAY_NAME = "(Mon|Tue|Wed|Thu|Fri|Sat|Sun)"
+VARYING = [
+    (r"\bT[0-9][0-9A-Z]{8}\b", "ID"),
+    (rf"{DAY_NAME}, \d\d? \w\w\w \d{{4}} [\d:]{{8}} [+-]\d{{4}} \(\w+\)", "DATE"),
+    (rf"{DAY_NAME} \w\w\w [ \d]\d \d\d:\d\d(:\d\d)?( \d{{4}})?", "DATE"),
+    (r"\b[A-Z]\w\w [ \d]\d \d\d:\d\d:\d\d\b", "DATE"),
+    (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+ [+-]\d{4}", "DATE"),
+    (r"<\d{14}\.[0-9A-F]{12}@", "<NUMBER@"),
+    (r"(?m)^arrived: [\d.]+$", "arrived: TIME"),
+    (r"\b(uid|userid) \d+", r"\1 N"),
+    (r"(minimta/\w+)\[\d+\]:", r"\1[PID]:"),
+    (r"(?m)^(ID[*!#]?) +\d+ ", r"\1 SIZE "),
+    (r" \d+/\d+ ", " SIZE "),
+    (r"(?m)^message +\d+ bytes", "message SIZE bytes"),
+    (r"longest \d+ bytes, \d+ bytes total", "longest SIZE"),
+    (r"Python 3\.[\d.]+, \S+", "PYTHON"),
+    (r"TLSv1\.[23] [A-Z0-9_-]+", "CIPHER"),
+    # Columns are as wide as the longest path.
+    (r" +", " "),
+    (r"(?m) +$", ""),
+]
+
+
+def alike(text):
+    """A text without what differs from one run to the next."""
+    for pattern, word in VARYING:
+        text = re.sub(pattern, word, text)
+    return text
+
+
+class Step:
+    """A command of a block, what is typed into it, and what it is to print."""
+
+    def __init__(self, command):
+        self.command = command
+        self.lines = []
+
+    @property
+    def typed(self):
+        """What is typed at mail's prompt."""
+        return [line[2:] for line in self.lines if line[:2] == "& "]
+
+    def fits(self, printed):
+        """Whether it printed what is shown; `...` is any lines."""
+        shape = ""
+        for line in self.lines:
+            is_any = line.strip() == "..."
+            shape += r"(.*\n)*?" if is_any else re.escape(alike(line + "\n"))
+        return re.fullmatch(shape, alike(printed)) is not None
+
+
+def steps_of(block):
+    """A console block's commands; its first two characters are the prompt."""
+    found, prompt = [], block.text[:2]
+    assert prompt in ("$ ", "# "), f"line {block.line}: a block without a prompt"
+    for line in block.text.splitlines():
+        if line.startswith(prompt):
+            found.append(Step(line[2:]))
+        else:
+            found[-1].lines.append(line)
+    return found
+
+
+class Shell:
+    """A shell at a terminal, that is given one command after the other."""
+
+    LOOP = """
+    while IFS= read -r line <&3; do eval "$line" 3<&-; printf '\\001'; done
+    """
+
+    def __init__(self, env, cwd, words=lambda *words: words):
+        self.end, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 50, 200, 0, 0))
+        read_end, self.orders = os.pipe()
+
+        def prepare():
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # for Ctrl-C
+            os.dup2(read_end, 3)
+
+        self.child = subprocess.Popen(
+            words("/bin/sh", "-c", self.LOOP),
+            **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+            env=env,
+            cwd=cwd,
+            close_fds=False,
+            start_new_session=True,
+            preexec_fn=prepare,
+        )
+        os.close(theirs)
+        os.close(read_end)
+
+    def order(self, command):
+        """Has a command begin."""
+        os.write(self.orders, command.encode() + b"\n")
+
+    def printed(self, typed=(), end="\1"):
+        """What the terminal shows until `end`; prompts are answered."""
+        shown, left = "", list(typed)
+        while end not in shown:
+            assert select.select([self.end], [], [], PATIENCE)[0], shown
+            shown += os.read(self.end, 4096).decode().replace("\r\n", "\n")
+            if left and re.search(r"(?m)^& \Z", shown):
+                os.write(self.end, left.pop(0).encode() + b"\n")
+        return shown.partition("\1")[0]
+
+    def ask(self, command, typed=()):
+        """What a command prints, to its end."""
+        self.order(command)
+        return self.printed(typed)
+
+    def interrupt(self):
+        """Ctrl-C."""
+        os.write(self.end, b"\3")
+
+    def close(self):
+        os.close(self.orders)
+        os.close(self.end)  # whatever runs in it is hung up
+        self.child.wait(PATIENCE)
+
+
+# Commands that change nothing: asked again until what was begun is done.
+LOOKING = ("mailq", "trace --last", "cut ", "stat ", "cat ")
+
+
+class Desk:
+    """Where a user called carol reads the manual and does what it says.
+
+    `top` has minimta.py and the Makefile, `root` is what the manual calls
+    /tmp/try. `places`: what is there in place of the manual's words.
+    """
+
+    def __init__(self, bin_dir):
+        self.top = open_directory("minimta-desk-")
+        self.root = self.top / "try"
+        self.home = self.top / "home"
+        self.tools = self.top / "tools"
+        for folder in (self.home, self.tools, self.root / "etc"):
+            folder.mkdir(parents=True)
+        uid = 5001 if AS_ROOT else os.getuid()
+        gid = 5001 if AS_ROOT else os.getgid()
+        os.chown(self.home, uid, gid)
+        shutil.copy(HERE / "Makefile", self.top)
+        for name in ("minimta.py", "tools/minimta.py", "tools/minimta"):
+            (self.top / name).symlink_to(bin_dir / "minimta.py")
+        # Who carol is, to the shell.
+        words = f"case $1 in -un) echo carol;; -u) echo {uid};; -g) echo {gid};; esac"
+        self.write("tools/id", f"#!/bin/sh\n{words}\n").chmod(0o755)
+        rows = (("root", 0, 0, "/root"), ("carol", uid, gid, self.home))
+        self.users = "".join(
+            f"{name}:x:{user}:{group}:{name}:{home}:/bin/sh\n"
+            for name, user, group, home in rows
+        )
+        self.write("try/etc/passwd", self.users)
+        self.write("try/etc/resolv.conf", "nameserver [127.0.0.1]:9\n")
+        self.places = {
+            "/tmp/try": str(self.root),
+            "/etc/ssmtp": f"{self.top}/ssmtp",
+            "/path/to": str(self.top),
+        }
+        self.shells = []
+
+    def write(self, name, text):
+        path = self.top / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def env(self, **more):
+        return {
+            "PATH": f"{self.tools}:/usr/bin:/bin",
+            "HOME": str(self.home),
+            "LOGNAME": "carol",
+            "USER": "carol",
+            "TERM": "dumb",
+            "TZ": "UTC",
+            "LC_ALL": "C.UTF-8",
+            "MINIMTA_MYHOSTNAME": "host.example",
+            **more,
+        }
+
+    def shell(self, **more):
+        self.shells.append(Shell(self.env(**more), self.top))
+        return self.shells[-1]
+
+    def here(self, text):
+        """The manual's text with what is here."""
+        for theirs, ours in self.places.items():
+            text = text.replace(theirs, ours)
+        folder = self.root / "var/spool/minimta/queue"
+        for queue_id in os.listdir(folder) if folder.is_dir() else ():
+            text = re.sub(r"\bT4[0-9A-Z]{8}\b", queue_id, text)
+        return text
+
+    def there(self, text):
+        """What was printed here, in the manual's words."""
+        for theirs, ours in self.places.items():
+            text = text.replace(ours, theirs)
+        return text
+
+    def follow(self, block, shell):
+        """Does what a block says; "" or what is not as it is shown."""
+        told = []
+        for step in steps_of(block):
+            printed = self.take(step, shell)
+            if not step.fits(printed):
+                shown = "".join(f"{line}\n" for line in step.lines)
+                told.append(f"$ {step.command}\n{shown}--- but here:\n{printed}")
+        return "\n".join(told)
+
+    def take(self, step, shell):
+        """What a step prints, as soon as it is what is shown."""
+        deadline = time.monotonic() + 6
+        while True:
+            printed = self.there(shell.ask(self.here(step.command), step.typed))
+            is_looking = any(word in step.command for word in LOOKING)
+            if step.fits(printed) or not is_looking or time.monotonic() > deadline:
+                return printed
+            time.sleep(0.05)
+
+    def close(self):
+        for shell in self.shells:
+            shell.close()
+        mark = os.fsencode(f"HOME={self.home}")
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                if mark in Path("/proc", name, "environ").read_bytes().split(b"\0"):
+                    os.kill(int(name), signal.SIGKILL)
+        shutil.rmtree(self.top)
+
+
+def block_of(beginning):
+    """The block of the manual that begins so."""
+    (found,) = [block for block in BLOCKS if block.text.startswith(beginning)]
+    return found
+
+
+def block_with_aliases(desk):
+    """What the block about aliases finds."""
+    step = steps_of(block_of("$ cat /tmp/try/etc/aliases"))[0]
+    desk.write("try/etc/aliases", desk.here("\n".join(step.lines) + "\n"))
+    desk.write("try/news", "carol\nbob@example.com\n")
+
+
+def block_with_senders(desk):
+    """What the block about senders finds."""
+    desk.write("try/etc/hosts", "192.0.2.25 mail.example.com\n")
+    senders = desk.write("try/etc/senders", block_of("root@host.example  ").text)
+    desk.write(
+        "try/etc/minimta.conf",
+        f"relayhost = [mail.example.com]:587\nsmtp_generic_maps = {senders}\n",
+    )
+
+
+def block_with_ssmtp(desk):
+    """What the block about moving in finds."""
+    desk.write(
+        "ssmtp/ssmtp.conf",
+        "# ssmtp\nmailhub=smtp.example.com:587\nUseSTARTTLS=YES\n"
+        "AuthUser=me@example.com\nAuthPass=secret\n\nFromLineOverride=YES\n\n"
+        "Debug=YES\n",
+    )
+
+
+def block_with_a_letter(desk):
+    """What the block about queue files finds."""
+    desk.write("try/etc/minimta.conf", "relayhost = [127.0.0.1]:9\n")
+    command = "echo 'Hello, world' | ./minimta.py mail -s outside bob@example.com"
+    desk.shell(MINIMTA_ROOT=str(desk.root)).ask(command)
+    journal = desk.root / "var/spool/minimta/journal"
+    wait_for(lambda: any(path.stat().st_size for path in journal.iterdir()))
+
+
+def block_with_a_queue(desk):
+    """What the block about queue commands finds: as old as it says."""
+    why = "connect to mail.example.com[192.0.2.25]:587: Connection refused"
+    for last, name, age in (("P", "bob", 300), ("Q", "al", 200), ("R", "cy", 120)):
+        text = (b"Subject: x\n\n" + b"x" * 300)[:277] + b"\n"
+        how = {"why": why, "age": age + 2, "text": text}
+        put(desk, f"T43PVD6DA{last}", f"{name}@example.com", **how)
+
+
+# Blocks that a user runs: how each begins -> what it finds.
+USERS_BLOCKS = {
+    "$ export MINIMTA_ROOT=/tmp/try": lambda desk: None,
+    "$ minimta import /etc/ssmtp": block_with_ssmtp,
+    "$ minimta.py queue summary": block_with_a_queue,
+    "$ cat /tmp/try/etc/aliases": block_with_aliases,
+    "$ ./minimta.py explain --from root": block_with_senders,
+    "$ cd /tmp/try/var/spool/minimta": block_with_a_letter,
+}
+# Those with a test of their own.
+OTHER_BLOCKS = (
+    *("$ make run", "$ echo 'Hello Alice'", "$ ./minimta.py trace --last"),
+    *("# ./minimta.py install", "# minimta doctor", "# minimta uninstall"),
+)
+# How a block begins -> why it is not run.
+NOT_RUN = {
+    "COPY --chmod=755": "lines of a Dockerfile: an image is built by docker only",
+    "docker run": "needs docker, and an image",
+    " sendmail, mail -->": "a drawing",
+}
+# Maps that are shown -> the setting that names them.
+SHOWN_MAPS = {
+    "friend@example.com  smtp:": "transport_maps",
+    "[mail.example.com]:587  user@": "smtp_sasl_password_maps",
+    "root@host.example  ": "smtp_generic_maps",
+}
+
+
+def table_below(title):
+    """The cells of the first table behind a title of the manual."""
+    text = README[README.index(f"\n{title}\n") :]
+    rows = re.search(r"(?m)(^\|.*\n)+", text)[0].splitlines()
+    return [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows[2:]
+    ]
+
+
+def option_words(text):
+    """The options, and what stands for a value, of a synopsis."""
+    words = re.findall(r"(?<![\w-])(--[a-z-]+|-[A-Za-z]|[A-Z][A-Z-]+)", text)
+    return set(words)
+
+
+class TestReadme:
+    """README.md: what it shows is what happens, and it names everything."""
+
+    @pytest.fixture
+    def desk(self, bin_dir):
+        one = Desk(bin_dir)
+        yield one
+        one.close()
+
+    def test_every_block_is_run_or_said_not_to_be(self):
+        known = (*USERS_BLOCKS, *OTHER_BLOCKS, *NOT_RUN, *SHOWN_MAPS)
+        strange = [
+            (block.line, block.text.split("\n")[0])
+            for block in BLOCKS
+            if block.kind != "ini"
+            and sum(block.text.startswith(name) for name in known) != 1
+        ]
+        assert strange == []
+        for name in known:
+            assert block_of(name)
+
+    @pytest.mark.parametrize("beginning", USERS_BLOCKS)
+    def test_what_a_block_shows_is_what_happens(self, desk, make_names, beginning):
+        def write(name, text):
+            desk.write(f"try/{name}", text)
+
+        names = {
+            ("example.com", "MX"): [("MX", (10, "mx.example.com"))],
+            ("mx.example.com", "A"): [("A", "192.0.2.25")],
+            ("mx.example.com", "AAAA"): [],
+        }
+        make_names(types.SimpleNamespace(write=write), names)
+        USERS_BLOCKS[beginning](desk)
+        shell = desk.shell(MINIMTA_ROOT=str(desk.root))
+        told = desk.follow(block_of(beginning), shell)
+        assert not told, told
+
+    @pytest.mark.skipif(not shutil.which("make"), reason="no make here")
+    def test_make_run_is_a_mail_system_to_try(self, desk):
+        shell = desk.shell(MINIMTA_SMTPD_PORT=str(free_port()))
+        (step,) = steps_of(block_of("$ make run"))
+        shell.order(desk.here(step.command))
+        printed = desk.there(shell.printed(end="daemon started -- version 0.1\n"))
+        assert step.fits(printed), printed
+        told = desk.follow(block_of("$ echo 'Hello Alice'"), desk.shell())
+        assert not told, told
+        # "Ctrl-C ends the daemon, `make clean` removes `./.run`."
+        shell.interrupt()
+        shell.printed()
+        assert (desk.top / ".run").exists()
+        shell.ask("make clean")
+        assert not (desk.top / ".run").exists()
+
+    def test_trace_tells_what_was_said(self, desk, make_sink, certificates):
+        sink = make_sink(
+            certificate=certificates["manual"],
+            CONNECT="220 mail.example.com ESMTP",
+            EHLO="250 mail.example.com",
+            RCPT="450 4.2.0 come back later",
+        )
+        desk.places["192.0.2.25]:587"] = f"127.0.0.1]:{sink.port}"
+        desk.places["example.com]:587"] = f"example.com]:{sink.port}"
+        desk.write("try/etc/hosts", "127.0.0.1 mail.example.com\n")
+        desk.write(
+            "try/etc/minimta.conf",
+            f"relayhost = [mail.example.com]:{sink.port}\n"
+            f"smtp_tls_CAfile = {certificates['ca']}\n",
+        )
+        shell = desk.shell(MINIMTA_ROOT=str(desk.root))
+        shell.ask("echo 'Hello, world' | ./minimta.py mail -s hello bob@example.com")
+        told = desk.follow(block_of("$ ./minimta.py trace --last"), shell)
+        assert not told, told
+
+    @needs_root
+    def test_the_blocks_of_a_host_are_what_happens(self, make_overlay, certificates):
+        host = make_overlay()
+        if not host.path("/usr/bin/dpkg-divert").exists():
+            pytest.skip("the manual shows a host with dpkg")
+        desk = types.SimpleNamespace(here=str, there=str)
+        files = {
+            "/etc/hosts": "127.0.0.1 localhost\n192.0.2.25 mail.example.com\n",
+            "/etc/aliases": "postmaster: root\n",
+            "/etc/secrets": "[mail.example.com] joe:secret\n",
+            "/etc/ca": certificates["ca"].read_text(),
+            "/etc/minimta.conf": "relayhost = [mail.example.com]:587\n"
+            "smtp_tls_CAfile = /etc/ca\nsmtp_sasl_password_maps = /etc/secrets\n",
+            # What systemd would do with the unit.
+            "/usr/local/bin/systemctl": "#!/bin/sh\n"
+            'run=$(sed -n "s/^ExecStart=//p" /etc/systemd/system/minimta.service)\n'
+            'case $1 in restart|disable) read pid < /run/minimta.pid && kill "$pid"\n'
+            "    while minimta health > /dev/null; do sleep 0.1; done;; esac\n"
+            "case $1 in restart) setsid $run < /dev/null > /dev/null 2>&1 &\n"
+            "    echo $! > /run/minimta.pid;; esac\n",
+        }
+        for name, text in files.items():
+            host.path(name).write_text(text)
+        host.shell("chmod 755 /usr/local/bin/systemctl; mkdir -p /run/systemd/system")
+        host.shell("chmod 600 /etc/secrets; cp /usr/bin/env /usr/sbin/exim4")
+        host.shell("rm -f /etc/aliases.db*; userdel minimta 2>&1 || :")
+        sink = host.inside(
+            lambda: SmtpSink(
+                place=("192.0.2.25", 587),
+                certificate=certificates["manual"],
+                mechanisms="PLAIN",
+                AUTH="535 5.7.8 bad password",
+            )
+        )
+        shell, told = Shell(host.env(TERM="dumb"), "/", host.words), []
+        desk.take = lambda step, shell: shell.ask(step.command)
+        try:
+            shell.ask("cd /root")
+            told.append(Desk.follow(desk, block_of("# ./minimta.py install"), shell))
+            shell.ask("ln -sfn /usr/sbin/exim4 /usr/bin/mailq")
+            told.append(Desk.follow(desk, block_of("# minimta doctor"), shell))
+            shell.ask("minimta install")
+            told.append(Desk.follow(desk, block_of("# minimta uninstall"), shell))
+        finally:
+            shell.close()
+            sink.close()
+        told = "\n".join(filter(None, told))
+        assert not told, told
+
+    @pytest.mark.parametrize(
+        "block",
+        [block for block in BLOCKS if block.kind == "ini"],
+        ids=lambda block: f"line {block.line}",
+    )
+    def test_settings_that_are_shown_are_accepted(self, instance, block):
+        path = instance.write("shown.conf", block.text)
+        result = instance.run("minimta.py", "config", "-C", path)
+        assert (result.code, result.err) == (0, ""), result
+        for row in block.text.splitlines():
+            if not row.startswith("#"):
+                assert row.partition(" = ")[2] in result.out
+        assert instance.run("sendmail", "-bC", "-C", path).code == 0
+
+    @pytest.mark.parametrize(("beginning", "setting"), SHOWN_MAPS.items())
+    def test_maps_that_are_shown_are_accepted(self, instance, beginning, setting):
+        path = instance.write("etc/map", block_of(beginning).text)
+        path.chmod(0o600)
+        command = "echo x"  # where the password is missing
+        instance.configure(**{setting: path}, smtp_sasl_password_command=command)
+        assert ailments(instance, "settings") == []
+
+    @pytest.mark.parametrize("name", sorted(minimta.PROGRAMS))
+    def test_every_program_is_named(self, name):
+        assert re.search(rf"(?<![\w-]){name}(?![\w-])", README)
+
+    def test_every_setting_has_a_row_with_its_default(self):
+        shown = {}
+        for names, default, _ in table_below("## Settings"):
+            defaults = default.split(", ") if names.count("`") > 2 else [default]
+            shown.update(zip(re.findall("`(.*?)`", names), defaults))
+        assert sorted(shown) == sorted(row.name for row in minimta.SETTINGS)
+        for row in minimta.SETTINGS:
+            if re.fullmatch("`[^`]*`", shown[row.name]):
+                assert shown[row.name].strip("`") == row.default, row.name
+
+    def test_every_exit_code_has_a_row(self):
+        shown = set()
+        text = README[README.index("## Log lines") : README.index("## Security")]
+        for row in re.findall(r"(?m)^\| ([\d, ]+) \|", text):
+            shown.update(map(int, row.split(", ")))
+        codes = {
+            value for name, value in vars(minimta).items() if name.startswith("EX_")
+        }
+        assert codes <= shown
+
+    def test_every_option_of_sendmail_has_a_row(self, instance):
+        shown = " ".join(map(" ".join, table_below("### Options of sendmail")))
+        usage = instance.run("sendmail", "--help").out
+        options = set(re.findall(r"(?<![\w-])-[A-Za-z]+", usage))
+        assert len(options) > 25
+        missing = [
+            option
+            for option in sorted(options)
+            if not re.search(rf"(?<![\w-]){option}", shown)
+        ]
+        assert missing == []
+
+    def test_the_table_of_programs_says_what_their_help_says(self, instance):
+        differing, name = [], ""
+        for names, synopsis, _ in table_below("## Programs"):
+            name = (re.findall(r"`(?:minimta\.py )?([\w-]+)`", names) or [name])[0]
+            help_text = instance.run("minimta.py", name, "--help").out
+            usage = help_text.split("\n")[0]
+            here = option_words(synopsis)
+            if strange := here - option_words(help_text):
+                differing.append((name, "not in its help", sorted(strange)))
+            # Of mail there are two rows; -C is every program's.
+            is_whole = "`" in synopsis and not re.search(r"\.\.\. *\]|^`-", synopsis)
+            missing = option_words(usage) - here - {"-C", "FILE", "PART"}
+            if is_whole and name not in ("mail", "exim") and missing:
+                differing.append((name, "not in the table", sorted(missing)))
+        assert differing == []
 
 
 # == House: the laws of the file ==============================================

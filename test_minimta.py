@@ -22331,13 +22331,13 @@ class Desk:
             time.sleep(0.05)
 
     def close(self):
-        for shell in self.shells:
-            shell.close()
         mark = os.fsencode(f"HOME={self.home}")
         for name in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
                 if mark in Path("/proc", name, "environ").read_bytes().split(b"\0"):
                     os.kill(int(name), signal.SIGKILL)
+        for shell in self.shells:
+            shell.close()
         shutil.rmtree(self.top)
 
 

@@ -14,6 +14,7 @@ import ast
 import base64
 import collections
 import contextlib
+import ctypes
 import doctest
 import email.header
 import email.utils
@@ -10002,7 +10003,967 @@ class TestImport:
         assert re.search(r"(?m)^import +\S", instance.run("minimta.py", "--help").out)
 
 
-# == 37 Installation: Manifest, Installer, cmd_install, cmd_uninstall =========
+# == 37 Doctor: Finding, CHECKS, cmd_doctor ===================================
+
+
+class Overlay:
+    """A view of this machine in which changes go nowhere, and its processes.
+
+    Files are copied when they are written; the network is a loopback with
+    192.0.2.25 on it; the host's name is host.example. Closing it ends it all.
+    """
+
+    SETUP = """
+    set -e
+    mount -t tmpfs none "$1"
+    mkdir "$1/upper" "$1/work" "$1/root"
+    mount -t overlay overlay \\
+        -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" "$1/root"
+    mount --bind /dev "$1/root/dev"
+    read pid rest < /proc/self/stat
+    mount -t proc none "$1/root/proc"
+    mount -t tmpfs none "$1/root/run"
+    hostname host.example
+    echo $pid
+    exec sleep infinity
+    """
+    SPACES = ("mnt", "uts", "net", "pid")
+
+    def __init__(self):
+        self.top = open_directory("minimta-overlay-")
+        kinds = ("--mount", "--uts", "--net", "--pid", "--fork", "--kill-child")
+        words = ["unshare", *kinds, "sh", "-c", self.SETUP, "sh", self.top]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self.holder = subprocess.Popen(words, start_new_session=True, **pipes)
+        line = self.holder.stdout.readline()
+        if not line:
+            why = self.holder.communicate()[1].decode().strip()
+            self.close()
+            pytest.skip(f"no copy-on-write view can be made here: {why}")
+        self.pid = int(line)
+        self.inside(self.raise_network)
+
+    @staticmethod
+    def raise_network():
+        """The loopback comes up, with one more address."""
+        address = socket.inet_aton("192.0.2.25")
+        family = struct.pack("H2x", socket.AF_INET)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+            for request, name, value in (
+                (0x8914, b"lo", b"\x41"),  # SIOCSIFFLAGS: up, running
+                (0x8916, b"lo:1", family + address),  # SIOCSIFADDR
+            ):
+                fcntl.ioctl(any_socket, request, struct.pack("16s24s", name, value))
+
+    def inside(self, function):
+        """What a function returns that is run in the view's network."""
+        libc, found = ctypes.CDLL(None, use_errno=True), []
+
+        def run():
+            with open(f"/proc/{self.pid}/ns/net", "rb") as space:
+                assert libc.setns(space.fileno(), 0) == 0, ctypes.get_errno()
+            found.append(function())
+
+        thread = threading.Thread(target=run)  # the others stay where they are
+        thread.start()
+        thread.join()
+        return found[0]
+
+    def path(self, name):
+        """Where a file of the view can be found from outside."""
+        return Path(f"/proc/{self.pid}/root{self.top}/root{name}")
+
+    def words(self, *words):
+        """A command line that runs another one in the view."""
+        spaces = [f"--{one}=/proc/{self.pid}/ns/{one}" for one in self.SPACES]
+        spaces = [one.replace("--mnt", "--mount") for one in spaces]
+        return ["nsenter", *spaces, "chroot", f"{self.top}/root", *map(str, words)]
+
+    def env(self, **more):
+        path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        base = {"PATH": path, "HOME": "/root", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
+        return {**base, **more}
+
+    def run(self, *words, **env):
+        """Run a program to its end and return its Result."""
+        how = {"capture_output": True, "stdin": subprocess.DEVNULL}
+        how.update(env=self.env(**env), cwd="/", timeout=2 * PATIENCE)
+        done = subprocess.run(self.words(*words), **how)
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def shell(self, command):
+        """Run a shell command, which must succeed."""
+        result = self.run("/bin/sh", "-c", command)
+        assert result.code == 0, result
+        return result.out
+
+    def close(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.holder.pid, signal.SIGKILL)
+        self.holder.communicate()
+        shutil.rmtree(self.top)
+
+
+@pytest.fixture(scope="class")
+def make_overlay():
+    """Makes views of this machine, with minimta.py in /root."""
+    made = []
+
+    def make():
+        if not AS_ROOT:
+            pytest.skip("only root can set this up")
+        if not python_for_everyone():
+            pytest.skip("no Python >= 3.9 here that every user may run")
+        for name in ("unshare", "nsenter", "chroot"):
+            if not shutil.which(name):
+                pytest.skip(f"no {name} here")
+        one = Overlay()
+        made.append(one)
+        shutil.copy(SCRIPT, one.path("/root/minimta.py"))
+        one.shell("chmod 755 /root /root/minimta.py; rm -rf /etc/minimta.conf")
+        return one
+
+    yield make
+    for one in made:
+        one.close()
+
+
+WORLD = {  # what a name server says of the domain that doctor asks for
+    ("gmail.com", "MX"): [("MX", (5, "mx.gmail.com"))],
+    ("mx.gmail.com", "A"): [("A", "127.9.8.7")],
+    ("mx.gmail.com", "AAAA"): [],
+}
+SPOOL = "var/spool/minimta"
+
+
+def findings(one, check, **how):
+    """What doctor finds of one check, as objects."""
+    result = one.run("minimta.py", "doctor", "--json", **{"user": "root", **how})
+    assert result.code in (0, 1), result
+    # Berkeley DB says by itself what it thinks of a file.
+    assert re.fullmatch(r"(BDB.*\n)*", result.err), result
+    rows = [json.loads(line) for line in result.out.splitlines()]
+    return [row for row in rows if row["check"] == check]
+
+
+def ailments(one, check, **how):
+    """Those of a check's findings that are not ok."""
+    return [row for row in findings(one, check, **how) if row["state"] != "ok"]
+
+
+def as_told(one, todo):
+    """Types what doctor says, as root."""
+    path = f"{one.bin}:{one.env()['PATH']}"
+    env = one.env("root", PATH=path)
+    subprocess.run(["/bin/sh", "-c", todo], env=env, cwd="/", capture_output=True)
+
+
+def started_as_told(one, todo):
+    """Starts the daemon by what doctor says."""
+    words = ["/bin/sh", "-c", f"exec env {todo}"]
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    how = {"env": one.env("root"), "cwd": "/", "start_new_session": True, **quiet}
+    one.process = subprocess.Popen(words, **how)
+    wait_for(one.is_ready)
+
+
+def restarted(one, _):
+    """Restarts the daemon, as doctor says."""
+    if one.process:
+        one.stop()
+    one.start()
+
+
+def edits(name, text):
+    """A harm or a cure: another text in a file of the instance."""
+    return lambda one, *_: one.write(name, text)
+
+
+def sets(**settings):
+    """A harm or a cure: other settings."""
+    return lambda one, *_: one.configure(**{**one.well, **settings})
+
+
+def shell(command):
+    """A harm or a cure: a command in the instance's root."""
+    return lambda one, *_: subprocess.run(command, shell=True, check=True, cwd=one.root)
+
+
+def secret_file(setting, name):
+    """A harm: a password file that others may read."""
+
+    def harm(one):
+        path = one.write(name, "")
+        path.chmod(0o644)
+        one.configure(**one.well, **{setting: path})
+
+    return harm
+
+
+def both(*steps):
+    """A harm of several."""
+    return lambda one: [step(one) for step in steps]
+
+
+def with_aliases(text):
+    """A harm or a cure: other aliases, in force."""
+    return lambda one, *_: (one.aliases(text), one.run("newaliases"))
+
+
+def outdated(one):
+    """A harm: the aliases are younger than their database."""
+    one.run("newaliases")
+    for path in (one.root / "etc").glob("aliases.db*"):
+        os.utime(path, (1e9, 1e9))
+
+
+def broken_database(one):
+    """A harm: a database that is none."""
+    one.run("newaliases")
+    for path in (one.root / "etc").glob("aliases.db*"):
+        path.write_bytes(b"no database at all\n" * 99)
+
+
+def fifo_mailbox(one):
+    """A harm: a pipe where a mailbox should be."""
+    one.mailbox("payam").unlink()
+    os.mkfifo(one.mailbox("payam"))
+
+
+def linked_mailbox(one):
+    """A harm: a link where a mailbox should be."""
+    one.mailbox("payam").rename(one.root / "elsewhere")
+    one.mailbox("payam").symlink_to(one.root / "elsewhere")
+
+
+def mailbox_of_two_names(one):
+    """A harm: a mailbox that is another file, too."""
+    os.link(one.mailbox("payam"), one.root / "elsewhere")
+
+
+def moved_away(one, _):
+    """A cure: the mailbox is moved away."""
+    one.mailbox("payam").rename(one.root / "etc/moved")
+
+
+def ill(name, check, harm, state, text, todo, cure=None, marks=()):
+    """A row: what is done, what is found then, and whether the cure is one."""
+    return pytest.param(check, harm, state, text, todo, cure, id=name, marks=marks)
+
+
+# {top} is the instance's root, {spool} its queue, {etc} its etc.
+ILLS = [
+    # the queue
+    ill(
+        *("a folder open to others", "spool", shell(f"chmod 755 {SPOOL}/queue")),
+        *("wrong", "{spool}/queue has mode 0755, not 0700"),
+        *("chmod 0700 {spool}/queue", as_told),
+    ),
+    ill(
+        *("a maildrop closed to users", "spool", shell(f"chmod 700 {SPOOL}/maildrop")),
+        *("wrong", "{spool}/maildrop has mode 0700, not 1733"),
+        *("chmod 1733 {spool}/maildrop", as_told),
+    ),
+    ill(
+        *("a folder of somebody's", "spool", shell(f"chown 5001 {SPOOL}/journal")),
+        *("wrong", "{spool}/journal belongs to uid 5001", "chown {owner} "),
+        *(as_told, needs_root),
+    ),
+    ill(
+        *("a maildrop of somebody's", "spool", shell(f"chown 5001 {SPOOL}/maildrop")),
+        *("wrong", "{spool}/maildrop belongs to uid 5001"),
+        *("chown 0 {spool}/maildrop", as_told, needs_root),
+    ),
+    ill(
+        *("a folder that is gone", "spool", shell(f"rmdir {SPOOL}/hold")),
+        *("wrong", "{spool}/hold: No such file or directory", "restart the daemon"),
+        restarted,
+    ),
+    ill(
+        *("no queue", "spool", shell(f"rm -r {SPOOL}"), "warning"),
+        *("{spool} is not there yet: the daemon makes it", "minimta.py serve"),
+        started_as_told,
+    ),
+    ill(
+        *("mail that waits", "queue"),
+        lambda one: put(one, "0AAAAAAAAA", "a@far.example", age=2 * 86400),
+        *("warning", "1 message in it, 0 of the last hour, one since "),
+        *("mailq, then minimta.py trace ID", shell(f"rm {SPOOL}/queue/*")),
+    ),
+    ill(
+        *("mail that piles up", "queue"),
+        lambda one: [put(one, f"0{n:09}", "a@far.example") for n in range(101)],
+        *("warning", "101 messages in it, 101 of the last hour"),
+        *("minimta.py queue summary", shell(f"rm {SPOOL}/queue/*")),
+    ),
+    # the daemon
+    ill(
+        *("no daemon", "daemon", lambda one: None, "wrong"),
+        *("the daemon does not answer", "minimta.py serve", started_as_told),
+    ),
+    # the aliases
+    ill(
+        *("a bad line", "aliases", edits("etc/aliases", "a: b\n\nx y z\n"), "wrong"),
+        *("{etc}/aliases, line 3: ", "edit {etc}/aliases, then newaliases"),
+        with_aliases("a: payam\n"),
+    ),
+    ill(
+        *("a target that is nobody", "aliases"),
+        *(edits("etc/aliases", "root: payam\ntypo: payan\n"), "warning"),
+        "{etc}/aliases, line 2: typo: payan: no such user or alias: "
+        "did you mean payam?",
+        "edit {etc}/aliases, then newaliases",
+        with_aliases("typo: payam\n"),
+    ),
+    ill(
+        *("a ring", "aliases", edits("etc/aliases", "a: b\nb: c\nc: a\n"), "warning"),
+        "{etc}/aliases, line 1: alias loop: a -> b -> c -> a",
+        "edit {etc}/aliases, then newaliases",
+        with_aliases("a: payam\n"),
+    ),
+    ill(
+        *("an old database", "aliases", outdated, "warning"),
+        *("is older than source file {etc}/aliases", "newaliases", as_told),
+    ),
+    ill(
+        *("a broken database", "aliases", broken_database, "warning"),
+        *("cannot be read", "newaliases", as_told),
+    ),
+    ill(
+        *("aliases that others may write", "aliases", shell("chmod 666 etc/aliases")),
+        *("warning", "others may write the file: chmod go-w", "edit {etc}/aliases"),
+        shell("chmod go-w etc/aliases"),
+    ),
+    ill(
+        *("aliases of somebody's", "aliases", shell("chown 5001 etc/aliases")),
+        *("warning", "uid 5001 owns the file: chown root", "edit {etc}/aliases"),
+        *(shell("chown root etc/aliases"), needs_root),
+    ),
+    # root
+    ill(
+        *("root's mail for nobody", "root", with_aliases("# none\n")),
+        *("warning", "mail for root stays in root's mailbox"),
+        "put 'root: you' into the aliases file, then newaliases",
+        *(with_aliases("root: payam\n"), needs_root),
+    ),
+    ill(
+        *("root's mail for a stranger", "root", with_aliases("root: payan\n")),
+        *("wrong", 'mail for root: unknown user: "payan"'),
+        "put 'root: you' into the aliases file, then newaliases",
+        with_aliases("root: payam\n"),
+    ),
+    # settings and maps
+    ill(
+        *("a map that is not there", "settings", sets(transport_maps="/no/such")),
+        *("wrong", "transport_maps: /no/such: No such file or directory"),
+        *("mend it", sets()),
+    ),
+    ill(
+        *("a map that is a folder", "settings", sets(smtp_generic_maps="/etc")),
+        *("wrong", "smtp_generic_maps: /etc: Is a directory", "mend it", sets()),
+    ),
+    ill(
+        *("a bad line in a map", "settings"),
+        lambda one: sets(transport_maps=one.write("etc/t", "# one\n* pigeon:x\n"))(one),
+        *(
+            "wrong",
+            "{etc}/t:2: pigeon:x: need smtp:[host]:port",
+            "mend it",
+            edits("etc/t", "* smtp:[a.b]\n"),
+        ),
+    ),
+    ill(
+        *("passwords for all to read", "settings"),
+        secret_file("smtp_sasl_password_maps", "etc/secrets"),
+        *("wrong", "{etc}/secrets: others can read it", "chmod 600 {etc}/secrets"),
+        as_told,
+    ),
+    ill(
+        *("hashes for all to read", "settings"),
+        secret_file("smtpd_sasl_password_file", "etc/logins"),
+        *("wrong", "{etc}/logins: anybody can read it", "chmod o= {etc}/logins"),
+        as_told,
+    ),
+    ill(
+        *("settings that need others", "settings", sets(smtpd_tls_port="1465")),
+        *("wrong", "smtpd_tls_port: set smtpd_tls_cert_file, too"),
+        *("mend that, or run as root", sets()),
+    ),
+    # the host
+    ill(
+        *("a name of no world", "name", sets(myhostname="box.localdomain"), "warning"),
+        *("box.localdomain is no name in the world", "set myhostname = "),
+        sets(myhostname="host.example.com"),
+    ),
+    ill(
+        *("a name of one word", "name", sets(myhostname="box"), "warning"),
+        *(
+            "box.localdomain is no name in the world",
+            "set myhostname = host.example.com in ",
+        ),
+        sets(myhostname="host.example.com"),
+    ),
+    ill(
+        *("no name server", "resolver", edits("etc/resolv.conf", "# none\n")),
+        *("warning", "{etc}/resolv.conf names no server", "edit {etc}/resolv.conf"),
+        lambda one, _: one.write("etc/resolv.conf", one.servers),
+    ),
+    ill(
+        *("a name server that is down", "resolver"),
+        edits("etc/resolv.conf", "nameserver [127.0.0.1]:9\n"),
+        *("wrong", "{etc}/resolv.conf: Host or domain name not found"),
+        "edit {etc}/resolv.conf",
+        lambda one, _: one.write("etc/resolv.conf", one.servers),
+    ),
+    ill(
+        *("a clock that is behind", "clock"),
+        lambda one: os.utime(one.queue, (time.time() + 86400,) * 2),
+        *("wrong", "the clock is behind: {spool} is of the future"),
+        *("set it: timedatectl set-ntp true, or date", shell(f"touch {SPOOL}")),
+    ),
+    ill(
+        *("a full disk", "disk", sets(queue_minfree="900000G"), "wrong"),
+        *("{spool}: ", "make room, see df -h {spool}", sets()),
+    ),
+    # mailboxes
+    ill(
+        *("a mailbox for all to read", "mailboxes", shell("chmod 644 var/mail/payam")),
+        *("warning", "{top}/var/mail/payam: anybody may use it"),
+        *("chmod o= {top}/var/mail/payam", as_told),
+    ),
+    ill(
+        *("a mailbox of somebody's", "mailboxes", shell("chown 5001 var/mail/payam")),
+        *("wrong", "{top}/var/mail/payam belongs to uid 5001"),
+        *("chown payam {top}/var/mail/payam", shell("chown 5003 var/mail/payam")),
+        needs_root,
+    ),
+    ill(
+        *("root's mailbox is somebody's", "mailboxes"),
+        shell("touch var/mail/root; chown 5001 var/mail/root; chmod 600 var/mail/root"),
+        *("wrong", "{top}/var/mail/root belongs to uid 5001"),
+        *("chown root {top}/var/mail/root", as_told, needs_root),
+    ),
+    ill(
+        *("a pipe as mailbox", "mailboxes", fifo_mailbox, "wrong"),
+        "{top}/var/mail/payam is no mailbox: mail waits",
+        *("move {top}/var/mail/payam away", moved_away),
+    ),
+    ill(
+        *("a link as mailbox", "mailboxes", linked_mailbox, "wrong"),
+        "{top}/var/mail/payam is no mailbox: mail waits",
+        *("move {top}/var/mail/payam away", moved_away),
+    ),
+    ill(
+        *("a mailbox with two names", "mailboxes", mailbox_of_two_names, "wrong"),
+        *("{top}/var/mail/payam", "", shell("rm elsewhere")),
+    ),
+    # .forward
+    ill(
+        *("a .forward that others may write", "forward"),
+        *(lambda one: one.forward("payam", "user1\n", 0o666), "warning"),
+        "{top}/home/payam/.forward",
+        "chown payam {top}/home/payam/.forward; "
+        "chmod go-w {top}/home/payam/.forward {top}/home/payam",
+        *(as_told, needs_root),
+    ),
+    ill(
+        *("a home that others may write", "forward"),
+        both(
+            lambda one: one.forward("user1", "user2\n"), shell("chmod 777 home/user1")
+        ),
+        *("warning", "not used, mail goes to the mailbox"),
+        *("chown user1 {top}/home/user1/.forward; chmod go-w", as_told, needs_root),
+    ),
+]
+
+# The relayhost, our password for it -> state, text, what to do.
+LOGIN = "[localhost] joe:secret"
+MEND_RELAY, MEND_LOGIN = "mend relayhost or what it names", "mend the login: "
+NO_LOGIN = "(?!mend the login)."  # a certificate is no login
+DOORS = {
+    "takes all": ({}, "", "ok", "lets us in; no TLS", ""),
+    "with TLS": (
+        *({"certificate": "good"}, "", "ok"),
+        *(" lets us in; TLSv1.3", ""),
+    ),
+    "good login": (
+        *({"certificate": "good", "mechanisms": "PLAIN"}, LOGIN, "ok"),
+        *(" lets us in, as joe; TLSv1.3", ""),
+    ),
+    "bad login": (
+        {
+            "certificate": "good",
+            "mechanisms": "PLAIN",
+            "AUTH": "535 5.7.8 bad password",
+        },
+        *(LOGIN, "wrong", "said: 535 5.7.8 bad password", MEND_LOGIN),
+    ),
+    "a login without TLS": (
+        *({"mechanisms": "PLAIN", "is_careless": True}, LOGIN, "wrong"),
+        *("it offers no TLS", NO_LOGIN),
+    ),
+    "untrusted": (
+        *({"certificate": "self-signed"}, "", "wrong", "certificate", NO_LOGIN),
+    ),
+    "expired": (*({"certificate": "expired"}, "", "wrong", "expired", NO_LOGIN),),
+    "wrong name": (
+        *({"certificate": "wrong name"}, "", "wrong", "other.example", NO_LOGIN),
+    ),
+    "busy": (
+        *({"CONNECT": "421 4.3.2 Not now"}, "", "wrong"),
+        *("said: 421 4.3.2 Not now", MEND_RELAY),
+    ),
+    "down": (None, "", "wrong", "Connection refused", MEND_RELAY),
+}
+
+
+class TestDoctor:
+    """minimta.py doctor: each thing that can be wrong, found and mended."""
+
+    @pytest.fixture
+    def patient(self, make_instance, make_names, make_sink):
+        """An instance in which all is well, but without a daemon."""
+        one, sink = make_instance(), make_sink()
+        make_names(one, WORLD)
+        one.servers = (one.root / "etc/resolv.conf").read_text()
+        one.well = {"relayhost": f"[127.0.0.1]:{sink.port}"}
+        one.well["myhostname"] = "host.example.com"
+        one.configure(**one.well)
+        one.aliases("root: payam\n")
+        one.run("newaliases")
+        one.sendmail("-odi", "payam", stdin=letter("first"))
+        one.wait_empty()
+        return one
+
+    @staticmethod
+    def filled(one, text):
+        """A row's text with the instance's paths."""
+        owner = (one.queue / "incoming").stat().st_uid if one.queue.exists() else 0
+        places = {"top": one.root, "spool": one.queue, "etc": one.root / "etc"}
+        return text.format(owner=owner, **places)
+
+    @pytest.mark.skipif(not AS_ROOT, reason="only root can look at all of it")
+    def test_where_all_is_well_it_says_so(self, patient):
+        patient.start()
+        result = patient.run("minimta.py", "doctor", user="root")
+        assert (result.code, result.err) == (0, ""), result
+        rows = [line.split(": ")[0].split(None, 1) for line in result.out.splitlines()]
+        assert {state for state, _ in rows} == {"ok"}, result.out
+        assert list(dict.fromkeys(name for _, name in rows)) == list(minimta.CHECKS)
+
+    def test_in_a_new_instance_nothing_is_wrong(self, instance, make_names):
+        make_names(instance, WORLD)
+        instance.start()
+        result = instance.run("minimta.py", "doctor", user="root")
+        wrong = [line for line in result.out.splitlines() if line[:5] == "wrong"]
+        assert (result.code, wrong) == (0, [])
+
+    @pytest.mark.parametrize(("check", "harm", "state", "text", "todo", "cure"), ILLS)
+    def test_what_is_wrong_is_found_and_mended(
+        self, patient, check, harm, state, text, todo, cure
+    ):
+        text, todo = self.filled(patient, text), self.filled(patient, todo)
+        harm(patient)
+        found = ailments(patient, check)
+        (row,) = [row for row in found if text in row["text"]] or [found]
+        assert row, f"nothing is found to be wrong with {check}"
+        assert (row["state"], todo in row["todo"]) == (state, True), row
+        if cure:
+            cure(patient, row["todo"])
+            assert ailments(patient, check) == []
+
+    def test_of_much_that_is_wrong_the_first_is_told(self, patient):
+        patient.aliases("".join(f"name{n}: nobody{n}\n" for n in range(30)))
+        rows = ailments(patient, "aliases")
+        assert len(rows) == minimta.MAX_FINDINGS + 1
+        assert ", line 1: name0: nobody0: no such user" in rows[0]["text"]
+        assert rows[-1]["text"] == "and more of this kind"
+
+    def test_an_aliases_file_that_is_not_there_is_not_missed(self, patient):
+        (patient.root / "etc/aliases").unlink()
+        (row,) = findings(patient, "aliases")
+        text = f"{patient.root}/etc/aliases is not there, nor needed"
+        assert (row["state"], row["text"]) == ("ok", text)
+
+    def test_every_check_has_been_made_to_fail(self):
+        checks = {row.values[0] for row in ILLS}
+        elsewhere = {"python", "links", "cron", "port", "way out"}
+        assert checks | elsewhere == set(minimta.CHECKS)
+
+    @pytest.mark.parametrize(
+        ("greeting", "shown"),
+        [
+            ("220 sink.example ESMTP", "220 sink.example ESMTP"),
+            ("220 host.example.com ESMTP Exim", "220 host.example.com ESMTP Exim"),
+            (b"SSH-2.0-OpenSSH\r\n", "SSH-2.0-OpenSSH"),
+        ],
+    )
+    def test_another_program_on_our_port_is_found(self, patient, greeting, shown):
+        sink = SmtpSink(place=("127.0.0.1", patient.port), CONNECT=greeting)
+        try:
+            (row,) = ailments(patient, "port")
+        finally:
+            sink.close()
+        text = f"127.0.0.1:{patient.port} is another's: {shown}"
+        assert (row["state"], row["text"]) == ("wrong", text)
+        assert row["todo"] == "stop it, or set smtpd_port"
+        assert ailments(patient, "port") == []
+
+    def test_a_program_on_our_port_that_says_nothing_is_found(self, patient):
+        with socket.create_server(("127.0.0.1", patient.port)):
+            (row,) = ailments(patient, "port") or [None]
+        assert row, "a port that somebody has is said to be free"
+        assert row["state"] == "wrong"
+
+    def test_a_name_server_that_is_silent_is_found(self, patient):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as mute:
+            mute.bind(("127.0.0.1", 0))
+            place = f"nameserver [127.0.0.1]:{mute.getsockname()[1]}"
+            patient.write("etc/resolv.conf", f"{place}\noptions timeout:1 attempts:1\n")
+            (row,) = ailments(patient, "resolver")
+        assert (row["state"], row["todo"]) == (
+            "wrong",
+            f"edit {patient.root}/etc/resolv.conf",
+        )
+
+    def test_a_name_server_that_knows_no_such_name_is_well(self, patient, make_names):
+        make_names(patient, {})
+        assert ailments(patient, "resolver") == []
+
+    @pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+    def test_a_relayhost_is_tried_and_nothing_is_sent(
+        self, patient, make_names, make_sink, certificates, door
+    ):
+        features, login, state, text, todo = door
+        make_names(patient, WORLD, "127.0.0.1 localhost\n")
+        sink, port = None, free_port()
+        if features is not None:
+            words = dict(features)
+            if "certificate" in words:
+                words["certificate"] = certificates[words["certificate"]]
+            sink = make_sink(**words)
+            port = sink.port
+        passwords = patient.write("etc/secrets", login + "\n")
+        passwords.chmod(0o600)
+        patient.configure(
+            relayhost=f"[localhost]:{port}",
+            smtp_tls_CAfile=certificates["ca"],
+            smtp_sasl_password_maps=passwords,
+        )
+        (row,) = findings(patient, "way out")
+        assert (row["state"], text in row["text"]) == (state, True), row
+        assert re.match(todo, row["todo"]), row
+        assert bool(row["todo"]) == (state != "ok")
+        assert "secret" not in row["text"].replace("etc/secrets", "")
+        if sink:
+            assert sink.received == []
+            assert not {"MAIL", "RCPT", "DATA"} & set(sink.verbs())
+
+    def test_each_relayhost_is_tried(self, patient, make_sink):
+        sink, busy = make_sink(), make_sink(CONNECT="421 4.3.2 Not now")
+        hops = f"[127.0.0.1]:{busy.port}, [127.0.0.1]:{sink.port}"
+        patient.configure(relayhost=hops)
+        states = [row["state"] for row in findings(patient, "way out")]
+        assert states == ["wrong", "ok"]
+
+    def test_without_a_relayhost_port_25_is_tried(self, patient, make_names):
+        patient.configure(myhostname="host.example.com")
+        if AS_ROOT:
+            with contextlib.suppress(OSError):
+                sink = SmtpSink(place=("127.9.8.7", 25))
+                try:
+                    (row,) = findings(patient, "way out")
+                finally:
+                    sink.close()
+                assert row["state"] == "ok"
+                assert row["text"] == "port 25 of other hosts can be reached"
+                assert sink.verbs() == []
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.9.8.7", 25)) == 0:
+                pytest.skip("something here has port 25 of every address")
+        (row,) = findings(patient, "way out")
+        assert row == {
+            "check": "way out",
+            "state": "warning",
+            "text": "port 25 of other hosts is closed to us",
+            "todo": "set relayhost = [smarthost]:587 in /etc/minimta.conf",
+        }
+        make_names(patient, {})
+        (row,) = findings(patient, "way out")
+        assert row["state"] == "warning"
+        assert row["text"] == "whether mail can leave cannot be told: no DNS"
+
+    def test_with_capture_nothing_needs_a_way_out(self, patient):
+        patient.configure(relayhost="[127.0.0.1]:9", capture="yes")
+        (row,) = findings(patient, "way out")
+        assert (row["state"], row["text"]) == (
+            *("ok", "nothing leaves: capture is on"),
+        )
+
+    @needs_root
+    def test_a_disk_without_inodes_is_found(self, patient):
+        options = "nr_inodes=200,mode=755"
+        with mounted("-t", "tmpfs", "-o", options, "none", str(patient.queue)):
+            rows = ailments(patient, "disk")
+        (row,) = rows
+        assert row["state"] == "wrong"
+        assert re.fullmatch(rf"{patient.queue}: 19\d inodes left", row["text"])
+        assert row["todo"] == f"remove files, see df -i {patient.queue}"
+        assert ailments(patient, "disk") == []
+
+    def test_a_private_instance_needs_no_links_and_no_cron(self, patient):
+        assert ailments(patient, "links") == ailments(patient, "cron") == []
+
+    def test_json_has_an_object_a_line(self, patient):
+        result = patient.run("minimta.py", "doctor", "--json", user="root")
+        rows = [json.loads(line) for line in result.out.splitlines()]
+        assert result.code == 1
+        assert {tuple(row) for row in rows} == {("check", "state", "text", "todo")}
+        assert {row["state"] for row in rows} <= {"ok", "warning", "wrong"}
+        assert all(row["text"] for row in rows)
+        assert [row for row in rows if row["state"] == "ok" and row["todo"]] == []
+
+    def test_what_is_shown_is_what_json_says(self, patient):
+        as_text = patient.run("minimta.py", "doctor", user="root").out
+        for row in findings(patient, "daemon") + findings(patient, "aliases"):
+            line = f"{row['state']:<8} {row['check']}: {row['text']}\n"
+            assert line + (f"{'':8} -> {row['todo']}\n" if row["todo"] else "") in (
+                as_text
+            )
+
+    @pytest.mark.parametrize(
+        ("words", "code"),
+        [
+            ([], 1),
+            (["--json"], 1),
+            (["now"], 64),
+            (["-Z"], 64),
+            (["--verbose"], 64),
+            (["-C"], 64),
+            (["-C", "/no/such"], 78),
+        ],
+    )
+    def test_the_exit_code_says_what_came_of_it(self, patient, words, code):
+        result = patient.run("minimta.py", "doctor", *words, user="root")
+        assert result.code == code, result
+        assert len(result.err.splitlines()) == (code > 1)
+
+    def test_warnings_alone_are_no_failure(self, patient):
+        patient.configure(**{**patient.well, "myhostname": "box.localdomain"})
+        patient.start()
+        result = patient.run("minimta.py", "doctor", user="root")
+        assert result.code == 0
+        assert "warning  name: " in result.out
+
+    def test_settings_that_cannot_be_read_are_one_line(self, patient):
+        patient.write("etc/minimta.conf", "relay_host = x\n")
+        result = patient.run("minimta.py", "doctor", user="root")
+        assert_one_clear_line(result, 78)
+
+    def test_it_takes_the_settings_that_it_is_given(self, patient):
+        path = patient.write("other.conf", "myhostname = other.example.net\n")
+        result = patient.run("minimta.py", "doctor", "-C", path, user="root")
+        assert "name: other.example.net\n" in result.out
+
+    def test_it_changes_nothing(self, patient):
+        def seen():
+            found = {}
+            for path in patient.root.rglob("*"):
+                if path.name == "mail.log":
+                    continue
+                state = path.lstat()
+                found[path] = (state.st_mode, state.st_uid, state.st_mtime_ns)
+            return found
+
+        patient.aliases("root: payam\nx: y\n")
+        before = seen()
+        patient.run("minimta.py", "doctor", user="root")
+        assert seen() == before
+
+    @needs_root
+    def test_a_user_is_told_what_only_root_can_see(self, patient, public_bin):
+        patient.bin = public_bin
+        secrets = patient.write("etc/secrets", "[a.example] joe:secret\n")
+        secrets.chmod(0o600)
+        patient.start()
+        how = {"user": "user1", "preexec_fn": become("user1")}
+        result = patient.run("minimta.py", "doctor", **how)
+        assert (result.code, result.err) == (0, ""), result
+        assert "only root can look at all of them" in result.out
+        for row in findings(patient, "forward", **how):
+            assert (row["state"], row["todo"]) == ("warning", "run as root")
+
+    @needs_root
+    def test_a_password_file_that_only_root_reads_is_no_users_trouble(
+        self, patient, public_bin
+    ):
+        patient.bin = public_bin
+        secrets = patient.write("etc/secrets", "[a.example] joe:secret\n")
+        secrets.chmod(0o600)
+        patient.configure(**patient.well, smtp_sasl_password_maps=secrets)
+        how = {"user": "user1", "preexec_fn": become("user1")}
+        (row,) = ailments(patient, "settings", **how)
+        assert "Permission denied" in row["text"]
+        assert "root" in row["todo"]
+
+    @pytest.fixture(scope="class")
+    def poor_bin(self):
+        """minimta.py pinned to a Python without the module $MISSING."""
+        folder = open_directory("minimta-python-")
+        real = os.path.realpath(sys.executable)
+        (folder / "python").write_text(
+            f'#!/bin/sh\ncode=$3\nshift 3\nexec {real} -IS -c "import os, sys\n'
+            "sys.modules[os.environ['MISSING']] = None\n"
+            '$code" "$@"\n'
+        )
+        (folder / "python").chmod(0o755)
+        made = install(folder / "python")
+        yield made
+        shutil.rmtree(made)
+        shutil.rmtree(folder)
+
+    @pytest.mark.parametrize("module", minimta.MODULES)
+    def test_a_module_that_python_has_not_is_named(
+        self, instance, poor_bin, make_sink, module
+    ):
+        instance.configure(relayhost=f"[127.0.0.1]:{make_sink().port}")
+        how = {"bin_dir": poor_bin, "user": "root", "env": {"MISSING": module}}
+        result = instance.run("minimta.py", "doctor", **how)
+        line, todo = result.out.splitlines()[:2]
+        state = "warning" if module == "readline" else "wrong"
+        shape = rf"{state:<8} python: Python 3[\d.]+ has no (.*, )?{module}(, .*)?"
+        assert re.fullmatch(shape, line)
+        assert "python" in todo
+        if os.path.exists("/etc/debian_version"):
+            assert todo == f"{'':8} -> apt-get install python3"
+        # The other checks are made as well.
+        found = re.findall(r"(?m)^\w+ +([a-z ]+): ", result.out)
+        assert (result.code, result.err) == (1, ""), result
+        assert list(dict.fromkeys(found)) == list(minimta.CHECKS)
+
+
+INSTALL = "/usr/local/lib/minimta/minimta.py install"
+HARMED_LINKS = [
+    # what is done -> check, state, text
+    ("rm /usr/bin/mailq", "links", "warning", "/usr/bin/mailq is not there"),
+    (
+        "ln -sfn /gone/minimta.py /usr/lib/sendmail",
+        *("links", "wrong"),
+        "/usr/lib/sendmail leads to /gone/minimta.py, which is gone",
+    ),
+    (
+        "ln -sfn /usr/bin/env /usr/bin/mail",
+        *("links", "wrong", "/usr/bin/mail is another program, /usr/bin/env"),
+    ),
+    (
+        "rm /usr/sbin/sendmail; cp /usr/bin/env /usr/sbin/sendmail",
+        *("links", "wrong", "/usr/sbin/sendmail is another program, "),
+    ),
+    (
+        "rm /usr/sbin/sendmail",
+        *("cron", "wrong", "/usr/sbin/sendmail: No such file or directory"),
+    ),
+]
+ONLY_THERE = "/opt/only/bin"  # where there is a Python, but not for cron
+
+
+class TestDoctorOfAHost:
+    """minimta.py doctor on a host: links, cron, and the host's own files."""
+
+    @pytest.fixture(scope="class")
+    def host(self, make_overlay):
+        """A host on which minimta is installed."""
+        one = make_overlay()
+        result = one.run("/root/minimta.py", "install")
+        assert result.code == 0, result
+        return one
+
+    @staticmethod
+    def ailments(host, check, program="/usr/local/sbin/minimta", **env):
+        """What is not ok, as objects."""
+        result = host.run(program, "doctor", "--json", **env)
+        assert (result.code in (0, 1), result.err) == (True, ""), result
+        rows = [json.loads(line) for line in result.out.splitlines()]
+        return [row for row in rows if row["check"] == check and row["state"] != "ok"]
+
+    def test_before_it_is_installed_other_programs_are_no_failure(self, make_overlay):
+        one = make_overlay()
+        one.shell("rm -f /usr/bin/mail; ln -sfn /usr/bin/env /usr/sbin/sendmail")
+        rows = self.ailments(one, "links", "/root/minimta.py")
+        assert {row["state"] for row in rows} == {"warning"}
+        texts = [row["text"] for row in rows]
+        assert "/usr/sbin/sendmail is another program, /usr/bin/env" in texts
+        assert "/usr/bin/mail is not there" in texts
+        assert {row["todo"] for row in rows} == {"/root/minimta.py install"}
+
+    def test_what_was_installed_is_well(self, host, make_overlay):
+        sink = host.inside(SmtpSink)
+        names = host.inside(lambda: NameServer(WORLD))
+        made = {
+            "/etc/minimta.conf": f"relayhost = [127.0.0.1]:{sink.port}\n"
+            "myhostname = host.example.com\n",
+            "/etc/resolv.conf": f"nameserver [127.0.0.1]:{names.port}\n",
+            "/etc/aliases": "root: person\n",
+        }
+        for name, text in made.items():
+            host.path(name).write_text(text)
+        host.shell("useradd -m person; newaliases; touch /var/mail/person")
+        host.shell("chown person /var/mail/*; chmod 600 /var/mail/*")
+        words = host.words("/usr/local/sbin/minimta", "serve")
+        daemon = subprocess.Popen(words, env=host.env(), start_new_session=True)
+        try:
+            wait_for(lambda: host.run("minimta", "health").code == 0)
+            result = host.run("minimta", "doctor")
+            told = re.findall(r"(?m)^(?!ok ).+", result.out)
+            assert (result.code, told) == (0, []), result
+            assert host.shell("echo hi | mail -s hi root; mailq")
+        finally:
+            daemon.terminate()
+            daemon.wait()
+            sink.close()
+            names.close()
+
+    @pytest.mark.parametrize(("harm", "check", "state", "text"), HARMED_LINKS)
+    def test_a_harm_is_found_and_installing_mends_it(
+        self, host, harm, check, state, text
+    ):
+        host.shell(harm)
+        rows = [row for row in self.ailments(host, check) if text in row["text"]]
+        assert [(row["state"], row["todo"]) for row in rows] == [(state, INSTALL)]
+        host.shell(rows[0]["todo"])
+        assert self.ailments(host, "links") == self.ailments(host, "cron") == []
+
+    def test_a_python_that_cron_has_not_is_found(self, host):
+        python = python_for_everyone()
+        host.shell("sed -i 's/^pinned=.*/pinned=/' /usr/local/lib/minimta/minimta.py")
+        host.shell(
+            "cd /usr; for d in bin local/bin; do mv $d/python3 $d/kept || :; done"
+        )
+        host.shell(f"mkdir -p {ONLY_THERE}")
+        host.shell(f"ln -s {os.path.realpath(python)} {ONLY_THERE}/python3")
+        path = host.env()["PATH"] + ":" + ONLY_THERE
+        try:
+            (row,) = self.ailments(host, "cron", PATH=path)
+            assert row["state"] == "wrong"
+            assert row["text"].startswith("/usr/sbin/sendmail fails for cron: ")
+            result = host.run("minimta", "install", PATH=path)
+            assert result.code == 0, result
+            assert self.ailments(host, "cron", PATH=path) == []
+        finally:
+            host.shell(
+                "cd /usr; for d in bin local/bin; do mv $d/kept $d/python3 || :; done"
+            )
+
+    def test_a_private_instance_is_not_started_by_the_hosts_service(self, host):
+        host.shell("mkdir -p /etc/systemd/system /tmp/private")
+        host.shell("touch /etc/systemd/system/minimta.service")
+        (row,) = self.ailments(host, "daemon", MINIMTA_ROOT="/tmp/private")
+        assert "systemctl" not in row["todo"]
+        (row,) = self.ailments(host, "daemon")
+        assert row["todo"] == "systemctl restart minimta"
+
+
+# == 38 Installation: Manifest, Installer, cmd_install, cmd_uninstall =========
 # On hosts of their own: what is done to one of them is done to an overlay.
 
 
@@ -11030,7 +11991,7 @@ class TestInstall:
         assert ours.changes() == alone.changes()
 
 
-# == 38 Dispatch: PROGRAMS, main ==============================================
+# == 39 Dispatch: PROGRAMS, main ==============================================
 
 MAIN_ROWS = [
     # by its own name, by the first word
@@ -13315,6 +14276,7 @@ CERTIFICATES = {
     "good": ("mx.far.example", "DNS:*.far.example,DNS:localhost,IP:127.0.0.1", 2049),
     "expired": ("mx.far.example", "DNS:*.far.example,DNS:localhost", 2021),
     "wrong name": ("other.example", "DNS:other.example", 2049),
+    "manual": ("mail.example.com", "DNS:mail.example.com", 2049),
 }
 AUTHORITY = """
 [ca]
@@ -23669,6 +24631,540 @@ class TestContainer:
             timeout=PATIENCE,
         )
         assert_one_clear_line(Result(done.returncode, b"", done.stderr), 77)
+
+
+# == The manual: what README.md says is so ====================================
+# Its blocks are run, and what they print is compared with what it shows.
+
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+Block = collections.namedtuple("Block", "line kind text")
+BLOCKS = [
+    Block(README.count("\n", 0, found.start()) + 1, found[1], found[2])
+    for found in re.finditer(r"(?ms)^```(\w*)\n(.*?)^```$", README)
+]
+
+# What differs from one run to the next, in what is shown and in what is said.
+DAY_NAME = "(Mon|Tue|Wed|Thu|Fri|Sat|Sun)"
+VARYING = [
+    (r"\bT[0-9][0-9A-Z]{8}\b", "ID"),
+    (rf"{DAY_NAME}, \d\d? \w\w\w \d{{4}} [\d:]{{8}} [+-]\d{{4}} \(\w+\)", "DATE"),
+    (rf"{DAY_NAME} \w\w\w [ \d]\d \d\d:\d\d(:\d\d)?( \d{{4}})?", "DATE"),
+    (r"\b[A-Z]\w\w [ \d]\d \d\d:\d\d:\d\d\b", "DATE"),
+    (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+ [+-]\d{4}", "DATE"),
+    (r"<\d{14}\.[0-9A-F]{12}@", "<NUMBER@"),
+    (r"(?m)^arrived: [\d.]+$", "arrived: TIME"),
+    (r"\b(uid|userid) \d+", r"\1 N"),
+    (r"(minimta/\w+)\[\d+\]:", r"\1[PID]:"),
+    (r"(?m)^(ID[*!#]?) +\d+ ", r"\1 SIZE "),
+    (r" \d+/\d+ ", " SIZE "),
+    (r"(?m)^message +\d+ bytes", "message SIZE bytes"),
+    (r"longest \d+ bytes, \d+ bytes total", "longest SIZE"),
+    (r"Python 3\.[\d.]+, \S+", "PYTHON"),
+    (r"TLSv1\.[23] [A-Z0-9_-]+", "CIPHER"),
+    # Columns are as wide as the longest path.
+    (r" +", " "),
+    (r"(?m) +$", ""),
+]
+
+
+def alike(text):
+    """A text without what differs from one run to the next."""
+    for pattern, word in VARYING:
+        text = re.sub(pattern, word, text)
+    return text
+
+
+class Step:
+    """A command of a block, what is typed into it, and what it is to print."""
+
+    def __init__(self, command):
+        self.command = command
+        self.lines = []
+
+    @property
+    def typed(self):
+        """What is typed at mail's prompt."""
+        return [line[2:] for line in self.lines if line[:2] == "& "]
+
+    def fits(self, printed):
+        """Whether it printed what is shown; `...` is any lines."""
+        shape = ""
+        for line in self.lines:
+            is_any = line.strip() == "..."
+            shape += r"(.*\n)*?" if is_any else re.escape(alike(line + "\n"))
+        return re.fullmatch(shape, alike(printed)) is not None
+
+
+def steps_of(block):
+    """A console block's commands; its first two characters are the prompt."""
+    found, prompt = [], block.text[:2]
+    assert prompt in ("$ ", "# "), f"line {block.line}: a block without a prompt"
+    for line in block.text.splitlines():
+        if line.startswith(prompt):
+            found.append(Step(line[2:]))
+        else:
+            found[-1].lines.append(line)
+    return found
+
+
+class Shell:
+    """A shell at a terminal, that is given one command after the other."""
+
+    LOOP = """
+    while IFS= read -r line <&3; do eval "$line" 3<&-; printf '\\001'; done
+    """
+
+    def __init__(self, env, cwd, words=lambda *words: words):
+        self.end, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 50, 200, 0, 0))
+        read_end, self.orders = os.pipe()
+
+        def prepare():
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # for Ctrl-C
+            os.dup2(read_end, 3)
+
+        self.child = subprocess.Popen(
+            words("/bin/sh", "-c", self.LOOP),
+            **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+            env=env,
+            cwd=cwd,
+            close_fds=False,
+            start_new_session=True,
+            preexec_fn=prepare,
+        )
+        os.close(theirs)
+        os.close(read_end)
+
+    def order(self, command):
+        """Has a command begin."""
+        os.write(self.orders, command.encode() + b"\n")
+
+    def printed(self, typed=(), end="\1"):
+        """What the terminal shows until `end`; prompts are answered."""
+        shown, left = "", list(typed)
+        while end not in shown:
+            assert select.select([self.end], [], [], PATIENCE)[0], shown
+            shown += os.read(self.end, 4096).decode().replace("\r\n", "\n")
+            if left and re.search(r"(?m)^& \Z", shown):
+                os.write(self.end, left.pop(0).encode() + b"\n")
+        return shown.partition("\1")[0]
+
+    def ask(self, command, typed=()):
+        """What a command prints, to its end."""
+        self.order(command)
+        return self.printed(typed)
+
+    def interrupt(self):
+        """Ctrl-C."""
+        os.write(self.end, b"\3")
+
+    def close(self):
+        os.close(self.orders)
+        os.close(self.end)  # whatever runs in it is hung up
+        self.child.wait(PATIENCE)
+
+
+# Commands that change nothing: asked again until what was begun is done.
+LOOKING = ("mailq", "trace --last", "cut ", "stat ", "cat ")
+
+
+class Desk:
+    """Where a user called carol reads the manual and does what it says.
+
+    `top` has minimta.py and the Makefile, `root` is what the manual calls
+    /tmp/try. `places`: what is there in place of the manual's words.
+    """
+
+    def __init__(self, bin_dir):
+        self.top = open_directory("minimta-desk-")
+        self.root = self.top / "try"
+        self.home = self.top / "home"
+        self.tools = self.top / "tools"
+        for folder in (self.home, self.tools, self.root / "etc"):
+            folder.mkdir(parents=True)
+        uid = 5001 if AS_ROOT else os.getuid()
+        gid = 5001 if AS_ROOT else os.getgid()
+        os.chown(self.home, uid, gid)
+        shutil.copy(HERE / "Makefile", self.top)
+        for name in ("minimta.py", "tools/minimta.py", "tools/minimta"):
+            (self.top / name).symlink_to(bin_dir / "minimta.py")
+        # Who carol is, to the shell.
+        words = f"case $1 in -un) echo carol;; -u) echo {uid};; -g) echo {gid};; esac"
+        self.write("tools/id", f"#!/bin/sh\n{words}\n").chmod(0o755)
+        rows = (("root", 0, 0, "/root"), ("carol", uid, gid, self.home))
+        self.users = "".join(
+            f"{name}:x:{user}:{group}:{name}:{home}:/bin/sh\n"
+            for name, user, group, home in rows
+        )
+        self.write("try/etc/passwd", self.users)
+        self.write("try/etc/resolv.conf", "nameserver [127.0.0.1]:9\n")
+        self.places = {
+            "/tmp/try": str(self.root),
+            "/etc/ssmtp": f"{self.top}/ssmtp",
+            "/path/to": str(self.top),
+        }
+        self.shells = []
+
+    def write(self, name, text):
+        path = self.top / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def env(self, **more):
+        return {
+            "PATH": f"{self.tools}:/usr/bin:/bin",
+            "HOME": str(self.home),
+            "LOGNAME": "carol",
+            "USER": "carol",
+            "TERM": "dumb",
+            "TZ": "UTC",
+            "LC_ALL": "C.UTF-8",
+            "MINIMTA_MYHOSTNAME": "host.example",
+            **more,
+        }
+
+    def shell(self, **more):
+        self.shells.append(Shell(self.env(**more), self.top))
+        return self.shells[-1]
+
+    def here(self, text):
+        """The manual's text with what is here."""
+        for theirs, ours in self.places.items():
+            text = text.replace(theirs, ours)
+        folder = self.root / "var/spool/minimta/queue"
+        for queue_id in os.listdir(folder) if folder.is_dir() else ():
+            text = re.sub(r"\bT4[0-9A-Z]{8}\b", queue_id, text)
+        return text
+
+    def there(self, text):
+        """What was printed here, in the manual's words."""
+        for theirs, ours in self.places.items():
+            text = text.replace(ours, theirs)
+        return text
+
+    def follow(self, block, shell):
+        """Does what a block says; "" or what is not as it is shown."""
+        told = []
+        for step in steps_of(block):
+            printed = self.take(step, shell)
+            if not step.fits(printed):
+                shown = "".join(f"{line}\n" for line in step.lines)
+                told.append(f"$ {step.command}\n{shown}--- but here:\n{printed}")
+        return "\n".join(told)
+
+    def take(self, step, shell):
+        """What a step prints, as soon as it is what is shown."""
+        deadline = time.monotonic() + 6
+        while True:
+            printed = self.there(shell.ask(self.here(step.command), step.typed))
+            is_looking = any(word in step.command for word in LOOKING)
+            if step.fits(printed) or not is_looking or time.monotonic() > deadline:
+                return printed
+            time.sleep(0.05)
+
+    def close(self):
+        mark = os.fsencode(f"HOME={self.home}")
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                if mark in Path("/proc", name, "environ").read_bytes().split(b"\0"):
+                    os.kill(int(name), signal.SIGKILL)
+        for shell in self.shells:
+            shell.close()
+        shutil.rmtree(self.top)
+
+
+def block_of(beginning):
+    """The block of the manual that begins so."""
+    (found,) = [block for block in BLOCKS if block.text.startswith(beginning)]
+    return found
+
+
+def block_with_aliases(desk):
+    """What the block about aliases finds."""
+    step = steps_of(block_of("$ cat /tmp/try/etc/aliases"))[0]
+    desk.write("try/etc/aliases", desk.here("\n".join(step.lines) + "\n"))
+    desk.write("try/news", "carol\nbob@example.com\n")
+
+
+def block_with_senders(desk):
+    """What the block about senders finds."""
+    desk.write("try/etc/hosts", "192.0.2.25 mail.example.com\n")
+    senders = desk.write("try/etc/senders", block_of("root@host.example  ").text)
+    desk.write(
+        "try/etc/minimta.conf",
+        f"relayhost = [mail.example.com]:587\nsmtp_generic_maps = {senders}\n",
+    )
+
+
+def block_with_ssmtp(desk):
+    """What the block about moving in finds."""
+    desk.write(
+        "ssmtp/ssmtp.conf",
+        "# ssmtp\nmailhub=smtp.example.com:587\nUseSTARTTLS=YES\n"
+        "AuthUser=me@example.com\nAuthPass=secret\n\nFromLineOverride=YES\n\n"
+        "Debug=YES\n",
+    )
+
+
+def block_with_a_letter(desk):
+    """What the block about queue files finds."""
+    desk.write("try/etc/minimta.conf", "relayhost = [127.0.0.1]:9\n")
+    command = "echo 'Hello, world' | ./minimta.py mail -s outside bob@example.com"
+    desk.shell(MINIMTA_ROOT=str(desk.root)).ask(command)
+    journal = desk.root / "var/spool/minimta/journal"
+    wait_for(lambda: any(path.stat().st_size for path in journal.iterdir()))
+
+
+def block_with_a_queue(desk):
+    """What the block about queue commands finds: as old as it says."""
+    why = "connect to mail.example.com[192.0.2.25]:587: Connection refused"
+    for last, name, age in (("P", "bob", 300), ("Q", "al", 200), ("R", "cy", 120)):
+        text = (b"Subject: x\n\n" + b"x" * 300)[:277] + b"\n"
+        how = {"why": why, "age": age + 2, "text": text}
+        put(desk, f"T43PVD6DA{last}", f"{name}@example.com", **how)
+
+
+# Blocks that a user runs: how each begins -> what it finds.
+USERS_BLOCKS = {
+    "$ export MINIMTA_ROOT=/tmp/try": lambda desk: None,
+    "$ minimta import /etc/ssmtp": block_with_ssmtp,
+    "$ minimta.py queue summary": block_with_a_queue,
+    "$ cat /tmp/try/etc/aliases": block_with_aliases,
+    "$ ./minimta.py explain --from root": block_with_senders,
+    "$ cd /tmp/try/var/spool/minimta": block_with_a_letter,
+}
+# Those with a test of their own.
+OTHER_BLOCKS = (
+    *("$ make run", "$ echo 'Hello Alice'", "$ ./minimta.py trace --last"),
+    *("# ./minimta.py install", "# minimta doctor", "# minimta uninstall"),
+)
+# How a block begins -> why it is not run.
+NOT_RUN = {
+    "COPY --chmod=755": "lines of a Dockerfile: an image is built by docker only",
+    "docker run": "needs docker, and an image",
+    " sendmail, mail -->": "a drawing",
+}
+# Maps that are shown -> the setting that names them.
+SHOWN_MAPS = {
+    "friend@example.com  smtp:": "transport_maps",
+    "[mail.example.com]:587  user@": "smtp_sasl_password_maps",
+    "root@host.example  ": "smtp_generic_maps",
+}
+
+
+def table_below(title):
+    """The cells of the first table behind a title of the manual."""
+    text = README[README.index(f"\n{title}\n") :]
+    rows = re.search(r"(?m)(^\|.*\n)+", text)[0].splitlines()
+    return [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows[2:]
+    ]
+
+
+def option_words(text):
+    """The options, and what stands for a value, of a synopsis."""
+    words = re.findall(r"(?<![\w-])(--[a-z-]+|-[A-Za-z]|[A-Z][A-Z-]+)", text)
+    return set(words)
+
+
+class TestReadme:
+    """README.md: what it shows is what happens, and it names everything."""
+
+    @pytest.fixture
+    def desk(self, bin_dir):
+        one = Desk(bin_dir)
+        yield one
+        one.close()
+
+    def test_every_block_is_run_or_said_not_to_be(self):
+        known = (*USERS_BLOCKS, *OTHER_BLOCKS, *NOT_RUN, *SHOWN_MAPS)
+        strange = [
+            (block.line, block.text.split("\n")[0])
+            for block in BLOCKS
+            if block.kind != "ini"
+            and sum(block.text.startswith(name) for name in known) != 1
+        ]
+        assert strange == []
+        for name in known:
+            assert block_of(name)
+
+    @pytest.mark.parametrize("beginning", USERS_BLOCKS)
+    def test_what_a_block_shows_is_what_happens(self, desk, make_names, beginning):
+        def write(name, text):
+            desk.write(f"try/{name}", text)
+
+        names = {
+            ("example.com", "MX"): [("MX", (10, "mx.example.com"))],
+            ("mx.example.com", "A"): [("A", "192.0.2.25")],
+            ("mx.example.com", "AAAA"): [],
+        }
+        make_names(types.SimpleNamespace(write=write), names)
+        USERS_BLOCKS[beginning](desk)
+        shell = desk.shell(MINIMTA_ROOT=str(desk.root))
+        told = desk.follow(block_of(beginning), shell)
+        assert not told, told
+
+    @pytest.mark.skipif(not shutil.which("make"), reason="no make here")
+    def test_make_run_is_a_mail_system_to_try(self, desk):
+        shell = desk.shell(MINIMTA_SMTPD_PORT=str(free_port()))
+        (step,) = steps_of(block_of("$ make run"))
+        shell.order(desk.here(step.command))
+        printed = desk.there(shell.printed(end="daemon started -- version 0.1\n"))
+        told = desk.follow(block_of("$ echo 'Hello Alice'"), desk.shell())
+        if not step.fits(printed):
+            told += f"\n$ {step.command}\n--- prints here:\n{printed}"
+        assert not told, told
+        # "Ctrl-C ends the daemon, `make clean` removes `./.run`."
+        shell.interrupt()
+        shell.printed()
+        assert (desk.top / ".run").exists()
+        shell.ask("make clean")
+        assert not (desk.top / ".run").exists()
+
+    def test_trace_tells_what_was_said(self, desk, make_sink, certificates):
+        sink = make_sink(
+            certificate=certificates["manual"],
+            CONNECT="220 mail.example.com ESMTP",
+            EHLO="250 mail.example.com",
+            RCPT="450 4.2.0 come back later",
+        )
+        desk.places["192.0.2.25]:587"] = f"127.0.0.1]:{sink.port}"
+        desk.places["example.com]:587"] = f"example.com]:{sink.port}"
+        desk.write("try/etc/hosts", "127.0.0.1 mail.example.com\n")
+        desk.write(
+            "try/etc/minimta.conf",
+            f"relayhost = [mail.example.com]:{sink.port}\n"
+            f"smtp_tls_CAfile = {certificates['ca']}\n",
+        )
+        shell = desk.shell(MINIMTA_ROOT=str(desk.root))
+        shell.ask("echo 'Hello, world' | ./minimta.py mail -s hello bob@example.com")
+        told = desk.follow(block_of("$ ./minimta.py trace --last"), shell)
+        assert not told, told
+
+    @needs_root
+    def test_the_blocks_of_a_host_are_what_happens(self, make_overlay, certificates):
+        host = make_overlay()
+        if not host.path("/usr/bin/dpkg-divert").exists():
+            pytest.skip("the manual shows a host with dpkg")
+        desk = types.SimpleNamespace(here=str, there=str)
+        files = {
+            "/etc/hosts": "127.0.0.1 localhost\n192.0.2.25 mail.example.com\n",
+            "/etc/aliases": "postmaster: root\n",
+            "/etc/secrets": "[mail.example.com] joe:secret\n",
+            "/etc/ca": certificates["ca"].read_text(),
+            "/etc/minimta.conf": "relayhost = [mail.example.com]:587\n"
+            "smtp_tls_CAfile = /etc/ca\nsmtp_sasl_password_maps = /etc/secrets\n",
+            # What systemd would do with the unit.
+            "/usr/local/bin/systemctl": "#!/bin/sh\n"
+            'run=$(sed -n "s/^ExecStart=//p" /etc/systemd/system/minimta.service)\n'
+            'case $1 in restart|disable) read pid < /run/minimta.pid && kill "$pid"\n'
+            "    while minimta health > /dev/null; do sleep 0.1; done;; esac\n"
+            "case $1 in restart) setsid $run < /dev/null > /dev/null 2>&1 &\n"
+            "    echo $! > /run/minimta.pid;; esac\n",
+        }
+        for name, text in files.items():
+            host.path(name).write_text(text)
+        host.shell("chmod 755 /usr/local/bin/systemctl; mkdir -p /run/systemd/system")
+        host.shell("chmod 600 /etc/secrets; cp /usr/bin/env /usr/sbin/exim4")
+        host.shell("rm -f /etc/aliases.db*; userdel minimta 2>&1 || :")
+        sink = host.inside(
+            lambda: SmtpSink(
+                place=("192.0.2.25", 587),
+                certificate=certificates["manual"],
+                mechanisms="PLAIN",
+                AUTH="535 5.7.8 bad password",
+            )
+        )
+        shell, told = Shell(host.env(TERM="dumb"), "/", host.words), []
+        desk.take = lambda step, shell: shell.ask(step.command)
+        try:
+            shell.ask("cd /root")
+            told.append(Desk.follow(desk, block_of("# ./minimta.py install"), shell))
+            shell.ask("ln -sfn /usr/sbin/exim4 /usr/bin/mailq")
+            told.append(Desk.follow(desk, block_of("# minimta doctor"), shell))
+            shell.ask("minimta install")
+            told.append(Desk.follow(desk, block_of("# minimta uninstall"), shell))
+        finally:
+            shell.close()
+            sink.close()
+        told = "\n".join(filter(None, told))
+        assert not told, told
+
+    @pytest.mark.parametrize(
+        "block",
+        [block for block in BLOCKS if block.kind == "ini"],
+        ids=lambda block: f"line {block.line}",
+    )
+    def test_settings_that_are_shown_are_accepted(self, instance, block):
+        path = instance.write("shown.conf", block.text)
+        result = instance.run("minimta.py", "config", "-C", path)
+        assert (result.code, result.err) == (0, ""), result
+        for row in block.text.splitlines():
+            if not row.startswith("#"):
+                assert row.partition(" = ")[2] in result.out
+        assert instance.run("sendmail", "-bC", "-C", path).code == 0
+
+    @pytest.mark.parametrize(("beginning", "setting"), SHOWN_MAPS.items())
+    def test_maps_that_are_shown_are_accepted(self, instance, beginning, setting):
+        path = instance.write("etc/map", block_of(beginning).text)
+        path.chmod(0o600)
+        command = "echo x"  # where the password is missing
+        instance.configure(**{setting: path}, smtp_sasl_password_command=command)
+        assert ailments(instance, "settings") == []
+
+    @pytest.mark.parametrize("name", sorted(minimta.PROGRAMS))
+    def test_every_program_is_named(self, name):
+        assert re.search(rf"(?<![\w-]){name}(?![\w-])", README)
+
+    def test_every_setting_has_a_row_with_its_default(self):
+        shown = {}
+        for names, default, _ in table_below("## Settings"):
+            defaults = default.split(", ") if names.count("`") > 2 else [default]
+            shown.update(zip(re.findall("`(.*?)`", names), defaults))
+        assert sorted(shown) == sorted(row.name for row in minimta.SETTINGS)
+        for row in minimta.SETTINGS:
+            if re.fullmatch("`[^`]*`", shown[row.name]):
+                assert shown[row.name].strip("`") == row.default, row.name
+
+    def test_every_exit_code_has_a_row(self):
+        shown = set()
+        text = README[README.index("## Log lines") : README.index("## Security")]
+        for row in re.findall(r"(?m)^\| ([\d, ]+) \|", text):
+            shown.update(map(int, row.split(", ")))
+        codes = {
+            value for name, value in vars(minimta).items() if name.startswith("EX_")
+        }
+        assert codes <= shown
+
+    def test_every_option_of_sendmail_has_a_row(self, instance):
+        shown = " ".join(map(" ".join, table_below("### Options of sendmail")))
+        usage = instance.run("sendmail", "--help").out
+        options = set(re.findall(r"(?<![\w-])-[A-Za-z]+", usage))
+        assert len(options) > 25
+        missing = [
+            option
+            for option in sorted(options)
+            if not re.search(rf"(?<![\w-]){option}", shown)
+        ]
+        assert missing == []
+
+    def test_the_table_of_programs_says_what_their_help_says(self, instance):
+        differing, name = [], ""
+        for names, synopsis, _ in table_below("## Programs"):
+            name = (re.findall(r"`(?:minimta\.py )?([\w-]+)`", names) or [name])[0]
+            help_text = instance.run("minimta.py", name, "--help").out
+            usage = help_text.split("\n")[0]
+            here = option_words(synopsis)
+            if strange := here - option_words(help_text):
+                differing.append((name, "not in its help", sorted(strange)))
+            # Of mail there are two rows; -C is every program's.
+            is_whole = "`" in synopsis and not re.search(r"\.\.\. *\]|^`-", synopsis)
+            missing = option_words(usage) - here - {"-C", "FILE", "PART"}
+            if is_whole and name not in ("mail", "exim") and missing:
+                differing.append((name, "not in the table", sorted(missing)))
+        assert differing == []
 
 
 # == House: the laws of the file ==============================================

@@ -4557,25 +4557,33 @@ def shown_delay(seconds: float) -> str:
 
 # What a JSON log has as keys of their own, of the words `name=value`.
 LOG_KEYS = (
-    *("from", "to", "orig_to", "relay", "delay", "dsn", "status", "size", "nrcpt"),
-    *("client", "uid", "message-id", "sasl_username"),
+    *("from", "to", "orig_to", "relay", "delay", "delays", "dsn", "status"),
+    *("size", "nrcpt", "client", "uid", "sasl_method", "sasl_username"),
 )
 
 
 def log_words(text: str) -> dict[str, str]:
     """The queue id of a log line and its `name=value` words.
 
-    >>> log_words("T1: to=<a@b>, relay=local, status=sent (delivered)")
+    Only those at its beginning: what others said may look the same.
+
+    >>> log_words("T1: to=<a@b>, relay=local, status=sent (x=y)")
     {'to': 'a@b', 'relay': 'local', 'status': 'sent'}
     """
+    import re
+
     found = {}
     queue_id, colon, rest = text.partition(": ")
     if colon and is_id(queue_id):
         found["queue_id"] = queue_id
-    for word in rest.split(" "):
-        name, equals, value = word.rstrip(",").partition("=")
-        if equals and name in LOG_KEYS:
-            found.setdefault(name, value.strip("<>"))
+    if rest.startswith("message-id="):
+        return {**found, "message-id": rest[11:].strip("<>")}
+    word = re.compile(r'([a-z_]+)=(<(?:"(?:\\.|[^"\\])*"|[^<>"])*>|[^ ,]*)(?:, | |$)')
+    one = word.match(rest)
+    while one and one.group(1) in LOG_KEYS:
+        value = one.group(2)
+        found.setdefault(one.group(1), value.strip("<>"))
+        one = word.match(rest, one.end())
     return found
 
 
@@ -9148,10 +9156,11 @@ class Router:
             trail = trail.then("alias", "luser_relay")
             yield from self.expand(Address.parse(way_out), trail)
             return
-        if self.settings.capture and "capture" not in trail.names("alias"):
+        if self.settings.capture:
             user = self.users.by_uid(os.stat(self.settings.root).st_uid)
+            is_first = "capture" not in trail.names("alias")
             trail = trail.draw(f"captured for {user.name}").then("alias", "capture")
-            if self.users.lookup(user.name):
+            if is_first and self.users.lookup(user.name):
                 yield from self.expand(Address(user.name), trail)
             else:
                 yield self.mailbox(user, trail)
@@ -11902,6 +11911,7 @@ class Conversation:
         self.output = bytearray()
         self.chore: object = None
         self.wish = ""
+        self.pause_until = 0.0  # when a slow recipient is answered
         self.news: list[str] = []  # what the runner is to hear
         self.arrival: Arrival | None = None
         self.is_reading = False  # whether a message's bytes come, no commands
@@ -12128,12 +12138,17 @@ class Conversation:
 
     def dawdle(self) -> None:
         """RCPT to slow-SECONDS, where mail is captured: a chore that waits."""
+        self.pause_until = time.monotonic() + int(self.session.sought)
         self.chore = self.finish_pause
 
     def finish_pause(self) -> None:
-        """Says after a while that the recipient is fine."""
-        time.sleep(int(self.session.sought))
-        self.wish = ""
+        """Says after a while that the recipient is fine; others have turns."""
+        left = self.pause_until - time.monotonic()
+        if left > 0:
+            time.sleep(min(left, 0.01))
+            self.chore = self.finish_pause
+            return
+        self.pause_until = 0.0
         self.say(RECIPIENT_OK)
 
     def act(self) -> None:
@@ -12777,6 +12792,8 @@ class SmtpServer:
             while conversation.chore and is_sent:
                 conversation.do_chore()
                 is_sent = connection.send()
+                if conversation.pause_until:
+                    break  # it only waits: others have a turn
             connection.deadline = conversation.deadline
         except OSError:
             connection.is_broken = True
@@ -12787,6 +12804,7 @@ class SmtpServer:
         needs_more = bool(
             connection.is_broken
             or conversation.wish
+            or conversation.chore
             or conversation.output
             or connection.is_secure
         )
@@ -18548,6 +18566,11 @@ POSTFIX_QUIET = (
 )
 
 
+# Words that are about one relay, or about names; the last of each counts.
+RELAY_WORDS = ("host", "port", "tls", "starttls", "user", "password", "from", "root")
+FOREIGN_SECRETS = ("authpass", "password", "--pass", "smtp_sasl_password_maps")
+
+
 class Fact(Value):
     """One thing that a foreign file says: where, its name there, the value."""
 
@@ -18578,8 +18601,13 @@ class Foreign:
 
     def leave(self, fact: Fact, why: str = "no counterpart") -> None:
         """Something that could not be taken."""
-        shown = "" if "pass" in fact.name.lower() else f" {fact.value}"
-        self.left.append(f"{fact.where}: {fact.name}{printable(shown, 100)}: {why}")
+        # A line that is not understood may well have a password in it.
+        plain = fact.name.replace("_", "").replace("-", "")
+        is_known = plain.isascii() and plain.isalnum() and "pass" not in plain.lower()
+        shown = f"{fact.name} {fact.value}".rstrip() if is_known else "a line"
+        if not is_known and fact.name.lower() in FOREIGN_SECRETS:
+            shown = fact.name
+        self.left.append(f"{fact.where}: {printable(shown, 100)}: {why}")
 
     def take(self, facts: list[Fact], words: dict[str, str]) -> None:
         """The facts about one relay, and what else stands among them."""
@@ -18588,31 +18616,42 @@ class Foreign:
             word = words.get(fact.name.lower())
             if word is None:
                 self.leave(fact)
-            elif word in ("host", "port", "tls", "starttls", "user", "password"):
+            elif word in RELAY_WORDS:
                 known[word] = fact
-            elif word == "from":
-                self.files["/etc/minimta.generic"].append(self.masquerade(fact.value))
-            elif word == "root" and fact.value:
-                self.files["/etc/aliases"].append(f"root: {fact.value}")
+                if word == "from" and fact.value:
+                    self.settings["smtp_generic_maps"] = "/etc/minimta.generic"
             elif word and fact.value:
                 self.set(word, fact)
+        self.take_names(known)
         if "host" in known and known["host"].value:
             self.take_relay(known)
 
-    def masquerade(self, value: str) -> str:
-        """A line of smtp_generic_maps; of a bare domain the user stays."""
-        self.settings["smtp_generic_maps"] = "/etc/minimta.generic"
-        return f"* {value}" if "@" in value else f"* @{value}"
+    def take_names(self, known: dict[str, Fact]) -> None:
+        """Who we are elsewhere, and who is root here."""
+        sender = known["from"].value.rstrip("@") if "from" in known else ""
+        if sender:
+            value = sender if "@" in sender else f"@{sender}"  # the user stays
+            self.files["/etc/minimta.generic"].append(f"* {value}")
+        if "root" in known and known["root"].value:
+            self.files["/etc/aliases"].append(f"root: {known['root'].value}")
 
     def set(self, name: str, fact: Fact) -> None:
         """A setting, if it can be one of ours."""
         row = next(row for row in SETTINGS if row.name == name)
-        try:
-            READERS[row.kind](fact.value)
-        except ValueError:
-            self.leave(fact, f"not a {row.kind}")
-            return
-        self.settings[name] = fact.value
+        words = read_list(fact.value)
+        kinds = [word.partition(":")[0] for word in words if "/" not in word]
+        if name == "myorigin" and fact.value.startswith("/"):
+            self.leave(fact, "a file: set the name that is in it")
+        elif name == "mydestination" and any("/" in word for word in words):
+            self.leave(fact, "a file: set the names that are in it")
+        elif name.endswith("_maps") and kinds:
+            self.leave(Fact(fact.where, fact.name, ""), "no file: write one")
+        else:
+            try:
+                READERS[row.kind](fact.value)
+                self.settings[name] = fact.value
+            except ValueError:
+                self.leave(fact, f"not a {row.kind}")
 
     def take_relay(self, known: dict[str, Fact]) -> None:
         """One relay: relayhost, and where its password goes."""
@@ -18625,7 +18664,7 @@ class Foreign:
         try:
             port = known["port"].value if "port" in known else ""
             host, usual = split_host(fact.value, 465 if is_wrapped else 25)
-            port = int(port or usual)
+            port = range(1 << 16).index(int(port or usual) or -1)
         except ValueError:
             self.leave(fact, "not a host and a port")
             return
@@ -18667,14 +18706,31 @@ def read_facts(text: str, path: str, sign: str) -> list[Fact]:
         line = line.strip()
         if line and line[0] not in "#;":
             name, _, value = line.replace("\t", " ").partition(sign)
-            fact = Fact(f"{path}, line {number}", name.strip(), value.strip(" \"'"))
-            found.append(fact)
+            value = value.partition(" #")[0].strip()
+            if value[:1] in ("'", '"') and value[:1] == value[-1:]:
+                value = value[1:-1]
+            found.append(Fact(f"{path}, line {number}", name.strip(), value))
     return found
+
+
+def without_variables(facts: list[Fact], found: Foreign) -> list[Fact]:
+    """The facts without `$name`, which would mean a setting of ours."""
+    safe = ("pass", "user")
+    kept = []
+    for fact in facts:
+        if "$" in fact.value and not any(word in fact.name.lower() for word in safe):
+            found.leave(fact, "a $ has another meaning here")
+        else:
+            kept.append(fact)
+    return kept
 
 
 def read_ssmtp(text: str, path: str, found: Foreign) -> None:
     """ssmtp.conf: `name=value`."""
-    found.take(read_facts(text, path, "="), SSMTP_WORDS)
+    facts = read_facts(text, path, "=")
+    if not any(fact.name.lower() == "usestarttls" for fact in facts):
+        facts.append(Fact(path, "UseSTARTTLS", "no"))
+    found.take(without_variables(facts, found), SSMTP_WORDS)
 
 
 def read_msmtp(text: str, path: str, found: Foreign) -> None:
@@ -18687,7 +18743,8 @@ def read_msmtp(text: str, path: str, found: Foreign) -> None:
         if fact.name == "defaults":
             here = defaults = []
         elif fact.name == "account":
-            here = accounts[name] = accounts.get(base, defaults)[:]
+            bases = [accounts.get(one.strip(), defaults) for one in base.split(",")]
+            here = accounts[name] = [fact for facts in bases for fact in facts]
             chosen = name if name == "default" else chosen or name
         else:
             here.append(fact)
@@ -18697,7 +18754,7 @@ def read_msmtp(text: str, path: str, found: Foreign) -> None:
             found.leave(Fact(path, "account", name), "only one account is used")
     if not any(fact.name == "tls_starttls" for fact in facts):
         facts = [*facts, Fact(path, "tls_starttls", "on")]
-    found.take(facts, MSMTP_WORDS)
+    found.take(without_variables(facts, found), MSMTP_WORDS)
 
 
 def read_dma(text: str, path: str, found: Foreign) -> None:
@@ -18706,7 +18763,7 @@ def read_dma(text: str, path: str, found: Foreign) -> None:
     names = {fact.name.lower() for fact in facts}
     if "starttls" not in names and "securetransfer" in names:
         facts.append(Fact(path, "STARTTLS", "off"))
-    found.take(facts, DMA_WORDS)
+    found.take(without_variables(facts, found), DMA_WORDS)
 
 
 def read_dma_auth(text: str, path: str, found: Foreign) -> None:
@@ -18716,7 +18773,10 @@ def read_dma_auth(text: str, path: str, found: Foreign) -> None:
         hop = word.removeprefix("smtps://")
         relays[hop[1:].partition("]")[0]] = hop
     for fact in read_facts(text, path, "|"):
-        host = fact.value.partition(":")[0]
+        host, colon, _ = fact.value.partition(":")
+        if not (fact.name and host and colon):
+            found.leave(Fact(fact.where, "|", ""), "need user|host:password")
+            continue
         found.take_login(relays.get(host, f"[{host}]"), fact.name, fact.where)
 
 
@@ -18726,10 +18786,12 @@ def read_remotes(text: str, path: str, found: Foreign) -> None:
         facts = [Fact(fact.where, "host", fact.name)]
         for word in fact.value.split():
             name, _, value = word.partition("=")
+            is_option = name.startswith("--") or name == "smtp"
+            name = name if is_option else "(a word)"
             facts.append(Fact(fact.where, name, value.strip("\"'")))
         if not any(fact.name == "--starttls" for fact in facts):
             facts.append(Fact(fact.where, "--starttls", "off"))
-        found.take(facts, NULLMAILER_WORDS)
+        found.take(without_variables(facts, found), NULLMAILER_WORDS)
 
 
 def variables(text: str) -> list[str]:
@@ -18749,10 +18811,13 @@ def take_postfix(fact: Fact, found: Foreign) -> None:
     names = {row.name for row in SETTINGS}
     strange = [word for word in variables(fact.value) if word not in names]
     if fact.name not in names or fact.name in NOT_POSTFIX:
-        found.leave(fact)
+        if fact.value:
+            found.leave(fact)
+    elif fact.name in variables(fact.value):
+        found.leave(fact, "it names itself")
     elif strange:
         found.leave(fact, f"${strange[0]} is no setting here")
-    elif fact.value or fact.name == "mydestination":
+    elif fact.value or fact.name in ("mydestination", "relayhost"):
         found.set(fact.name, fact)
 
 
@@ -18760,8 +18825,11 @@ def read_postfix(text: str, path: str, found: Foreign) -> None:
     """Postfix's main.cf: what has our names, and the TLS wrapper mode."""
     is_wrapped = False
     for number, line in logical_lines(text):
-        name, _, value = (part.strip() for part in line.partition("="))
-        if name == "smtp_tls_wrappermode":
+        name, equals, value = (part.strip() for part in line.partition("="))
+        if not equals:
+            fact = Fact(f"{path}, line {number}", name, "")
+            found.leave(fact, "not name = value")
+        elif name == "smtp_tls_wrappermode":
             is_wrapped = value == "yes"
         elif name not in POSTFIX_QUIET:
             take_postfix(Fact(f"{path}, line {number}", name, value), found)
@@ -18791,7 +18859,8 @@ def cmd_import(args: list[str], environ: dict) -> int:
     """
     _, paths = read_flags(args, "", [])
     if not paths:
-        raise ProgramError(EX_USAGE, "name a file to read, as /etc/ssmtp/ssmtp.conf")
+        why = "no file to read: name one, as /etc/ssmtp/ssmtp.conf"
+        raise ProgramError(EX_USAGE, why)
     order = list(FOREIGN_FILES)
     chosen = []
     for path in paths:
@@ -18835,6 +18904,7 @@ FEW_INODES = 1000
 MAX_FINDINGS = 20  # of one check
 KNOWN_DOMAIN = "gmail.com"  # whose hosts tell whether port 25 is open outwards
 TRY_TIMEOUT = 5  # seconds
+AS_ROOT = "run as root"
 
 
 class Finding(Value):
@@ -18959,7 +19029,8 @@ def check_daemon(house: House) -> object:
     """Whether the daemon answers, and is well."""
     why = daemon_ails(house.settings)
     todo = own_command(house, "serve")
-    if os.path.exists("/etc/systemd/system/minimta.service"):
+    has_unit = os.path.exists("/etc/systemd/system/minimta.service")
+    if has_unit and not house.settings.root:
         todo = "systemctl restart minimta"
     yield Finding("wrong", why, todo) if why else Finding("ok", "it answers")
 
@@ -18970,15 +19041,20 @@ def check_port(house: House) -> object:
 
     settings = house.settings
     for address in settings.listen_on:
-        place = f"{address}:{settings.smtpd_port}"
+        shown = f"[{address}]" if ":" in address else address
+        place = f"{shown}:{settings.smtpd_port}"
         near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
         try:
             there = (near, settings.smtpd_port)
-            with socket.create_connection(there, TRY_TIMEOUT) as connection:
-                greeting = os_text(connection.recv(512))
+            connection = socket.create_connection(there, TRY_TIMEOUT)
         except OSError:
             yield Finding("ok", f"{place}: nobody listens")
             continue
+        with connection:
+            try:
+                greeting = os_text(connection.recv(512))
+            except OSError:
+                greeting = "it says nothing"
         if greeting.startswith(f"220 {settings.myhostname} ") and "minimta" in greeting:
             yield Finding("ok", f"{place} is ours")
         else:
@@ -18992,6 +19068,9 @@ def check_settings_files(house: House) -> object:
     problems = check_settings(house)
     for text in problems:
         _, _, todo = text.rpartition(": ")
+        if os.geteuid() and "Permission denied" in text:
+            yield Finding("warning", text, AS_ROOT)
+            continue
         yield Finding("wrong", text, todo if todo.startswith("chmod") else "mend it")
     path = settings.smtpd_sasl_password_file
     if path and os.path.exists(path) and os.stat(path).st_mode & 0o007:
@@ -19097,7 +19176,7 @@ def check_way_out(house: House) -> object:
             relay = outbox.reach(str(hop), [], [])
         except MailError as error:
             todo = "mend relayhost or what it names, see explain --from root ADDRESS"
-            if is_about_us(error.status):
+            if error.status == "4.7.8" and "TLS" not in error.text:
                 todo = "mend the login: smtp_sasl_password_maps or _command"
             yield Finding("wrong", error.text, todo)
             continue
@@ -19127,6 +19206,9 @@ def check_disk(house: House) -> object:
     """Whether the disks of queue and mailboxes have room."""
     settings = house.settings
     for path in (settings.queue_directory, settings.mail_spool_directory):
+        if not os.path.isdir(path):
+            yield Finding("ok", f"{path} is not there yet")
+            continue
         try:
             seen = os.statvfs(path)
         except OSError as error:
@@ -19164,6 +19246,9 @@ def check_queue(house: House) -> object:
 def check_mailboxes(house: House) -> object:
     """Whether each mailbox is its user's, and nobody else's."""
     folder, bad = house.settings.mail_spool_directory, 0
+    if not os.path.isdir(folder):
+        yield Finding("ok", f"{folder} is not there yet")
+        return
     for name in sorted(os.listdir(folder)):
         path, user = f"{folder}/{name}", house.users.exact(name)
         seen = os.lstat(path)
@@ -19174,7 +19259,10 @@ def check_mailboxes(house: House) -> object:
             yield Finding("wrong", f"{path} is no mailbox: mail waits", todo)
         elif seen.st_uid != user.uid:
             why = f"{path} belongs to uid {seen.st_uid}"
-            yield Finding("wrong", why, f"chown {name} {path}")
+            yield Finding("wrong", why, f"chown {user.uid} {path}")
+        elif stat.S_ISREG(seen.st_mode) and seen.st_nlink != 1:
+            why = f"{path} has more than one name: mail waits"
+            yield Finding("wrong", why, "remove the other: find -samefile shows it")
         elif seen.st_mode & 0o007:
             yield Finding("warning", f"{path}: anybody may use it", f"chmod o= {path}")
         else:
@@ -19187,7 +19275,7 @@ def check_mailboxes(house: House) -> object:
 def check_forwards(house: House) -> object:
     """Whether a .forward is ignored."""
     if os.geteuid():
-        yield Finding("warning", "only root can look at all of them", "run as root")
+        yield Finding("warning", "only root can look at all of them", AS_ROOT)
         return
     files, bad, homes = TargetFiles(house.users), 0, set()
     for name in house.users.names():
@@ -19238,6 +19326,9 @@ def look_at(check: object, house: House) -> list[Finding]:
             if len(found) == MAX_FINDINGS:
                 found.append(Finding(finding.state, "and more of this kind"))
                 break
+    except ImportError as error:
+        why = f"cannot be looked at: Python has no {error.name}"
+        found.append(Finding("wrong", why, "install all of Python's library"))
     except (MailError, ProgramError, OSError) as error:
         why = getattr(error, "text", None) or str(error)
         found.append(Finding("wrong", why, "mend that, or run as root"))

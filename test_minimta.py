@@ -24712,6 +24712,7 @@ class Shell:
     """A shell at a terminal, that is given one command after the other."""
 
     LOOP = """
+    trap : INT  # it is meant for the command
     while IFS= read -r line <&3; do eval "$line" 3<&-; printf '\\001'; done
     """
 

@@ -1446,6 +1446,12 @@ def without_secrets(header: Header) -> Header:
     return header.without("bcc", "resent-bcc", "return-path", "content-length")
 
 
+def tight(raw: bytes) -> bytes:
+    """A field without blanks before its colon: `From : x` is no From line."""
+    name, colon, rest = raw.partition(b":")
+    return name.rstrip(b" \t") + colon + rest
+
+
 def complete_header(header: Header, origin: dict) -> Header:
     """A submitted message's header, with what it lacks and without secrets.
 
@@ -1454,6 +1460,7 @@ def complete_header(header: Header, origin: dict) -> Header:
     section 3.6; the order of additions is Postfix's.
     """
     header = without_secrets(header)
+    header = Header([(key, tight(raw)) for key, raw in header.fields], header.rest)
     prefix = (
         "Resent-" if any(key.startswith("resent-") for key, _ in header.fields) else ""
     )
@@ -2333,7 +2340,7 @@ class Trace:
         return found
 
 
-MAILQ_TITLE = "-Queue ID- --Size-- ----Arrival Time---- -Sender/Recipient-------\n"
+MAILQ_TITLE = "-Queue ID-  --Size-- ----Arrival Time---- -Sender/Recipient-------\n"
 
 
 def mailq_text(entries: object, is_long: bool = False) -> object:
@@ -13184,6 +13191,7 @@ class Letter:
     """
 
     notify = ret = envid = ""
+    failures: tuple | list = ()  # why others that were meant are no recipients
 
     def __init__(
         self, sender: Address, recipients: list[Address], header: Header, body: object
@@ -16734,19 +16742,24 @@ def list_entries(house: House, selectors: list[Selector], _: dict) -> int:
     return EX_OK
 
 
-def list_json(house: House, selectors: list[Selector], _: dict) -> int:
-    """queue json: as `postqueue -j` shows them, an object a line."""
+def print_json(house: House, entries: object) -> None:
+    """Messages as `postqueue -j` shows them."""
     import json  # 5 ms; only this needs it
 
     lifetimes = (
         house.settings.maximal_queue_lifetime,
         house.settings.bounce_queue_lifetime,
     )
-    for entry in selected(house, selectors):
+    for entry in entries:
         lifetime = lifetimes[0 if entry.envelope.sender else 1]
         expires = int(entry.envelope.arrived + lifetime)
         text = json.dumps({**entry.tree(), "expires": expires}, ensure_ascii=False)
         write_all(1, os_bytes(text + "\n"))
+
+
+def list_json(house: House, selectors: list[Selector], _: dict) -> int:
+    """queue json: as `postqueue -j` shows them, an object a line."""
+    print_json(house, selected(house, selectors))
     return EX_OK
 
 
@@ -16997,7 +17010,10 @@ def run_entries(house: House, entries: list[QueueEntry]) -> int:
     """Tries some messages now, silently."""
     hand = QueueHand(house)
     for entry in entries:
-        hand.do("run", entry.queue_id)
+        try:
+            hand.do("run", entry.queue_id)
+        except (MailError, OSError):
+            continue  # somebody else's, or it is gone
     if hand.spool and entries and not run_queue(house, hand.spool, False):
         raise ProgramError(EX_TEMPFAIL, "another minimta runs the queue already")
     return EX_OK
@@ -17100,24 +17116,28 @@ def exim_act(house: House, word: str, ids: list[str]) -> int:
     action, said, unfit = EXIM_ACTIONS[word]
     if not ids:
         raise ProgramError(EX_USAGE, f"no message ids given after {word} option")
-    hand = QueueHand(house)
     for name in ids:
         if not is_id(name):
             why = f"malformed message id {printable(name, 60)} after {word} option"
             raise ProgramError(1, why)
+    hand, code = QueueHand(house), EX_OK
+    for name in ids:
         try:
             if word == "-M":
                 thaw(hand, name)
             hand.do(action, name)
         except (MailError, OSError) as error:
-            if unfit and getattr(error, "status", "") == "5.5.1":
-                raise ProgramError(1, f"Message {name} {unfit}") from None
             why = getattr(error, "text", None) or getattr(error, "strerror", "")
-            raise ProgramError(1, f"message {name}: {why}") from None
+            if unfit and getattr(error, "status", "") == "5.5.1":
+                complain("exim", f"Message {name} {unfit}")
+            else:
+                complain("exim", f"message {name}: {why}")
+            code = 1
+            continue
         if said:
             write_all(1, os_bytes(f"Message {name} {said}\n"))
     hand.run_due()
-    return EX_OK
+    return code
 
 
 def cmd_trace(args: list[str], environ: dict) -> int:
@@ -17338,7 +17358,7 @@ class SendmailOptions:
 
     def take_hops(self, value: str) -> None:
         """-h: hops so far."""
-        if not value.isdigit():
+        if not (value.isascii() and value.isdigit() and len(value) < 7):
             text = f"Bad hop count ({printable(value, 60)}): give a number"
             raise ProgramError(EX_USAGE, text)
         self.hops = int(value)
@@ -17454,7 +17474,9 @@ def read_sender(house: House, text: str | None) -> Address:
         )
     except MailError as error:
         raise ProgramError(EX_DATAERR, f"-f: {error.text}") from None
-    if len(found) != 1:
+    head = text.partition("@")[0].partition("<")[0]
+    is_group = ":" in head and '"' not in head
+    if len(found) != 1 or is_group or not text.isprintable():
         raise ProgramError(EX_DATAERR, f"-f: not an address: {printable(text, 100)}")
     return found[0].qualified(origin)
 
@@ -17516,8 +17538,8 @@ def print_version() -> int:
     return EX_OK
 
 
-def find_recipients(house: House, header: Header) -> list[Address]:
-    """The recipients that -t finds; what is no address is complained of.
+def find_recipients(house: House, header: Header) -> tuple[list, list[str]]:
+    """(the recipients that -t finds, what is wrong with the others).
 
     Raises ProgramError where none is one.
     """
@@ -17531,12 +17553,13 @@ def find_recipients(house: House, header: Header) -> list[Address]:
                     found += header_addresses(value[start:end])
                 except MailError as error:
                     failures.append(error.text)
+    strange = [address for address in found if address.local.startswith("-")]
+    failures += [bad_address(str(one), "a leading hyphen").text for one in strange]
+    found = [address for address in found if address not in strange]
     if failures and not found:
         raise ProgramError(EX_DATAERR, failures[0])
-    for text in failures:
-        complain("sendmail", f"{text}: nothing is sent there")
     origin = house.settings.local_origin
-    return [address.qualified(origin) for address in found if address.local]
+    return [one.qualified(origin) for one in found if one.local], failures
 
 
 def watch_delivery(house: House, queue_id: str, delivery: str, fd: int) -> None:
@@ -17605,15 +17628,26 @@ This message was not taken for delivery:
 """
 
 
+MAX_DRAINED = 1 << 26  # bytes of a message that is refused, or more by its limit
+
+
+def drain(house: House, chunks: object) -> None:
+    """Reads what is left of a message that will not be taken."""
+    left = max(house.settings.message_size_limit, MAX_DRAINED)
+    try:
+        while left > 0 and (chunk := next(chunks, None)):
+            left -= len(chunk)
+    except ProgramError:
+        return
+
+
 def mail_error(house: House, why: str, chunks: object, kept: bytearray) -> bool:
     """-oem, -oee: tells the caller by mail; whether that could be done."""
     name = Address(house.user.name, house.settings.myorigin)
     text = os_bytes(UNSENT_TEXT.format(name=name, why=printable(why, 400)))
-    left = house.settings.message_size_limit
     try:
-        # Whoever writes it is not to be stopped half-way.
-        while left > 0 and not os.isatty(0) and (chunk := next(chunks, None)):
-            left -= len(chunk)
+        if not os.isatty(0):  # whoever writes it is not to be stopped half-way
+            drain(house, chunks)
         header = complete_header(Header.parse(text), message_origin(house, Address("")))
         Submission(house, "b").submit(Letter(Address(""), [name], header, [kept]))
     except (ProgramError, MailError, OSError):
@@ -17635,8 +17669,10 @@ def read_letter(
     sender = read_sender(house, options.sender)
     if options.sender is None and options.is_gateway:
         sender = gateway_sender(house, bytes(kept)) or sender
+    failures: list[str] = []
     if options.reads_header:
-        recipients += find_recipients(house, header)
+        found, failures = find_recipients(house, header)
+        recipients += found
     unique = list(dict.fromkeys(recipients))
     if not unique:
         why = "no recipients in the header or the arguments: name somebody"
@@ -17650,6 +17686,7 @@ def read_letter(
         origin = message_origin(house, sender, options.full_name)
         header = complete_header(header, origin)
     letter = Letter(sender, unique, header, chunks)
+    letter.failures = failures
     letter.notify, letter.envid = options.notify.upper(), options.envid
     letter.ret = {"": "", "full": "FULL"}.get(options.ret.lower(), "HDRS")
     return letter
@@ -17662,8 +17699,11 @@ def send_stdin(options: SendmailOptions, environ: dict) -> int:
     submission = Submission(house, options.delivery)
     chunks = with_copy(read_input(options.dot_ends), kept)
     try:
-        queue_id = submission.submit(read_letter(house, options, chunks, kept))
+        letter = read_letter(house, options, chunks, kept)
+        queue_id = submission.submit(letter)
     except (ProgramError, MailError) as error:
+        if isinstance(error, MailError) and not os.isatty(0):
+            drain(house, chunks)  # who writes it is not to be stopped half-way
         why = getattr(error, "text", str(error))
         is_for_good = not getattr(error, "is_temporary", error.code == EX_TEMPFAIL)
         wants_mail = options.errors in "em" and is_for_good
@@ -17673,6 +17713,10 @@ def send_stdin(options: SendmailOptions, environ: dict) -> int:
         raise
     for name, error in submission.refused.items():
         complain("sendmail", f"{name}: {reason(error)}: it will be bounced")
+    for text in letter.failures:
+        complain("sendmail", f"{text}: nothing is sent there")
+    if letter.failures and letter.sender.local:
+        mail_error(house, "; ".join(letter.failures), iter(()), kept)
     if options.transcript or options.is_verbose:
         watch_delivery(house, queue_id, options.delivery, transcript)
     return EX_OK
@@ -18126,7 +18170,9 @@ def cmd_mailq(args: list[str], environ: dict) -> int:
         raise ProgramError(EX_USAGE, "that is no option of mailq: see --help")
     if {"-j", "--json"} & set(args):
         house = House(environ, options.config)
-        return list_json(house, [Selector(name) for name in options.recipients], {})
+        entries = (one for one in queue_entries(house) if is_chosen(one, options))
+        print_json(house, entries)
+        return EX_OK
     if "--watch" in args:
         return watch_queue(options, environ)
     return show_queue(options, environ)
@@ -18139,6 +18185,40 @@ def cmd_newaliases(args: list[str], environ: dict) -> int:
     nothing is changed. Says how many aliases there are, and warns of loops.
     """
     return build_aliases(SendmailOptions(args), environ)
+
+
+def print_aliases(path: str, name: str) -> int:
+    """One alias of a file, or all of them; 1 if there is none."""
+    table = AliasDatabase(path).read_text()
+    values = table.value(name.lower()) if name else None
+    if name and values is None:
+        return 1
+    if name:
+        write_all(1, os_bytes(f"{values}\n"))
+    for key, value in () if name else table.items():
+        write_all(1, os_bytes(f"{key}:\t{value}\n"))
+    return EX_OK
+
+
+def cmd_postalias(args: list[str], environ: dict) -> int:
+    """usage: postalias [-c DIR] [TYPE:]FILE ... | -q NAME FILE | -s FILE
+
+    Builds the databases of aliases files, silently; -q prints an alias (exit 1
+    without one), -s all of them. Without a file it is newaliases.
+    """
+    options, words = read_flags(args, "c:d:C:finopq:rsuvwNW", [])
+    if not words and "-q" not in options:
+        return cmd_newaliases([], environ)
+    code = EX_OK
+    for word in words:
+        path = word.partition(":")[2] if word[:1] != "/" and ":" in word else word
+        if "-q" in options or "-s" in options:
+            code = max(code, print_aliases(path, options.get("-q", "")))
+            continue
+        for line, reason in AliasDatabase(path).rebuild().problems:
+            complain("postalias", f"{path}, line {line}: {reason}")
+            code = EX_DATAERR
+    return code
 
 
 def mailbox_path(house: House, options: dict, environ: dict, words: list[str]) -> str:
@@ -20122,7 +20202,7 @@ PROGRAMS = {
     "postqueue": cmd_postqueue,
     "postsuper": cmd_postsuper,
     "postcat": cmd_postcat,
-    "postalias": cmd_newaliases,
+    "postalias": cmd_postalias,
     "exim": cmd_exim,
     "exim4": cmd_exim,
     "qmail-qread": cmd_qread,

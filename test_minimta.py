@@ -2077,7 +2077,7 @@ COMPLETE_ROWS = [
     (b"To: a\n", b"To: a\n" + ADDED),
     # what is there stays, however malformed
     (b"From: x\nDate: y\nMessage-ID: z\n", b"From: x\nDate: y\nMessage-ID: z\n"),
-    (b"FROM :\n" + ADDED, b"FROM :\n" + ADDED),
+    (b"FROM :\n" + ADDED, b"FROM:\n" + ADDED),
     # secrets and what delivery writes are taken out
     (b"Bcc: a\nBCC: b\nReturn-Path: <c>\nContent-Length: 1\n" + ADDED, ADDED),
     # of a message that is sent again, Resent- fields are what is missing
@@ -2692,7 +2692,7 @@ class TestMailqText:
     def test_title_row_and_total_are_postfixs(self):
         entry = make_entry()
         assert "".join(minimta.mailq_text([entry])) == (
-            "-Queue ID- --Size-- ----Arrival Time---- -Sender/Recipient-------\n"
+            "-Queue ID-  --Size-- ----Arrival Time---- -Sender/Recipient-------\n"
             f"{entry.rows()}\n-- 0 Kbytes in 1 Request.\n"
         )
 
@@ -12566,7 +12566,7 @@ class TestWalkThrough:
         shown = server.wait_reason(")\n")
         header, row, reason, recipient, empty, total = shown.splitlines()
         assert header == (
-            "-Queue ID- --Size-- ----Arrival Time---- -Sender/Recipient-------"
+            "-Queue ID-  --Size-- ----Arrival Time---- -Sender/Recipient-------"
         )
         assert re.fullmatch(
             rf"[0-9A-Z]{{10}}  [ \d]{{6}}\d {ASCTIME}  payam@centos7-1\.localdomain",
@@ -12768,11 +12768,31 @@ class TestSendmail:
 
     def test_of_the_headers_recipients_the_good_get_it(self, shared):
         token = new_token()
-        text = f"To: payam, foo@, a b c\nSubject: {token}\n\nx\n"
-        result = shared.run("sendmail", "-t", stdin=text)
+        text = f"To: user1, foo@, a b c, -bd\nSubject: {token}\n\nx\n"
+        result = shared.run("sendmail", "-t", stdin=text, user="payam")
         assert result.code == 0
-        assert len(result.err.splitlines()) == 2
-        assert shared.wait_message("payam", token)
+        assert len(result.err.splitlines()) == 3
+        assert shared.wait_message("user1", token)
+        # Who looks at no standard error hears of it, too.
+        report = shared.wait_message("payam", token)
+        assert "<foo@>: bad address syntax" in report
+        assert "-bd" in report
+
+    @pytest.mark.parametrize("sender", ["foo: bar", "a@x.test\nBcc: c", "g: a@b;"])
+    def test_a_sender_is_one_address(self, shared, sender):
+        result = shared.run("sendmail", "-f", sender, "payam", stdin="x\n")
+        assert_one_clear_line(result, 65)
+
+    def test_a_writer_is_read_to_the_end_though_nobody_gets_it(self, shared):
+        script = (
+            f"set -o pipefail; yes | head -c 3000000 | {shared.bin}/sendmail nosuch"
+        )
+        done = subprocess.run(
+            ["/bin/bash", "-c", f"{script}; echo ${{PIPESTATUS[1]}} $?"],
+            capture_output=True,
+            env=shared.env(),
+        )
+        assert done.stdout.split()[0] == b"0", done
 
     @pytest.mark.parametrize("extra", range(6))
     def test_a_header_that_is_too_long_is_refused(self, instance, extra):
@@ -19009,6 +19029,23 @@ def can_make_berkeley():
 )
 class TestPostalias:
     """The database and Postfix: each reads the other's."""
+
+    def test_it_builds_asks_and_lists_by_its_name(self, instance):
+        path = instance.write("etc/own", "# own\nteam: alice, bob\nroot: payam\n")
+        for words in ([path], [f"hash:{path}"], ["-w", f"hash:{path}"]):
+            result = instance.run("minimta.py", "postalias", *words)
+            assert (result.code, result.out, result.err) == (0, "", "")
+        assert any(one.name != "own" for one in path.parent.glob("own*"))
+        for words, code, out in (
+            (["-q", "team", f"hash:{path}"], 0, "alice, bob\n"),
+            (["-q", "nobody", path], 1, ""),
+            (["-s", path], 0, "team:\talice, bob\nroot:\tpayam\n"),
+        ):
+            result = instance.run("minimta.py", "postalias", *words)
+            assert (result.code, result.out, result.err) == (code, out, "")
+        path.write_text("what\n")
+        result = instance.run("minimta.py", "postalias", path)
+        assert result.code == 65 and f"{path}, line 1: " in result.err
 
     def ndbm(self, script, *words):
         """Runs a script in the Python that has dbm.ndbm, minimta imported."""

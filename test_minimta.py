@@ -3886,6 +3886,18 @@ HOPS = [
     ),
     ("lmtp:/run/lmtp", ("lmtp", "/run/lmtp", 0, False, ""), "lmtp:/run/lmtp"),
     ("lmtp:unix:/run/lmtp", ("lmtp", "/run/lmtp", 0, False, ""), "lmtp:/run/lmtp"),
+    # a port by its name, a kind in capitals
+    (
+        "[mx.example]:submission",
+        ("smtp", "mx.example", 587, False, ""),
+        "[mx.example]:587",
+    ),
+    ("mx.example:SMTP", ("smtp", "mx.example", 25, True, ""), "mx.example:25"),
+    (
+        "SMTPS:[mx.example]:submissions",
+        ("smtps", "mx.example", 465, False, ""),
+        "smtps:[mx.example]:465",
+    ),
     # an address has no MX
     ("192.0.2.1", ("smtp", "192.0.2.1", 25, False, ""), "[192.0.2.1]:25"),
     ("192.0.2.1:26", ("smtp", "192.0.2.1", 26, False, ""), "[192.0.2.1]:26"),
@@ -4057,6 +4069,17 @@ GENERIC_FIELDS[16] = (
     GENERIC_FIELDS[16][0],
     "Cc: A <a@host.example>, b@host.example (c),\n  d@far.example\n",
 )
+
+
+# Best first, generic(5): each is found when those before it are not there.
+DETAIL_LINES = [
+    "Payam+News@host.example one@x.example\n",
+    "payam@host.example two@x.example\n",
+    "payam+news three@x.example\n",
+    "payam four@x.example\n",
+    "@host.example five@x.example\n",
+    "* six@x.example\n",
+]
 
 
 def make_rewriter(text, origin="host.example"):
@@ -4237,6 +4260,23 @@ class TestRewriter:
             assert pair[1].startswith(b"From:"), noise
             assert pair[1].count(b"\n") == 1, noise
             assert pair[1].endswith(b"\n"), noise
+
+    @pytest.mark.parametrize("place", range(len(DETAIL_LINES)))
+    def test_an_address_with_a_detail_has_lines_in_an_order(self, place):
+        lines = DETAIL_LINES[place:]
+        wanted = lines[0].split()[1]
+        for text in ("".join(lines), "".join(reversed(lines))):
+            assert make_rewriter(text).sender("payam+news@host.example") == wanted
+
+    def test_a_detail_is_not_looked_for_where_there_is_none(self):
+        rewriter = make_rewriter("payam+news a@x.example\npayam+@host.example b@x.y\n")
+        assert rewriter.sender("payam@host.example") == "payam@host.example"
+        assert rewriter.sender("payam+old@host.example") == "payam+old@host.example"
+
+    def test_a_bare_name_with_a_detail_is_a_user_of_ours(self):
+        rewriter = make_rewriter("payam a@x.example\n")
+        assert rewriter.sender("payam+news@localhost") == "a@x.example"
+        assert rewriter.sender("payam+news@far.example") == "payam+news@far.example"
 
 
 # == 13 Conversion: Survey, survey, converted =================================
@@ -6879,13 +6919,14 @@ class TestResolver:
         with pytest.raises(minimta.MailError, match="unexpected name server reply"):
             resolver.mail_hosts("y.example")
 
+    @pytest.mark.parametrize("code", [1, 4])  # FORMERR, NOTIMP
     @pytest.mark.parametrize("has_question", [True, False])
     def test_a_server_without_edns_is_asked_in_the_old_way(
-        self, make_resolver, has_question
+        self, make_resolver, has_question, code
     ):
         def old(packet, way):
             if packet[11]:  # RFC 6891 section 7
-                answer = wire_answer(packet, flags=0x8181)
+                answer = wire_answer(packet, flags=0x8180 | code)
                 return [answer if has_question else answer[:4] + bytes(8)]
             return [wire_answer(packet, MX_RECORD)]
 
@@ -7544,6 +7585,8 @@ local.example       local:
 usual.example       smtp:
 colon.example       :
 level.example       smtp: encrypt
+upper.example       SMTP:[a.example]:25
+named.example       smtp:[a.example]:submission
 bare.example        [a.example]:26
 word.example        a.example
 uucp.example        uucp:a.example
@@ -7577,8 +7620,14 @@ HOP_ROWS = [
     ("x@port.example", ["4.3.5 x@port.example"], "transport_maps"),
     ("x@odd.example", ["4.3.5 x@odd.example"], "transport_maps"),
     ("x@empty.example", ["4.3.5 x@empty.example"], "transport_maps"),
-    # our own domains are in no transport map
-    ("bob@host.example", ["mailbox bob"], None),
+    # also of our own addresses and domains
+    ("carol@host.example", ["remote carol"], "[a.example]:27"),
+    ("carol", ["remote carol"], "[a.example]:27"),
+    ("bob@host.example", ["5.1.2 bob"], "never"),
+    ("bob@localhost", ["mailbox bob"], None),
+    # a kind in capitals, a port by its name
+    ("x@upper.example", ["remote x@upper.example"], "[a.example]:25"),
+    ("x@named.example", ["remote x@named.example"], "[a.example]:587"),
 ]
 
 
@@ -7589,7 +7638,10 @@ class TestTransports:
     def path(self, tmp_path):
         """The map's file."""
         path = tmp_path / "transport"
-        path.write_text(TRANSPORT_MAP + "host.example error:5.1.2 never\n")
+        ours = (
+            "carol@host.example smtp:[a.example]:27\nhost.example error:5.1.2 never\n"
+        )
+        path.write_text(TRANSPORT_MAP + ours)
         return path
 
     @pytest.mark.parametrize(("address", "wanted", "place"), HOP_ROWS)
@@ -7619,6 +7671,17 @@ class TestTransports:
                 "a:25 check, [b]:587 check, smtps:c:465 check, lmtp:[d]:24 check",
             ),
             ("relayhost = a\nsmtp_tls_security_level = may", "a:25 may"),
+            # each host may have a level of its own
+            ("relayhost = [a]:587 none", "[a]:587 none"),
+            ("relayhost = [a]:submission encrypt", "[a]:587 encrypt"),
+            (
+                "relayhost = [a]:587 none, b, [c] encrypt d",
+                "[a]:587 none, b:25 check, [c]:25 encrypt, d:25 check",
+            ),
+            (
+                "relayhost = [a] none, b\nsmtp_tls_security_level = encrypt",
+                "[a]:25 none, b:25 encrypt",
+            ),
         ],
     )
     def test_without_a_line_it_is_relayhost_or_mx(self, text, wanted):
@@ -7637,6 +7700,13 @@ class TestTransports:
         router.settings = make_settings("")
         (hop,) = router.hops(minimta.Address.parse(f"a@{domain}"), "")
         assert str(hop) == wanted
+
+    def test_a_star_is_not_for_our_own_mail(self, path):
+        path.write_text("* smtp:[a.example]:26\n")
+        router = make_router(text=f"transport_maps = {path}")
+        assert routed(router, "bob") == ["mailbox bob"]
+        assert routed(router, "bob@host.example") == ["mailbox bob"]
+        assert routed(router, "x@y.example") == ["remote x@y.example"]
 
 
 # == 25 Delivery: Task, ActiveMessage, Delivery, RelayJob, PipeJob, Lanes =====
@@ -12464,6 +12534,31 @@ class TestRelayReplyTable:
         assert outcomes(instance, "a@far.example") == ["deferred"]
         assert instance.messages("payam") == []
 
+    @pytest.mark.parametrize(
+        ("stage", "row", "status"),
+        [
+            ("CONNECT", "554 5.7.1 Not you", "4.7.1"),
+            ("CONNECT", "554 Not you", "4.0.0"),
+            ("MAIL", "530 5.7.0 Log in first", "4.7.0"),
+            ("MAIL", "538 5.7.11 TLS first", "4.7.11"),
+            ("RCPT", "552 5.5.3 Too many", "4.5.3"),
+            ("MAIL", "450 4.7.1 Greylisted", "4.7.1"),
+            # for good
+            ("MAIL", "550 5.7.1 Never", "5.7.1"),
+            # of another class than its code it says nothing
+            ("MAIL", "450 5.7.1 Odd", "4.0.0"),
+            ("MAIL", "550 4.7.1 Odd", "5.0.0"),
+            ("MAIL", "530 4.7.0 Odd", "4.0.0"),
+        ],
+    )
+    def test_what_is_softened_keeps_its_reason(self, hub, far, stage, row, status):
+        domain, _ = far(**{stage: row})
+        post(hub, [f"a@{domain}"], letter("softened"))
+        word = "bounced" if status[0] == "5" else "deferred"
+        line = told(hub, f"a@{domain}")
+        assert f"dsn={status}, status={word}" in line
+        assert row in line
+
 
 # certificate, level -> whether mail goes, and whether with TLS
 TLS_ROWS = [
@@ -12770,6 +12865,35 @@ class TestRelayTls:
         assert way_of(sink) == "with TLS"
         assert sink.names == ["mx.far.example"]
 
+    @pytest.mark.parametrize(
+        ("level", "name", "wanted"),
+        [
+            ("none", "good", "in clear"),
+            ("none", None, "in clear"),
+            ("encrypt", "self-signed", "with TLS"),
+            ("encrypt", None, "not"),
+            ("verify", "self-signed", "not"),
+        ],
+    )
+    def test_a_relayhost_may_have_its_own_level(
+        self, relay, make_sink, certificates, level, name, wanted
+    ):
+        sink = make_sink(certificate=certificates.get(name))
+        one = relay(f"[smart.far.example]:{sink.port} {level}")
+        post(one, ["a@x.example"], letter("level"))
+        how = "deferred" if wanted == "not" else "sent"
+        assert outcomes(one, "a@x.example") == [how]
+        assert way_of(sink) == wanted
+
+    def test_of_several_relayhosts_each_has_its_level(self, relay, make_sink):
+        sinks = [make_sink(), make_sink()]
+        hops = zip((f"[smart.far.example]:{one.port}" for one in sinks), LEVELS[2::-2])
+        one = relay(", ".join(" ".join(hop) for hop in hops))
+        post(one, ["a@x.example"], letter("levels"))
+        assert outcomes(one, "a@x.example") == ["sent"]
+        assert [len(sink.received) for sink in sinks] == [0, 1]
+        assert way_of(sinks[0]) == "not"
+
 
 SECRET = "s:e#c=ret"
 ANY_MECHANISM = "PLAIN LOGIN CRAM-MD5 XOAUTH2"
@@ -13066,6 +13190,29 @@ class TestRelayAuth:
         joined = re.sub(r"\s", "", "\n".join(texts))  # a report has short lines
         assert joined.count("To****or****:no") > 3
         assert [secret for secret in disguises(SECRET) if secret in joined] == []
+
+    @pytest.mark.parametrize("key", ["smtps://[localhost]:{}", "[localhost]:{}"])
+    @pytest.mark.parametrize("scheme", ["smtps:", "smtps://"])
+    def test_a_line_may_say_that_it_is_for_tls(self, account, key, scheme):
+        one, sink = account(f"{key} joe:{SECRET}", scheme=scheme, is_wrapped=True)
+        assert "status=sent" in self.outcome(one)
+        assert sink.logins == [Login("PLAIN", "joe", SECRET, True)]
+
+    def test_a_relayhost_with_a_level_has_the_password_of_its_host(
+        self, make_instance, make_names, make_sink, certificates
+    ):
+        sink, one = (
+            make_sink(mechanisms=ANY_MECHANISM, certificate=certificates["good"]),
+            make_instance(),
+        )
+        make_names(one, {}, "127.0.0.1 localhost\n")
+        one.configure(
+            relayhost=f"[localhost]:{sink.port} encrypt",
+            smtp_tls_CAfile=certificates["ca"],
+            smtp_sasl_password_command=f"echo joe:{SECRET}",
+        )
+        assert "status=sent" in self.outcome(one.start())
+        assert sink.logins == [Login("PLAIN", "joe", SECRET, True)]
 
 
 def gated(gate, free=0):
@@ -13472,6 +13619,39 @@ class TestRelayConnections:
         post(instance.start(), ["a@x.example"], letter("many"))
         assert outcomes(instance, "a@x.example") == ["deferred"]
         assert sum(len(sink.clients) for sink in sinks) == 5
+
+    def test_who_took_it_perhaps_is_the_last_to_be_offered_it(
+        self, instance, make_sink
+    ):
+        sinks = [make_sink(END=kept_and_gone), make_sink()]
+        instance.configure(
+            relayhost=", ".join(f"[127.0.0.1]:{sink.port}" for sink in sinks)
+        )
+        post(instance.start(), ["a@far.example"], letter("twice"))
+        line = told(instance, "a@far.example")
+        assert "status=deferred" in line
+        assert "may be sent more than once" in line
+        assert [len(sink.received) for sink in sinks] == [1, 0]
+        assert sinks[1].clients == []
+
+    def test_the_addresses_of_a_host_share_its_mail(
+        self, instance, make_names, make_sink
+    ):
+        port, numbers = free_port(), (241, 242, 243)
+        sinks = [
+            make_sink(place=(f"{FAR_NET}.{number}", port), RSET=hang_up)
+            for number in numbers
+        ]
+        rows = [("A", f"{FAR_NET}.{number}") for number in numbers]
+        make_names(instance, {("many.example", "A"): rows})
+        instance.configure(relayhost=f"[many.example]:{port}")
+        instance.start()
+        names = [f"n{number}@x.example" for number in range(60)]
+        for name in names:
+            post(instance, [name], letter("share"))
+        assert outcomes(instance, *names) == ["sent"] * 60
+        assert all(sink.received for sink in sinks)
+        assert sum(len(sink.received) for sink in sinks) == 60
 
 
 RESULT_ROWS = [
@@ -13925,6 +14105,36 @@ class TestRelayOut:
         assert len(sink.received[0][2]) > 20_000_000
         assert max(most_memory(instance)) < 40
 
+    @pytest.mark.parametrize(
+        ("name", "text", "outcome"),
+        [
+            ("a", "Subject: plain\n\ntext\n", "sent"),
+            ("a", "Subject: plain\n\ngrüße\n", "sent"),
+            ("a", "Subject: grüße\n\ntext\n", "bounced"),
+            ("a", "X-Long: " + "x" * 70_000 + "\nX: ü\n\ntext\n", "bounced"),
+            ("ä", "Subject: plain\n\ntext\n", "bounced"),
+        ],
+        ids=["ascii", "text", "header", "a long header", "address"],
+    )
+    @pytest.mark.parametrize("words", [[], ["SMTPUTF8"]])
+    def test_smtputf8_is_asked_for_where_it_is_needed(
+        self, hub, far, name, text, outcome, words
+    ):
+        domain, sink = far(EHLO=hello("8BITMIME", *words))
+        options = ["SMTPUTF8", "BODY=8BITMIME"]
+        with hub.smtp() as client:
+            client.sendmail(
+                f"payam@{HOST}", [f"{name}@{domain}"], wire_text(text), options
+            )
+        line = told(hub, f"{name}@{domain}")
+        if words:
+            assert "status=sent" in line
+            return
+        assert f"status={outcome}" in line
+        assert ("dsn=5.6.7" in line) == (outcome == "bounced")
+        assert not any("SMTPUTF8" in said for _, said in sink.log)
+        assert len(sink.received) == (outcome == "sent")
+
 
 class AioSink:
     """A server of aiosmtpd in a thread; it answers from a table, like a Sink.
@@ -14310,6 +14520,9 @@ ROUTE_ROWS = [
     ("a@bad.example", "deferred: transport_maps", 75, "deferred"),
     ("a@uucp.example", "deferred: transport_maps", 75, "deferred"),
     ("a@bare.example", "next host [127.0.0.1]:{one}", 0, "one"),
+    # of our own mail
+    (f"user1@{HOST}", "next host [127.0.0.1]:{one}", 0, "one"),
+    ("a@lists.localdomain", "next host [127.0.0.1]:{two}", 0, "two"),
     ("a@other.example", "relayhost [127.0.0.1]:{usual}", 0, "usual"),
 ]
 
@@ -14331,6 +14544,8 @@ colon.example     :
 bad.example       smtp:[127.0.0.1]:nosuch
 uucp.example      uucp:[127.0.0.1]:25
 bare.example      [127.0.0.1]:{one}
+user1@{host} smtp:[127.0.0.1]:{one}
+lists.localdomain SMTP:[127.0.0.1]:{two}
 """
 
 
@@ -14347,9 +14562,13 @@ class TestTransportMaps:
         os.chmod(path, 0o777)
         places = {name: sink.port for name, sink in sinks.items()}
         places["path"] = path
-        routes = one.write("etc/transport", ROUTE_MAP.format(**places))
+        routes = one.write("etc/transport", ROUTE_MAP.format(host=HOST, **places))
         relayhost = f"[127.0.0.1]:{places['usual']}"
-        one.configure(transport_maps=f"hash:{routes}", relayhost=relayhost)
+        one.configure(
+            transport_maps=f"hash:{routes}",
+            relayhost=relayhost,
+            mydestination=f"{HOST}, localhost, lists.localdomain",
+        )
         one.start()
         yield one, sinks, places
         one.close()
@@ -14412,6 +14631,41 @@ class TestTransportMaps:
             post(instance, ["a@far.example"], letter("change"))
             wait_for(lambda sink=sink: sink.received)
         assert [len(sink.received) for sink in sinks] == [1, 1]
+
+    def test_what_explain_says_of_a_local_address_names_the_line(self, ways):
+        one, _, places = ways
+        shown = one.run("minimta.py", "explain", f"user1@{HOST}", "user2").out
+        line = f"transport user1@{HOST} -> smtp:[127.0.0.1]:{places['one']}"
+        assert re.search(rf"{re.escape(line)} +{one.root}/etc/transport:\d+\n", shown)
+        assert f"mailbox {one.mailbox('user2')}" in shown
+
+    @pytest.mark.parametrize("text", ["*", "* smtp:[127.0.0.1]:9\n", "user1 uucp:x\n"])
+    def test_a_map_that_is_no_good_holds_no_local_mail_up(self, instance, text):
+        path = instance.root / "etc/transport"
+        if text == "*":
+            path.mkdir()
+        else:
+            path.write_text(text)
+        instance.configure(transport_maps=path)
+        instance.start()
+        for name in ("payam", f"user1@{HOST}"):
+            post(instance, [name], letter("held"))
+            instance.wait_message_only(name.partition("@")[0], "held")
+
+    @pytest.mark.parametrize("name", ["user1", "user1@localhost", "user1+x"])
+    def test_our_own_name_goes_there_whole(self, instance, make_sink, name):
+        sink = make_sink()
+        text = "user1@{0} smtp:[127.0.0.1]:{1}\nuser1+x@{0} smtp:[127.0.0.1]:{1}\n"
+        instance.write("etc/transport", text.format(HOST, sink.port))
+        instance.configure(transport_maps=instance.root / "etc/transport")
+        instance.start().sendmail(name, stdin=letter("own"))
+        instance.wait_empty()
+        if name in ("user1", "user1+x"):
+            assert [names for _, names, _ in sink.received] == [[f"{name}@{HOST}"]]
+            assert instance.messages("user1") == []
+        else:
+            assert sink.received == []
+            assert len(instance.messages("user1")) == 1
 
 
 class Neighbour(Instance):
@@ -14878,6 +15132,18 @@ class TestSenderRewriting:
         wait_for(lambda: sink.received)
         (said,) = [line for _, line in sink.log if line.startswith("EHLO")]
         assert said == "EHLO [127.0.0.1]"
+
+    @needs_root
+    def test_a_map_that_only_root_reads_is_used_by_roots_daemon(
+        self, instance, make_sink
+    ):
+        sink = make_sink()
+        path = instance.write("etc/senders", "* one@x.example\n")
+        path.chmod(0o600)
+        relayed(instance, sink, smtp_generic_maps=path)
+        post(instance, ["a@far.example"], letter("root"))
+        assert outcomes(instance, "a@far.example") == ["sent"]
+        assert "FROM:<one@x.example>" in sink.received[0][0]
 
 
 class TestBounce:
@@ -16181,6 +16447,22 @@ class TestExplain:
         assert len(sink.received) == 1
         assert "proof" in (drop / "file").read_text()
         assert "proof" in (drop / "out").read_text()
+
+    @pytest.mark.parametrize(
+        ("host", "wanted"),
+        [
+            ("[127.0.0.1]:25", "TLS: if it is offered"),
+            ("[::1]:25", "TLS: if it is offered"),
+            ("[192.0.2.1]:25", "TLS: needed and checked"),
+            ("[127.0.0.1]:25 none", "TLS: none"),
+            ("[127.0.0.1]:25 encrypt", "TLS: needed"),
+        ],
+    )
+    def test_the_tls_of_a_relayhost_is_named(self, explained, host, wanted):
+        explained.configure(relayhost=host)
+        out = explained.run("minimta.py", "explain", "a@far.example").out
+        (line,) = [line for line in out.splitlines() if "relayhost" in line]
+        assert re.search(rf"\b{wanted}\)?$", line), line
 
 
 def new_spool(place):

@@ -16464,6 +16464,18 @@ class TestExplain:
         (line,) = [line for line in out.splitlines() if "relayhost" in line]
         assert re.search(rf"\b{wanted}\)?$", line), line
 
+    def test_a_relayhost_that_is_this_host_is_one_whatever_its_name(
+        self, explained, make_sink
+    ):
+        sink = make_sink()
+        explained.write("etc/hosts", "127.0.0.1 localhost near.example\n")
+        for name in ("localhost", "near.example", "127.0.0.1"):
+            explained.configure(relayhost=f"[{name}]:{sink.port}")
+            out = explained.run("minimta.py", "explain", "a@far.example").out
+            explained.sendmail("-odi", "a@far.example", stdin=letter(name))
+            assert any(name.encode() in text for _, _, text in sink.received), name
+            assert "TLS: if it is offered)" in out, name
+
 
 def new_spool(place):
     """An empty queue directory, of whoever runs the tests."""
@@ -19091,6 +19103,34 @@ class TestMailOptions:
             assert kept.read_text().endswith("\n\nprecious\n\n")
             kept.unlink()
         assert nothing_sent(instance)
+
+    @pytest.mark.parametrize(
+        ("words", "code"),
+        [
+            (["-c", "bad <x", "user1"], 65),
+            (["nosuch"], 67),
+            (["-S", "sendmail=/bin/false", "user1"], 75),
+        ],
+        ids=["a bad address", "nobody", "another program"],
+    )
+    def test_what_is_kept_has_its_blind_copies_too(self, instance, words, code):
+        words = ["mail", "-s", "x", "-b", "nobody2", *words]
+        result = instance.run(*words, stdin="precious\n", user="payam")
+        assert result.code == code, result
+        (kept,) = read_mbox((instance.home("payam") / "dead.letter").read_bytes())
+        assert fields(kept, "Bcc") == ["nobody2"]
+
+    def test_our_own_sendmail_may_be_that_program(self, server):
+        token = new_token()
+        words = ["-S", f"sendmail={server.bin}/sendmail", "-s", token]
+        words += ["-r", "B <b@example.com>", "-b", "user2", "user1"]
+        result = server.run("mail", *words, stdin="text\n", user="payam")
+        assert (result.code, result.out, result.err) == (0, "", ""), result
+        for name in ("user1", "user2"):
+            message = server.wait_message(name, token)
+            assert fields(message, "Return-Path") == ["<b@example.com>"]
+            assert fields(message, "Bcc") == []
+            assert head_and_body(message)[1] == "text\n\n"
 
 
 # Options of who reads, the exit code, what is shown, what is not, whether

@@ -14667,6 +14667,30 @@ class TestTransportMaps:
             assert sink.received == []
             assert len(instance.messages("user1")) == 1
 
+    @pytest.mark.parametrize(
+        "target", [f"user1@{HOST}", "user1", "a@lists.localdomain"]
+    )
+    @pytest.mark.parametrize("way", ["alias", "forward"])
+    def test_what_an_alias_or_a_forward_leads_there_goes_there(
+        self, instance, make_sink, way, target
+    ):
+        sink, name = make_sink(), "user2" if way == "forward" else "team"
+        keys = (f"user1@{HOST}", "lists.localdomain")
+        rows = [f"{key} smtp:[127.0.0.1]:{sink.port}\n" for key in keys]
+        instance.configure(
+            transport_maps=instance.write("etc/transport", "".join(rows)),
+            mydestination=f"{HOST}, localhost, lists.localdomain",
+        )
+        instance.aliases(f"team: {target}\n")
+        instance.forward("user2", f"{target}\n")
+        assert instance.run("newaliases").code == 0
+        shown = instance.run("minimta.py", "explain", name, user="root").out
+        assert "transport " in shown, shown
+        instance.start().sendmail(name, stdin=letter("led"))
+        instance.wait_empty()
+        full = target if "@" in target else f"{target}@{HOST}"
+        assert [names for _, names, _ in sink.received] == [[full]]
+
 
 class Neighbour(Instance):
     """An instance that listens on an address of its own, not on 127.0.0.1."""
@@ -19131,6 +19155,31 @@ class TestMailOptions:
             assert fields(message, "Return-Path") == ["<b@example.com>"]
             assert fields(message, "Bcc") == []
             assert head_and_body(message)[1] == "text\n\n"
+
+    @pytest.mark.parametrize("field", ["To", "Cc", "From"])
+    def test_a_name_in_a_comment_is_coded(self, instance, field):
+        name = "user1@localhost (Jörg B.)"
+        words = {"To": [name], "Cc": ["-c", name, "user2"]}
+        words["From"] = ["-r", name, "user2"]
+        lines, header = header_of(self.sent(instance, words[field], "text\n"))
+        assert "\n".join(lines).isascii()
+        shown, address = email.utils.parseaddr(header[field])
+        assert (decoded(shown), address) == ("Jörg B.", "user1@localhost")
+
+    def test_quotes_inside_a_name_are_coded_as_what_they_mean(self, instance):
+        words = ['"Jörg \\"Joe\\" B." <user1@localhost>']
+        _, header = header_of(self.sent(instance, words, "text\n"))
+        shown, _ = email.utils.parseaddr(header["To"])
+        assert decoded(shown) == 'Jörg "Joe" B.'
+
+    @pytest.mark.parametrize(
+        "name", ["User One <user1@localhost>", "<user1@localhost>", "user1 (One)"]
+    )
+    def test_such_a_copy_is_named_after_the_address(self, instance, name):
+        before = set(os.listdir(instance.root))
+        self.sent(instance, ["-F", "-s", "x", name], "text\n")
+        new = set(os.listdir(instance.root)) - before - {"var"}
+        assert new == {"user1"}
 
 
 # Options of who reads, the exit code, what is shown, what is not, whether

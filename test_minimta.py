@@ -20706,6 +20706,16 @@ class TestDisk:
         assert "Subject: a\n" in result.out
         assert box.read_bytes() == before
 
+    @needs_root
+    def test_a_change_that_was_given_up_is_not_made_when_there_is_room(self, crammed):
+        instance, box, before = crammed(1)
+        typed = "p 1\nq\nx\n"
+        result = instance.run("mail", "-N", stdin=typed, user="payam")
+        assert (result.code, box.read_bytes()) == (0, before), result
+        (box.parent / "filler").unlink()
+        result = instance.run("mail", "-N", stdin="x\n", user="payam")
+        assert (result.code, box.read_bytes()) == (0, before), result
+
 
 def tool(name):
     """The path of a program of Debian's; skips the test where it is not."""

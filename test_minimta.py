@@ -3932,6 +3932,18 @@ HOPS = [
     ),
     ("lmtp:/run/lmtp", ("lmtp", "/run/lmtp", 0, False, ""), "lmtp:/run/lmtp"),
     ("lmtp:unix:/run/lmtp", ("lmtp", "/run/lmtp", 0, False, ""), "lmtp:/run/lmtp"),
+    # a port by its name, a kind in capitals
+    (
+        "[mx.example]:submission",
+        ("smtp", "mx.example", 587, False, ""),
+        "[mx.example]:587",
+    ),
+    ("mx.example:SMTP", ("smtp", "mx.example", 25, True, ""), "mx.example:25"),
+    (
+        "SMTPS:[mx.example]:submissions",
+        ("smtps", "mx.example", 465, False, ""),
+        "smtps:[mx.example]:465",
+    ),
     # an address has no MX
     ("192.0.2.1", ("smtp", "192.0.2.1", 25, False, ""), "[192.0.2.1]:25"),
     ("192.0.2.1:26", ("smtp", "192.0.2.1", 26, False, ""), "[192.0.2.1]:26"),
@@ -4103,6 +4115,17 @@ GENERIC_FIELDS[16] = (
     GENERIC_FIELDS[16][0],
     "Cc: A <a@host.example>, b@host.example (c),\n  d@far.example\n",
 )
+
+
+# Best first, generic(5): each is found when those before it are not there.
+DETAIL_LINES = [
+    "Payam+News@host.example one@x.example\n",
+    "payam@host.example two@x.example\n",
+    "payam+news three@x.example\n",
+    "payam four@x.example\n",
+    "@host.example five@x.example\n",
+    "* six@x.example\n",
+]
 
 
 def make_rewriter(text, origin="host.example"):
@@ -4283,6 +4306,23 @@ class TestRewriter:
             assert pair[1].startswith(b"From:"), noise
             assert pair[1].count(b"\n") == 1, noise
             assert pair[1].endswith(b"\n"), noise
+
+    @pytest.mark.parametrize("place", range(len(DETAIL_LINES)))
+    def test_an_address_with_a_detail_has_lines_in_an_order(self, place):
+        lines = DETAIL_LINES[place:]
+        wanted = lines[0].split()[1]
+        for text in ("".join(lines), "".join(reversed(lines))):
+            assert make_rewriter(text).sender("payam+news@host.example") == wanted
+
+    def test_a_detail_is_not_looked_for_where_there_is_none(self):
+        rewriter = make_rewriter("payam+news a@x.example\npayam+@host.example b@x.y\n")
+        assert rewriter.sender("payam@host.example") == "payam@host.example"
+        assert rewriter.sender("payam+old@host.example") == "payam+old@host.example"
+
+    def test_a_bare_name_with_a_detail_is_a_user_of_ours(self):
+        rewriter = make_rewriter("payam a@x.example\n")
+        assert rewriter.sender("payam+news@localhost") == "a@x.example"
+        assert rewriter.sender("payam+news@far.example") == "payam+news@far.example"
 
 
 # == 13 Conversion: Survey, survey, converted =================================
@@ -7147,13 +7187,14 @@ class TestResolver:
         with pytest.raises(minimta.MailError, match="unexpected name server reply"):
             resolver.mail_hosts("y.example")
 
+    @pytest.mark.parametrize("code", [1, 4])  # FORMERR, NOTIMP
     @pytest.mark.parametrize("has_question", [True, False])
     def test_a_server_without_edns_is_asked_in_the_old_way(
-        self, make_resolver, has_question
+        self, make_resolver, has_question, code
     ):
         def old(packet, way):
             if packet[11]:  # RFC 6891 section 7
-                answer = wire_answer(packet, flags=0x8181)
+                answer = wire_answer(packet, flags=0x8180 | code)
                 return [answer if has_question else answer[:4] + bytes(8)]
             return [wire_answer(packet, MX_RECORD)]
 
@@ -7812,6 +7853,8 @@ local.example       local:
 usual.example       smtp:
 colon.example       :
 level.example       smtp: encrypt
+upper.example       SMTP:[a.example]:25
+named.example       smtp:[a.example]:submission
 bare.example        [a.example]:26
 word.example        a.example
 uucp.example        uucp:a.example
@@ -7845,8 +7888,14 @@ HOP_ROWS = [
     ("x@port.example", ["4.3.5 x@port.example"], "transport_maps"),
     ("x@odd.example", ["4.3.5 x@odd.example"], "transport_maps"),
     ("x@empty.example", ["4.3.5 x@empty.example"], "transport_maps"),
-    # our own domains are in no transport map
-    ("bob@host.example", ["mailbox bob"], None),
+    # also of our own addresses and domains
+    ("carol@host.example", ["remote carol"], "[a.example]:27"),
+    ("carol", ["remote carol"], "[a.example]:27"),
+    ("bob@host.example", ["5.1.2 bob"], "never"),
+    ("bob@localhost", ["mailbox bob"], None),
+    # a kind in capitals, a port by its name
+    ("x@upper.example", ["remote x@upper.example"], "[a.example]:25"),
+    ("x@named.example", ["remote x@named.example"], "[a.example]:587"),
 ]
 
 
@@ -7857,7 +7906,10 @@ class TestTransports:
     def path(self, tmp_path):
         """The map's file."""
         path = tmp_path / "transport"
-        path.write_text(TRANSPORT_MAP + "host.example error:5.1.2 never\n")
+        ours = (
+            "carol@host.example smtp:[a.example]:27\nhost.example error:5.1.2 never\n"
+        )
+        path.write_text(TRANSPORT_MAP + ours)
         return path
 
     @pytest.mark.parametrize(("address", "wanted", "place"), HOP_ROWS)
@@ -7887,6 +7939,17 @@ class TestTransports:
                 "a:25 check, [b]:587 check, smtps:c:465 check, lmtp:[d]:24 check",
             ),
             ("relayhost = a\nsmtp_tls_security_level = may", "a:25 may"),
+            # each host may have a level of its own
+            ("relayhost = [a]:587 none", "[a]:587 none"),
+            ("relayhost = [a]:submission encrypt", "[a]:587 encrypt"),
+            (
+                "relayhost = [a]:587 none, b, [c] encrypt d",
+                "[a]:587 none, b:25 check, [c]:25 encrypt, d:25 check",
+            ),
+            (
+                "relayhost = [a] none, b\nsmtp_tls_security_level = encrypt",
+                "[a]:25 none, b:25 encrypt",
+            ),
         ],
     )
     def test_without_a_line_it_is_relayhost_or_mx(self, text, wanted):
@@ -7905,6 +7968,13 @@ class TestTransports:
         router.settings = make_settings("")
         (hop,) = router.hops(minimta.Address.parse(f"a@{domain}"), "")
         assert str(hop) == wanted
+
+    def test_a_star_is_not_for_our_own_mail(self, path):
+        path.write_text("* smtp:[a.example]:26\n")
+        router = make_router(text=f"transport_maps = {path}")
+        assert routed(router, "bob") == ["mailbox bob"]
+        assert routed(router, "bob@host.example") == ["mailbox bob"]
+        assert routed(router, "x@y.example") == ["remote x@y.example"]
 
 
 # == 25 Delivery: Task, ActiveMessage, Delivery, RelayJob, PipeJob, Lanes =====
@@ -15261,6 +15331,31 @@ class TestRelayReplyTable:
         assert outcomes(instance, "a@far.example") == ["deferred"]
         assert instance.messages("payam") == []
 
+    @pytest.mark.parametrize(
+        ("stage", "row", "status"),
+        [
+            ("CONNECT", "554 5.7.1 Not you", "4.7.1"),
+            ("CONNECT", "554 Not you", "4.0.0"),
+            ("MAIL", "530 5.7.0 Log in first", "4.7.0"),
+            ("MAIL", "538 5.7.11 TLS first", "4.7.11"),
+            ("RCPT", "552 5.5.3 Too many", "4.5.3"),
+            ("MAIL", "450 4.7.1 Greylisted", "4.7.1"),
+            # for good
+            ("MAIL", "550 5.7.1 Never", "5.7.1"),
+            # of another class than its code it says nothing
+            ("MAIL", "450 5.7.1 Odd", "4.0.0"),
+            ("MAIL", "550 4.7.1 Odd", "5.0.0"),
+            ("MAIL", "530 4.7.0 Odd", "4.0.0"),
+        ],
+    )
+    def test_what_is_softened_keeps_its_reason(self, hub, far, stage, row, status):
+        domain, _ = far(**{stage: row})
+        post(hub, [f"a@{domain}"], letter("softened"))
+        word = "bounced" if status[0] == "5" else "deferred"
+        line = told(hub, f"a@{domain}")
+        assert f"dsn={status}, status={word}" in line
+        assert row in line
+
 
 # certificate, level -> whether mail goes, and whether with TLS
 TLS_ROWS = [
@@ -15567,6 +15662,35 @@ class TestRelayTls:
         assert way_of(sink) == "with TLS"
         assert sink.names == ["mx.far.example"]
 
+    @pytest.mark.parametrize(
+        ("level", "name", "wanted"),
+        [
+            ("none", "good", "in clear"),
+            ("none", None, "in clear"),
+            ("encrypt", "self-signed", "with TLS"),
+            ("encrypt", None, "not"),
+            ("verify", "self-signed", "not"),
+        ],
+    )
+    def test_a_relayhost_may_have_its_own_level(
+        self, relay, make_sink, certificates, level, name, wanted
+    ):
+        sink = make_sink(certificate=certificates.get(name))
+        one = relay(f"[smart.far.example]:{sink.port} {level}")
+        post(one, ["a@x.example"], letter("level"))
+        how = "deferred" if wanted == "not" else "sent"
+        assert outcomes(one, "a@x.example") == [how]
+        assert way_of(sink) == wanted
+
+    def test_of_several_relayhosts_each_has_its_level(self, relay, make_sink):
+        sinks = [make_sink(), make_sink()]
+        hops = zip((f"[smart.far.example]:{one.port}" for one in sinks), LEVELS[2::-2])
+        one = relay(", ".join(" ".join(hop) for hop in hops))
+        post(one, ["a@x.example"], letter("levels"))
+        assert outcomes(one, "a@x.example") == ["sent"]
+        assert [len(sink.received) for sink in sinks] == [0, 1]
+        assert way_of(sinks[0]) == "not"
+
 
 SECRET = "s:e#c=ret"
 ANY_MECHANISM = "PLAIN LOGIN CRAM-MD5 XOAUTH2"
@@ -15863,6 +15987,29 @@ class TestRelayAuth:
         joined = re.sub(r"\s", "", "\n".join(texts))  # a report has short lines
         assert joined.count("To****or****:no") > 3
         assert [secret for secret in disguises(SECRET) if secret in joined] == []
+
+    @pytest.mark.parametrize("key", ["smtps://[localhost]:{}", "[localhost]:{}"])
+    @pytest.mark.parametrize("scheme", ["smtps:", "smtps://"])
+    def test_a_line_may_say_that_it_is_for_tls(self, account, key, scheme):
+        one, sink = account(f"{key} joe:{SECRET}", scheme=scheme, is_wrapped=True)
+        assert "status=sent" in self.outcome(one)
+        assert sink.logins == [Login("PLAIN", "joe", SECRET, True)]
+
+    def test_a_relayhost_with_a_level_has_the_password_of_its_host(
+        self, make_instance, make_names, make_sink, certificates
+    ):
+        sink, one = (
+            make_sink(mechanisms=ANY_MECHANISM, certificate=certificates["good"]),
+            make_instance(),
+        )
+        make_names(one, {}, "127.0.0.1 localhost\n")
+        one.configure(
+            relayhost=f"[localhost]:{sink.port} encrypt",
+            smtp_tls_CAfile=certificates["ca"],
+            smtp_sasl_password_command=f"echo joe:{SECRET}",
+        )
+        assert "status=sent" in self.outcome(one.start())
+        assert sink.logins == [Login("PLAIN", "joe", SECRET, True)]
 
 
 def gated(gate, free=0):
@@ -16269,6 +16416,39 @@ class TestRelayConnections:
         post(instance.start(), ["a@x.example"], letter("many"))
         assert outcomes(instance, "a@x.example") == ["deferred"]
         assert sum(len(sink.clients) for sink in sinks) == 5
+
+    def test_who_took_it_perhaps_is_the_last_to_be_offered_it(
+        self, instance, make_sink
+    ):
+        sinks = [make_sink(END=kept_and_gone), make_sink()]
+        instance.configure(
+            relayhost=", ".join(f"[127.0.0.1]:{sink.port}" for sink in sinks)
+        )
+        post(instance.start(), ["a@far.example"], letter("twice"))
+        line = told(instance, "a@far.example")
+        assert "status=deferred" in line
+        assert "may be sent more than once" in line
+        assert [len(sink.received) for sink in sinks] == [1, 0]
+        assert sinks[1].clients == []
+
+    def test_the_addresses_of_a_host_share_its_mail(
+        self, instance, make_names, make_sink
+    ):
+        port, numbers = free_port(), (241, 242, 243)
+        sinks = [
+            make_sink(place=(f"{FAR_NET}.{number}", port), RSET=hang_up)
+            for number in numbers
+        ]
+        rows = [("A", f"{FAR_NET}.{number}") for number in numbers]
+        make_names(instance, {("many.example", "A"): rows})
+        instance.configure(relayhost=f"[many.example]:{port}")
+        instance.start()
+        names = [f"n{number}@x.example" for number in range(60)]
+        for name in names:
+            post(instance, [name], letter("share"))
+        assert outcomes(instance, *names) == ["sent"] * 60
+        assert all(sink.received for sink in sinks)
+        assert sum(len(sink.received) for sink in sinks) == 60
 
 
 RESULT_ROWS = [
@@ -16722,6 +16902,36 @@ class TestRelayOut:
         assert len(sink.received[0][2]) > 20_000_000
         assert max(most_memory(instance)) < 40
 
+    @pytest.mark.parametrize(
+        ("name", "text", "outcome"),
+        [
+            ("a", "Subject: plain\n\ntext\n", "sent"),
+            ("a", "Subject: plain\n\ngrüße\n", "sent"),
+            ("a", "Subject: grüße\n\ntext\n", "bounced"),
+            ("a", "X-Long: " + "x" * 70_000 + "\nX: ü\n\ntext\n", "bounced"),
+            ("ä", "Subject: plain\n\ntext\n", "bounced"),
+        ],
+        ids=["ascii", "text", "header", "a long header", "address"],
+    )
+    @pytest.mark.parametrize("words", [[], ["SMTPUTF8"]])
+    def test_smtputf8_is_asked_for_where_it_is_needed(
+        self, hub, far, name, text, outcome, words
+    ):
+        domain, sink = far(EHLO=hello("8BITMIME", *words))
+        options = ["SMTPUTF8", "BODY=8BITMIME"]
+        with hub.smtp() as client:
+            client.sendmail(
+                f"payam@{HOST}", [f"{name}@{domain}"], wire_text(text), options
+            )
+        line = told(hub, f"{name}@{domain}")
+        if words:
+            assert "status=sent" in line
+            return
+        assert f"status={outcome}" in line
+        assert ("dsn=5.6.7" in line) == (outcome == "bounced")
+        assert not any("SMTPUTF8" in said for _, said in sink.log)
+        assert len(sink.received) == (outcome == "sent")
+
 
 class AioSink:
     """A server of aiosmtpd in a thread; it answers from a table, like a Sink.
@@ -17107,6 +17317,9 @@ ROUTE_ROWS = [
     ("a@bad.example", "deferred: transport_maps", 75, "deferred"),
     ("a@uucp.example", "deferred: transport_maps", 75, "deferred"),
     ("a@bare.example", "next host [127.0.0.1]:{one}", 0, "one"),
+    # of our own mail
+    (f"user1@{HOST}", "next host [127.0.0.1]:{one}", 0, "one"),
+    ("a@lists.localdomain", "next host [127.0.0.1]:{two}", 0, "two"),
     ("a@other.example", "relayhost [127.0.0.1]:{usual}", 0, "usual"),
 ]
 
@@ -17128,6 +17341,8 @@ colon.example     :
 bad.example       smtp:[127.0.0.1]:nosuch
 uucp.example      uucp:[127.0.0.1]:25
 bare.example      [127.0.0.1]:{one}
+user1@{host} smtp:[127.0.0.1]:{one}
+lists.localdomain SMTP:[127.0.0.1]:{two}
 """
 
 
@@ -17144,9 +17359,13 @@ class TestTransportMaps:
         os.chmod(path, 0o777)
         places = {name: sink.port for name, sink in sinks.items()}
         places["path"] = path
-        routes = one.write("etc/transport", ROUTE_MAP.format(**places))
+        routes = one.write("etc/transport", ROUTE_MAP.format(host=HOST, **places))
         relayhost = f"[127.0.0.1]:{places['usual']}"
-        one.configure(transport_maps=f"hash:{routes}", relayhost=relayhost)
+        one.configure(
+            transport_maps=f"hash:{routes}",
+            relayhost=relayhost,
+            mydestination=f"{HOST}, localhost, lists.localdomain",
+        )
         one.start()
         yield one, sinks, places
         one.close()
@@ -17209,6 +17428,65 @@ class TestTransportMaps:
             post(instance, ["a@far.example"], letter("change"))
             wait_for(lambda sink=sink: sink.received)
         assert [len(sink.received) for sink in sinks] == [1, 1]
+
+    def test_what_explain_says_of_a_local_address_names_the_line(self, ways):
+        one, _, places = ways
+        shown = one.run("minimta.py", "explain", f"user1@{HOST}", "user2").out
+        line = f"transport user1@{HOST} -> smtp:[127.0.0.1]:{places['one']}"
+        assert re.search(rf"{re.escape(line)} +{one.root}/etc/transport:\d+\n", shown)
+        assert f"mailbox {one.mailbox('user2')}" in shown
+
+    @pytest.mark.parametrize("text", ["*", "* smtp:[127.0.0.1]:9\n", "user1 uucp:x\n"])
+    def test_a_map_that_is_no_good_holds_no_local_mail_up(self, instance, text):
+        path = instance.root / "etc/transport"
+        if text == "*":
+            path.mkdir()
+        else:
+            path.write_text(text)
+        instance.configure(transport_maps=path)
+        instance.start()
+        for name in ("payam", f"user1@{HOST}"):
+            post(instance, [name], letter("held"))
+            instance.wait_message_only(name.partition("@")[0], "held")
+
+    @pytest.mark.parametrize("name", ["user1", "user1@localhost", "user1+x"])
+    def test_our_own_name_goes_there_whole(self, instance, make_sink, name):
+        sink = make_sink()
+        text = "user1@{0} smtp:[127.0.0.1]:{1}\nuser1+x@{0} smtp:[127.0.0.1]:{1}\n"
+        instance.write("etc/transport", text.format(HOST, sink.port))
+        instance.configure(transport_maps=instance.root / "etc/transport")
+        instance.start().sendmail(name, stdin=letter("own"))
+        instance.wait_empty()
+        if name in ("user1", "user1+x"):
+            assert [names for _, names, _ in sink.received] == [[f"{name}@{HOST}"]]
+            assert instance.messages("user1") == []
+        else:
+            assert sink.received == []
+            assert len(instance.messages("user1")) == 1
+
+    @pytest.mark.parametrize(
+        "target", [f"user1@{HOST}", "user1", "a@lists.localdomain"]
+    )
+    @pytest.mark.parametrize("way", ["alias", "forward"])
+    def test_what_an_alias_or_a_forward_leads_there_goes_there(
+        self, instance, make_sink, way, target
+    ):
+        sink, name = make_sink(), "user2" if way == "forward" else "team"
+        keys = (f"user1@{HOST}", "lists.localdomain")
+        rows = [f"{key} smtp:[127.0.0.1]:{sink.port}\n" for key in keys]
+        instance.configure(
+            transport_maps=instance.write("etc/transport", "".join(rows)),
+            mydestination=f"{HOST}, localhost, lists.localdomain",
+        )
+        instance.aliases(f"team: {target}\n")
+        instance.forward("user2", f"{target}\n")
+        assert instance.run("newaliases").code == 0
+        shown = instance.run("minimta.py", "explain", name, user="root").out
+        assert "transport " in shown, shown
+        instance.start().sendmail(name, stdin=letter("led"))
+        instance.wait_empty()
+        full = target if "@" in target else f"{target}@{HOST}"
+        assert [names for _, names, _ in sink.received] == [[full]]
 
 
 class Neighbour(Instance):
@@ -17675,6 +17953,18 @@ class TestSenderRewriting:
         wait_for(lambda: sink.received)
         (said,) = [line for _, line in sink.log if line.startswith("EHLO")]
         assert said == "EHLO [127.0.0.1]"
+
+    @needs_root
+    def test_a_map_that_only_root_reads_is_used_by_roots_daemon(
+        self, instance, make_sink
+    ):
+        sink = make_sink()
+        path = instance.write("etc/senders", "* one@x.example\n")
+        path.chmod(0o600)
+        relayed(instance, sink, smtp_generic_maps=path)
+        post(instance, ["a@far.example"], letter("root"))
+        assert outcomes(instance, "a@far.example") == ["sent"]
+        assert "FROM:<one@x.example>" in sink.received[0][0]
 
 
 class TestBounce:
@@ -19308,6 +19598,34 @@ class TestExplain:
         assert len(sink.received) == 1
         assert "proof" in (drop / "file").read_text()
         assert "proof" in (drop / "out").read_text()
+
+    @pytest.mark.parametrize(
+        ("host", "wanted"),
+        [
+            ("[127.0.0.1]:25", "TLS: if it is offered"),
+            ("[::1]:25", "TLS: if it is offered"),
+            ("[192.0.2.1]:25", "TLS: needed and checked"),
+            ("[127.0.0.1]:25 none", "TLS: none"),
+            ("[127.0.0.1]:25 encrypt", "TLS: needed"),
+        ],
+    )
+    def test_the_tls_of_a_relayhost_is_named(self, explained, host, wanted):
+        explained.configure(relayhost=host)
+        out = explained.run("minimta.py", "explain", "a@far.example").out
+        (line,) = [line for line in out.splitlines() if "relayhost" in line]
+        assert re.search(rf"\b{wanted}\)?$", line), line
+
+    def test_a_relayhost_that_is_this_host_is_one_whatever_its_name(
+        self, explained, make_sink
+    ):
+        sink = make_sink()
+        explained.write("etc/hosts", "127.0.0.1 localhost near.example\n")
+        for name in ("localhost", "near.example", "127.0.0.1"):
+            explained.configure(relayhost=f"[{name}]:{sink.port}")
+            out = explained.run("minimta.py", "explain", "a@far.example").out
+            explained.sendmail("-odi", "a@far.example", stdin=letter(name))
+            assert any(name.encode() in text for _, _, text in sink.received), name
+            assert "TLS: if it is offered)" in out, name
 
 
 def new_spool(place):
@@ -21526,6 +21844,26 @@ REFUSED_LETTERS = {
 }
 
 
+def naps(pid):
+    """Whether a process waits for a while, as for a lock that another has."""
+    return "nanosleep" in Path(f"/proc/{pid}/wchan").read_text()
+
+
+@contextlib.contextmanager
+def dot_locked(path):
+    """Another process has the dotlock of a mailbox for the block."""
+    lock = path.with_name(f"{path.name}.lock")
+    lock.write_text(f"{os.getpid()}\n")
+    yield
+    lock.unlink()
+
+
+def header_of(text):
+    """The lines of a header as they stand, and its fields unfolded."""
+    lines = text.partition("\n\n")[0].split("\n")
+    return lines, message_from_string(re.sub(r"\n(?=[ \t])", "", text))
+
+
 class TestMailOptions:
     """mail(1)'s command line."""
 
@@ -21634,6 +21972,341 @@ class TestMailOptions:
         env = {"DEAD": "/dev/null"}
         instance.run("mail", "nosuch", stdin="text\n", user="payam", env=env)
         assert not (instance.home("payam") / "dead.letter").exists()
+
+    @pytest.mark.parametrize(
+        "words",
+        [["-c", "bad <x"], ["-b", "bad <x"], ["-r", "bad <x"], ["-c", "a b <c d>"]],
+    )
+    def test_a_letter_with_a_bad_address_is_kept_whole(self, instance, words):
+        result = instance.run(
+            "mail", "-s", "x", *words, "user1", stdin="precious\n", user="payam"
+        )
+        assert result.code == 65, result
+        assert "dead.letter" in result.err
+        (kept,) = read_mbox((instance.home("payam") / "dead.letter").read_bytes())
+        assert "\nSubject: x\n" in kept
+        assert "\nTo: user1\n" in kept
+        assert words[0] != "-c" or "\nCc: " in kept
+        assert kept.endswith("\n\nprecious\n\n")
+        assert nothing_sent(instance)
+
+    def test_dead_may_begin_with_a_tilde(self, instance):
+        home, env = instance.home("payam"), {"DEAD": "~/dl"}
+        result = instance.run(
+            "mail", "nosuch", stdin="precious\n", user="payam", env=env
+        )
+        assert f"the text is kept in {home}/dl\n" in result.err
+        assert "precious" in (home / "dl").read_text()
+        assert not (home / "dead.letter").exists()
+
+    @pytest.mark.parametrize("name", ["/nosuch/dl", "~/nosuch/dl", "/"])
+    def test_where_dead_cannot_be_the_usual_file_is_used(self, instance, name):
+        home, env = instance.home("payam"), {"DEAD": name}
+        result = instance.run(
+            "mail", "nosuch", stdin="precious\n", user="payam", env=env
+        )
+        assert f"the text is kept in {home}/dead.letter\n" in result.err
+        assert f"{name.replace('~', str(home))}: " in result.err
+        assert "precious" in (home / "dead.letter").read_text()
+
+    @pytest.mark.parametrize(("name", "code"), [("user1", 0), ("nosuch", 67)])
+    def test_a_copy_is_one_message_whatever_its_text_is(self, instance, name, code):
+        path = instance.home("payam") / "copies"
+        text = "one\n\nFrom two  Wed Feb 19 05:10:01 2025\n>From three\n"
+        for word in ("first", "second"):
+            result = instance.run(
+                *("mail", "-S", f"record={path}", "-s", word, name),
+                stdin=text,
+                user="payam",
+                env={"DEAD": str(path)},
+            )
+            assert result.code == code, result
+        assert path.read_text().count("\n>From two ") == 2
+        shown = instance.run("mail", "-f", path, "-H", user="payam").out
+        assert [line.split()[-1] for line in shown.splitlines()] == [
+            '"first"',
+            '"second"',
+        ]
+        printed = instance.run("mail", "-Nf", path, user="payam", stdin="2\nx\n").out
+        assert printed.endswith(f"\n\n{text}\n")
+
+    @pytest.mark.parametrize("name", ["/nosuch/copy", "/", "{home}/nosuch/copy"])
+    def test_a_copy_that_cannot_be_kept_stops_no_letter(self, instance, name):
+        path = name.replace("{home}", str(instance.home("payam")))
+        result = instance.run(
+            "mail", "-S", f"record={path}", "-s", "x", "user1", stdin="text\n"
+        )
+        assert (result.code, result.out) == (0, ""), result
+        assert len(result.err.splitlines()) == 1
+        assert f"{path}: " in result.err
+        assert "it is sent, but no copy is kept" in result.err
+        assert "Subject: x\n" in letter_sent(instance)
+
+    @pytest.mark.parametrize("lock", [locked, dot_locked])
+    def test_a_copy_waits_for_whoever_has_the_mailbox_locked(self, instance, lock):
+        path = instance.home("payam") / "copies"
+        path.write_text(mail("older"))
+        instance.give(path, "payam")
+        words = ["mail", "-S", f"record={path}", "-s", "x", "user1"]
+        with lock(path):
+            child = subprocess.Popen(
+                [instance.bin / words[0], *words[1:]],
+                stdin=subprocess.PIPE,
+                env=instance.env("payam"),
+                cwd=instance.root,
+            )
+            child.stdin.write(b"text\n")
+            child.stdin.close()
+            wait_for(lambda: naps(child.pid))
+            assert path.read_text() == mail("older")
+        assert child.wait(PATIENCE) == 0
+        found = read_mbox(path.read_bytes())
+        assert [fields(one, "Subject") for one in found] == [["older"], ["x"]]
+        assert not path.with_name("copies.lock").exists()
+
+    def test_a_type_is_that_of_the_text_also_with_attachments(self, instance):
+        path = instance.write("file.txt", "data\n")
+        words = ["-a", "Content-Type: text/html; charset=utf-8", "-a", path, "user1"]
+        message = message_from_string(self.sent(instance, words, "<p>\n"))
+        assert message.get_content_type() == "multipart/mixed"
+        assert len(message.get_all("Content-Type")) == 1
+        text, part = message.get_payload()
+        assert text["Content-Type"] == "text/html; charset=utf-8"
+        assert text.get_payload() == "<p>\n"
+        assert part.get_payload(decode=True) == b"data\n"
+
+    @pytest.mark.parametrize("name", ["Jörg", "Jörg B.", '"Jörg, der Große"', "東京"])
+    def test_names_are_coded(self, instance, name):
+        words = ["-r", f"{name} <b@example.com>", "-c", f"{name} <user2@localhost>"]
+        text = self.sent(instance, [*words, f"{name} <user1@localhost>"], "text\n")
+        lines, header = header_of(text)
+        assert "\n".join(lines).isascii()
+        for field, address in (
+            ("From", "b@example.com"),
+            ("Cc", "user2@localhost"),
+            ("To", "user1@localhost"),
+        ):
+            shown, found = email.utils.parseaddr(header[field])
+            assert (decoded(shown), found) == (name.strip('"'), address)
+
+    def test_long_lines_of_a_header_are_folded(self, instance):
+        names = [f"user1+{number}@localhost" for number in range(99)]
+        subject = " ".join(f"word{number}" for number in range(300))
+        copies = [f"Grüße {number} <user2@localhost>" for number in range(30)]
+        words = ["-s", subject, "-c", ", ".join(copies), *names]
+        lines, header = header_of(self.sent(instance, words, "text\n"))
+        assert max(map(len, lines)) <= 78
+        assert header["Subject"] == subject
+        assert header["To"] == ", ".join(names)
+        found = email.utils.getaddresses([header["Cc"]])
+        assert [decoded(name) for name, _ in found] == [
+            f"Grüße {number}" for number in range(30)
+        ]
+
+    @pytest.mark.parametrize("subject", ["ü" * 900, "ü x" * 300, "x y" * 500])
+    def test_a_long_subject_reads_as_it_was_given(self, instance, subject):
+        text = self.sent(instance, ["-s", subject, "user1"], "text\n")
+        lines, header = header_of(text)
+        assert max(map(len, lines)) <= 78
+        assert decoded(header["Subject"]) == subject
+
+    def test_a_field_may_be_given_twice_unless_there_is_one(self, instance):
+        words = ["-s", "s"]
+        for name in ("X", "x", "Received", "Subject", "From", "Message-ID", "Date"):
+            value = "{}@example.com" if name == "From" else "<{}@x>"
+            for number in (1, 2):
+                words += ["-a", f"{name}: {value.format(number)}"]
+        text = self.sent(instance, [*words, "user1"], "text\n")
+        head = text.partition("\n\n")[0]
+        assert re.findall("(?im)^X: .*", head) == [
+            *("X: <1@x>", "X: <2@x>", "x: <1@x>", "x: <2@x>")
+        ]
+        for name in ("Subject", "Message-ID", "Date"):
+            assert re.findall(f"(?m)^{name}: .*", head) == [f"{name}: <2@x>"]
+        assert re.findall("(?m)^From: .*", head) == ["From: 2@example.com"]
+
+    def test_variables_add_copies_and_a_place_for_answers(self, instance):
+        rc = "set autocc=user2 autobcc='payam root' replyto='R <r@example.com>'\n"
+        (instance.home("payam") / ".mailrc").write_text(rc)
+        text = self.sent(instance, ["-s", "x", "-c", "c@localhost", "user1"], "t\n")
+        assert fields(text, "Cc") == ["c@localhost, user2"]
+        assert fields(text, "Reply-To") == ["R <r@example.com>"]
+        assert fields(text, "Bcc") == []
+        for user in ("user1", "user2", "payam", "root"):
+            assert fields(instance.messages(user)[0], "Subject") == ["x"]
+
+    def test_a_reply_to_that_was_given_wins_over_the_variable(self, instance):
+        words = ["-S", "replyto=r@x", "-a", "Reply-To: own@x", "user1"]
+        assert fields(self.sent(instance, words, "t\n"), "Reply-To") == ["own@x"]
+
+    @pytest.mark.parametrize(("name", "flag"), minimta.MAIL_LONG_FLAGS.items())
+    def test_a_long_option_is_the_short_one(self, name, flag):
+        long, equals, _ = name.partition("=")
+        if equals:
+            every = (["--" + name + "v", "w"], ["--" + long, "v", "w"])
+            short = [flag, "v", "w"]
+        else:
+            every, short = (["--" + long, "w"],), [flag, "w"]
+        for words in every:
+            assert minimta.mail_options(words) == minimta.mail_options(short)
+        assert minimta.mail_options(short)[1] == ["w"]
+
+    def test_a_long_option_with_a_value_it_has_not_is_refused(self, instance):
+        for words in (["--file=x"], ["--subject"], ["--nosuch"], ["--verbose=1"]):
+            result = instance.run("mail", *words, user="payam")
+            assert is_refused(result, 64, words[0].partition("=")[0].strip("-"))
+
+    @pytest.mark.parametrize(
+        ("more", "sender", "names"),
+        [
+            (["-f", "a@example.com"], "a@example.com", ["user1"]),
+            (["-fa@example.com"], "a@example.com", ["user1"]),
+            (["-r", "a@example.com", "user2"], "a@example.com", ["user1", "user2"]),
+            (["-i", "-f", "<>"], "", ["user1"]),
+            (["-oi", "user2"], f"payam@{HOST}", ["user1", "user2"]),
+            (["user2"], f"payam@{HOST}", ["user1", "user2"]),
+        ],
+    )
+    def test_options_of_sendmail_may_follow(self, server, more, sender, names):
+        token = new_token()
+        words = ("-s", token, "user1", "--", *more)
+        result = server.run("mail", *words, stdin="text\n", user="payam")
+        assert (result.code, result.out, result.err) == (0, "", ""), result
+        for name in names:
+            message = server.wait_message(name, token)
+            assert fields(message, "Return-Path") == [f"<{sender}>"]
+        assert server.with_token("user2", token) == [] or "user2" in names
+
+    @pytest.mark.parametrize("option", ["-F", "--byname"])
+    @pytest.mark.parametrize(
+        "variables", [[], ["-S", "folder=kept", "-S", "outfolder"]]
+    )
+    def test_a_copy_may_be_named_after_the_first_recipient(
+        self, instance, option, variables
+    ):
+        home = instance.home("payam")
+        for folder in (home / "kept", instance.root):
+            folder.mkdir(exist_ok=True)
+        instance.give(home / "kept", "payam")
+        words = [*variables, "-S", f"record={home}/other", option, "-s", "x"]
+        self.sent(instance, [*words, "user1@localhost", "user2"], "text\n")
+        path = home / "kept/user1" if variables else instance.root / "user1"
+        (copy,) = read_mbox(path.read_bytes())
+        assert fields(copy, "To") == ["user1@localhost, user2"]
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert not (home / "other").exists()
+
+    @pytest.mark.parametrize(
+        ("name", "place"),
+        [("sent", "kept/sent"), ("+sent", "kept/sent"), ("~/sent", "sent")],
+    )
+    def test_outfolder_keeps_copies_below_folder(self, instance, name, place):
+        home = instance.home("payam")
+        (home / "kept").mkdir()
+        instance.give(home / "kept", "payam")
+        words = ["-S", "folder=kept", "-S", "outfolder", "-S", f"record={name}"]
+        self.sent(instance, [*words, "-s", "x", "user1"], "text\n")
+        (copy,) = read_mbox((home / place).read_bytes())
+        assert fields(copy, "Subject") == ["x"]
+
+    @pytest.fixture
+    def program(self, instance):
+        """Makes a program that keeps its arguments and input, and ends so."""
+
+        def make(code):
+            path = instance.write(
+                "program",
+                f"#!/bin/sh\nprintf '%s\\n' \"$@\" >'{instance.root}/args'\n"
+                f"cat >'{instance.root}/input'\nexit {code}\n",
+            )
+            path.chmod(0o755)
+            return path
+
+        return make
+
+    def test_another_program_may_send(self, instance, program):
+        words = ["-S", f"sendmail={program(0)} -x 'a b'", "-s", "x", "-b", "user2"]
+        words += ["-r", "B <b@example.com>", "-c", "user1+c", "user1"]
+        result = instance.run("mail", *words, stdin=".\ntext\n", user="payam")
+        assert (result.code, result.out, result.err) == (0, "", ""), result
+        given = (instance.root / "args").read_text().splitlines()
+        assert given[:6] == ["-x", "a b", "-i", "-f", "b@example.com", "--"]
+        names = [name.partition("@")[0] for name in given[6:]]
+        assert sorted(names) == ["user1", "user1+c", "user2"]
+        text = (instance.root / "input").read_text()
+        assert "user2" not in text
+        assert fields(text, "Bcc") == []
+        assert fields(text, "From") == ["B <b@example.com>"]
+        assert fields(text, "Subject") == ["x"]
+        assert text.endswith("\n\n.\ntext\n")
+        assert nothing_sent(instance)
+
+    def test_a_program_that_fails_keeps_the_letter(self, instance, program):
+        for name, why in (
+            (program(75), "exit code 75"),
+            ("/nosuch/program", "/nosuch/program: No such file"),
+        ):
+            words = ["-S", f"sendmail={name}", "-s", "x", "-b", "user2", "user1"]
+            result = instance.run("mail", *words, stdin="precious\n", user="payam")
+            assert result.code == 75, result
+            assert why in result.err
+            kept = instance.home("payam") / "dead.letter"
+            assert kept.read_text().endswith("\n\nprecious\n\n")
+            kept.unlink()
+        assert nothing_sent(instance)
+
+    @pytest.mark.parametrize(
+        ("words", "code"),
+        [
+            (["-c", "bad <x", "user1"], 65),
+            (["nosuch"], 67),
+            (["-S", "sendmail=/bin/false", "user1"], 75),
+        ],
+        ids=["a bad address", "nobody", "another program"],
+    )
+    def test_what_is_kept_has_its_blind_copies_too(self, instance, words, code):
+        words = ["mail", "-s", "x", "-b", "nobody2", *words]
+        result = instance.run(*words, stdin="precious\n", user="payam")
+        assert result.code == code, result
+        (kept,) = read_mbox((instance.home("payam") / "dead.letter").read_bytes())
+        assert fields(kept, "Bcc") == ["nobody2"]
+
+    def test_our_own_sendmail_may_be_that_program(self, server):
+        token = new_token()
+        words = ["-S", f"sendmail={server.bin}/sendmail", "-s", token]
+        words += ["-r", "B <b@example.com>", "-b", "user2", "user1"]
+        result = server.run("mail", *words, stdin="text\n", user="payam")
+        assert (result.code, result.out, result.err) == (0, "", ""), result
+        for name in ("user1", "user2"):
+            message = server.wait_message(name, token)
+            assert fields(message, "Return-Path") == ["<b@example.com>"]
+            assert fields(message, "Bcc") == []
+            assert head_and_body(message)[1] == "text\n\n"
+
+    @pytest.mark.parametrize("field", ["To", "Cc", "From"])
+    def test_a_name_in_a_comment_is_coded(self, instance, field):
+        name = "user1@localhost (Jörg B.)"
+        words = {"To": [name], "Cc": ["-c", name, "user2"]}
+        words["From"] = ["-r", name, "user2"]
+        lines, header = header_of(self.sent(instance, words[field], "text\n"))
+        assert "\n".join(lines).isascii()
+        shown, address = email.utils.parseaddr(header[field])
+        assert (decoded(shown), address) == ("Jörg B.", "user1@localhost")
+
+    def test_quotes_inside_a_name_are_coded_as_what_they_mean(self, instance):
+        words = ['"Jörg \\"Joe\\" B." <user1@localhost>']
+        _, header = header_of(self.sent(instance, words, "text\n"))
+        shown, _ = email.utils.parseaddr(header["To"])
+        assert decoded(shown) == 'Jörg "Joe" B.'
+
+    @pytest.mark.parametrize(
+        "name", ["User One <user1@localhost>", "<user1@localhost>", "user1 (One)"]
+    )
+    def test_such_a_copy_is_named_after_the_address(self, instance, name):
+        before = set(os.listdir(instance.root))
+        self.sent(instance, ["-F", "-s", "x", name], "text\n")
+        new = set(os.listdir(instance.root)) - before - {"var"}
+        assert new == {"user1"}
 
 
 # Options of who reads, the exit code, what is shown, what is not, whether
@@ -21856,6 +22529,37 @@ class TestMailStart:
         for user in ("user1", "user2"):
             assert len(instance.messages(user)) == 1
 
+    @pytest.fixture
+    def wrong(self, instance):
+        """An instance where start-up files have errors in their midst."""
+        instance.make_mailbox("payam", mail("a"))
+        instance.write("etc/mail.rc", "set one=1\nnosuch x\nset two=2\n")
+        rc = instance.home("payam") / ".mailrc"
+        rc.write_text("set three=3\nunset four\nset five=5\n")
+        return instance
+
+    def test_an_error_ends_its_start_up_file_and_is_told(self, wrong):
+        result = wrong.run("mail", "-N", stdin="set\nx\n", user="payam")
+        assert result.code == 0
+        lines = result.out.splitlines()
+        assert [one for one in lines if one.split("=")[0] in ("one", "three")] == [
+            'one="1"',
+            'three="3"',
+        ]
+        assert not {'two="2"', 'five="5"'} & set(lines)
+        first, second = result.err.splitlines()
+        assert "nosuch" in first
+        assert "four" in second
+
+    @pytest.mark.parametrize("words", [["-e"], ["-H"], ["-s", "x", "user1"]])
+    def test_such_an_error_is_no_output(self, wrong, words):
+        clean = wrong.run(
+            *("mail", "-n", *words), user="payam", env={"MAILRC": "/dev/null"}
+        )
+        result = wrong.run("mail", *words, user="payam")
+        assert (result.code, result.out) == (clean.code, clean.out)
+        assert len(result.err.splitlines()) == 2 + len(clean.err.splitlines())
+
 
 # What is typed, what is shown (in this order), what is not. Five messages,
 # s1 to s5: two read, one old, two new; {top} is a directory.
@@ -22076,6 +22780,50 @@ class TestMailCommands:
             session().obey(line)
         assert not (tmp_path / "ran").exists()
 
+    @pytest.mark.parametrize("word", ["move", "s", "sav"])
+    def test_what_is_moved_leaves(self, session, tmp_path, word):
+        reader = session(f"{word} 4 {tmp_path}/out", "q")
+        minimta.run_session(reader)
+        assert (tmp_path / "out").read_text() == mail("s4")
+        assert "s4" not in (tmp_path / "box").read_text()
+
+    @pytest.mark.parametrize(
+        ("lines", "wanted"),
+        [
+            (["set bang", "!echo a", "!!"], "a\na\n"),
+            (["set bang", "!echo a", "!! b", "!!"], "a\na b\na b\n"),
+            (["set bang", "!echo a", "!echo '\\!'"], "a\n!\n"),
+            (["set bang", "!echo a", "!echo b; !"], "a\nb\na\n"),
+            (["!echo a", "!echo '!'"], "a\n!\n"),
+            (["set bang", "!!"], ""),
+        ],
+    )
+    def test_bang_stands_for_the_command_before(
+        self, session, tmp_path, monkeypatch, lines, wanted
+    ):
+        shell = tmp_path / "sh"
+        shell.write_text(f'#!/bin/sh\nexec >>{tmp_path}/said\nexec /bin/sh "$@"\n')
+        shell.chmod(0o755)
+        (tmp_path / "said").write_text("")
+        monkeypatch.setenv("SHELL", str(shell))
+        monkeypatch.setattr(minimta, "SHELL", str(shell))
+        reader = session()
+        for line in lines:
+            reader.obey(line)
+        assert (tmp_path / "said").read_text() == wanted
+
+    def test_with_allnet_a_name_is_one_on_every_host(self, session):
+        texts = [
+            mail(name).replace("\nSubject", f"\nFrom: {name}\nSubject")
+            for name in ("eve@x.example", "Eve@y.example", "bob@x.example")
+        ]
+        reader = session(texts=texts)
+        with pytest.raises(ValueError, match="No applicable"):
+            reader.numbers("eve@z.example")
+        reader.obey("set allnet")
+        assert reader.numbers("eve@z.example") == [1, 2]
+        assert reader.numbers("bob") == [3]
+
 
 FIFTY = [
     mail(f"n{n}", status="RO" if n < 20 else "O" if n < 30 else "")
@@ -22196,6 +22944,14 @@ ANSWER_ROWS = {
     "flipr": ("From: a@x\nTo: bob, c@x\n", ["set flipr"], "r", ("a@x", "")),
     "flipr R": ("From: a@x\nTo: bob, c@x\n", ["set flipr"], "R", ("a@x, c@x", "")),
     "Replyall": ("From: a@x\nTo: bob, c@x\n", ["set Replyall"], "r", ("a@x", "")),
+    "elsewhere": ("From: a@x\nTo: bob@y\n", [], "r", ("a@x, bob@y", "")),
+    "allnet": ("From: a@x\nTo: bob@y, c@x\n", ["set allnet"], "r", ("a@x, c@x", "")),
+    "allnet and alternates": (
+        "From: a@x\nTo: me@y, c@x\n",
+        ["set allnet", "alt me@z"],
+        "r",
+        ("a@x, c@x", ""),
+    ),
 }
 
 
@@ -22259,6 +23015,39 @@ class TestMailAnswers:
         reader.obey("alias us a@x b@x")
         reader.obey("r 1")
         assert sheets[0].people["To"] in (["us"], ["us@host.example"])
+
+    @pytest.mark.parametrize(
+        ("command", "name", "to"),
+        [
+            ("followup", "user1", "user1@localhost, user2@localhost"),
+            ("fo", "user1", "user1@localhost, user2@localhost"),
+            ("Followup", "user1", "user1@localhost"),
+            ("F", "user1", "user1@localhost"),
+            ("reply", "sent", "user1@localhost, user2@localhost"),
+            ("Reply", "sent", "user1@localhost"),
+        ],
+    )
+    @pytest.mark.parametrize("has_folder", [True, False])
+    def test_a_followup_is_kept_under_the_authors_name(
+        self, instance, command, name, to, has_folder
+    ):
+        head = "\nFrom: A <user1@localhost>\nTo: payam, user2@localhost\nSubject"
+        instance.make_mailbox("payam", mail("s").replace("\nSubject", head))
+        home = instance.home("payam")
+        place = home / "kept" if has_folder else home
+        place.mkdir(exist_ok=True)
+        instance.give(place, "payam")
+        rc = "set record=sent\n" + "set folder=kept outfolder\n" * has_folder
+        (home / ".mailrc").write_text(rc)
+        result = instance.run(
+            "mail", "-N", stdin=f"cd\n{command} 1\nanswer\n", user="payam"
+        )
+        assert (result.code, result.err) == (0, ""), result
+        (copy,) = read_mbox((place / name).read_bytes())
+        assert fields(copy, "To") == [to]
+        assert head_and_body(copy)[1] == "answer\n\n"
+        assert not (place / ("sent" if name != "sent" else "user1")).exists()
+        assert fields(letter_sent(instance), "Subject") == ["Re: s"]
 
 
 HOSTILE_MAIL = {
@@ -22516,6 +23305,152 @@ class TestMailTyping:
         assert person.close() == 1
         assert (home / "dead.letter").read_text() == "dead\n"
 
+    @pytest.fixture
+    def empty(self, home):
+        """The same home without a dead.letter."""
+        (home / "dead.letter").unlink()
+        return home
+
+    @staticmethod
+    def kept(home):
+        """The one letter that was kept."""
+        (letter,) = read_mbox((home / "dead.letter").read_bytes())
+        return letter
+
+    def test_a_bad_address_does_not_cost_the_letter(self, instance, empty):
+        person = Terminal(instance, "mail", "-s", "x", "user1")
+        person.type("line\n~c bad <x\n~.\n")
+        person.expect("EOT\n")
+        person.expect(f"the text is kept in {empty}/dead.letter\n")
+        person.rest()
+        assert person.close() == 65
+        assert "\nSubject: x\n" in self.kept(empty)
+        assert self.kept(empty).endswith("\n\nline\n\n")
+        assert nothing_sent(instance)
+
+    def test_an_attachment_that_is_gone_does_not_cost_the_letter(self, instance, empty):
+        person = Terminal(instance, "mail", "-a", "file", "-s", "x", "user1")
+        person.type("line\n~p\n")
+        person.expect("(continue)\n")
+        (empty / "file").unlink()
+        person.type("~.\n")
+        person.expect(f"the text is kept in {empty}/dead.letter\n")
+        assert "file: No such file or directory" in person.rest()
+        assert person.close() == 1
+        assert "\nSubject: x\n" in self.kept(empty)
+        assert "\nline\n" in self.kept(empty)
+        assert nothing_sent(instance)
+
+    @pytest.mark.parametrize("kind", ["address", "file"])
+    def test_who_reads_keeps_such_a_letter_and_goes_on(self, instance, empty, kind):
+        instance.make_mailbox("payam", mail("a"))
+        person = Terminal(instance, "mail", "-N")
+        person.expect("& ")
+        person.type("m user1\n")
+        person.expect("Subject: ")
+        person.type("x\nline\n")
+        person.expect("x\nline\n")
+        if kind == "address":
+            person.type("~c bad <x\n")
+        else:
+            person.type(f"~@ {empty}/file\n~!rm {empty}/file\n")
+            person.expect("!\n")
+        person.type("~.\n")
+        person.expect(f"the text is kept in {empty}/dead.letter\n")
+        person.expect("& ")
+        person.type("x\n")
+        assert person.close() == 0
+        assert "\nSubject: x\n" in self.kept(empty)
+        assert "\nline\n" in self.kept(empty)
+        assert nothing_sent(instance)
+
+    def test_tilde_h_keeps_people_apart(self, instance, home):
+        names = ["User One <user1@localhost>", "user2"]
+        person = Terminal(instance, "mail", "-s", "x", *names)
+        person.type("~h\n")
+        person.expect("To: User One <user1@localhost>, user2")
+        person.type("\n")
+        for prompt in ("Cc: ", "Bcc: ", "Subject: x"):
+            person.expect(prompt)
+            person.type("\n")
+        person.type("line\n~.\n")
+        person.expect("EOT\n")
+        assert person.close() == 0
+        letter = self.letter(instance)
+        assert fields(letter, "To") == ["User One <user1@localhost>, user2"]
+        assert len(instance.messages("user2")) == 1
+
+    def asked(self, instance):
+        """Someone who has typed a line and is asked for copies."""
+        person = Terminal(instance, "mail", "-S", "askcc", "-s", "x", "user1")
+        person.type("line\n\x04")
+        person.expect("Cc: ")
+        return person
+
+    def test_an_interrupt_is_told_where_copies_are_asked_for(self, instance, empty):
+        person = self.asked(instance)
+        person.type("user")
+        person.expect("user")
+        person.interrupt()
+        person.expect("(Interrupt -- one more to kill letter)\n")
+        person.expect("Cc: ")
+        person.type("user2\n")
+        person.rest()
+        assert person.close() == 0
+        assert fields(self.letter(instance), "Cc") == ["user2"]
+        assert not (empty / "dead.letter").exists()
+
+    def test_the_second_interrupt_there_keeps_the_text(self, instance, empty):
+        person = self.asked(instance)
+        person.interrupt()
+        person.expect("(Interrupt -- one more to kill letter)\n")
+        person.expect("Cc: ")
+        person.interrupt()
+        person.expect(f'"{empty}/dead.letter" 1/5\n')
+        assert person.close() == 1
+        assert self.kept(empty).endswith("\n\nline\n\n")
+        assert nothing_sent(instance)
+
+    @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+    def test_who_is_hung_up_on_there_keeps_the_text(self, instance, empty, number):
+        person = self.asked(instance)
+        person.child.send_signal(number)
+        assert person.close() == 128 + number
+        assert "\nSubject: x\n" in self.kept(empty)
+        assert self.kept(empty).endswith("\n\nline\n\n")
+        assert nothing_sent(instance)
+
+    @pytest.mark.parametrize("word", ["noasksub", "noask"])
+    def test_noasksub_asks_nothing(self, instance, home, word):
+        with open(home / ".mailrc", "a") as file:
+            file.write(f"set {word}\n")
+        person = Terminal(instance, "mail", "user1")
+        person.type("line\n\x04")
+        assert "Subject: " not in person.expect("EOT\n")
+        assert person.close() == 0
+        assert fields(self.letter(instance), "Subject") == []
+
+    def test_asksub_asks_again(self, instance, home):
+        with open(home / ".mailrc", "a") as file:
+            file.write("set noask\nset asksub\n")
+        person = Terminal(instance, "mail", "user1")
+        person.expect("Subject: ")
+        person.type("x\nline\n\x04")
+        person.expect("EOT\n")
+        assert person.close() == 0
+        assert fields(self.letter(instance), "Subject") == ["x"]
+
+    @pytest.mark.parametrize("quote", ['"', "'"])
+    def test_a_sign_may_have_lines(self, instance, home, quote):
+        (home / ".mailrc").write_text(f"set sign={quote}-- \\nyours\\tP{quote}\n")
+        person = Terminal(instance, "mail", "-s", "x", "user1")
+        person.type("line\n~a\n")
+        person.expect("-- \nyours")
+        person.type("~.\n")
+        person.expect("EOT\n")
+        assert person.close() == 0
+        assert self.letter(instance).endswith("\n\nline\n-- \nyours\tP\n\n")
+
 
 class TestMailAtPrompt:
     """A reader at a terminal."""
@@ -22618,6 +23553,62 @@ class TestMailAtPrompt:
         person.expect("& ")
         person.type("x\n")
         assert person.close() == 0
+
+    @pytest.mark.parametrize(
+        ("word", "env", "wanted"),
+        [
+            ("colour", {"TERM": "xterm"}, True),
+            ("color", {"TERM": "xterm"}, True),
+            ("nocolour", {"TERM": "xterm"}, False),
+            ("colour", {"TERM": "xterm", "NO_COLOR": "1"}, False),
+            ("colour", {"TERM": "xterm", "NO_COLOR": ""}, True),
+            ("colour", {"TERM": "dumb"}, False),
+        ],
+    )
+    def test_colours_are_for_terminals_that_have_them(
+        self, instance, word, env, wanted
+    ):
+        texts = [mail("a"), mail("b", status="RO"), mail("c")]
+        texts[1] = texts[1].replace("RO\n", "RO\nX-Status: F\n")
+        instance.make_mailbox("payam", "".join(texts))
+        person = Terminal(instance, "mail", "-S", word, env=env)
+        shown = person.expect('"c"')
+        person.type("x\n")
+        person.rest()
+        assert person.close() == 0
+        assert ("\x1b[1m>N  1 " in shown) == wanted
+        assert ("\x1b[33m F  2 " in shown) == wanted
+        assert ("\x1b[" in shown) == wanted
+
+    def test_colours_are_not_for_pipes(self, instance):
+        instance.make_mailbox("payam", mail("a"))
+        for words in (["-H"], []):
+            result = instance.run(
+                *("mail", "-S", "colour", *words),
+                stdin="h\nx\n",
+                user="payam",
+                env={"TERM": "xterm"},
+            )
+            assert '"a"' in result.out
+            assert "\x1b" not in result.out
+
+    def test_two_readers_move_a_message_to_mbox_once(self, instance):
+        for path in (instance.make_mailbox("payam", mail("a") + mail("b")),):
+            first = Terminal(instance, "mail", "-N", "-S", "nohold")
+            first.expect("& ")
+            first.type("p 1\n")
+            first.expect("& ")
+            other = instance.run("mail", "-N", "-Snohold", stdin="p 1\n", user="payam")
+            assert other.code == 0, other
+            for _ in range(2):
+                first.type("q\n")
+                first.expect(f"{path}: another program changed it: x leaves it so\n")
+                first.expect("& ")
+            first.type("x\n")
+            assert first.close() == 0
+            assert path.read_text() == mail("b", status="O")
+            mbox_text = (instance.home("payam") / "mbox").read_text()
+            assert mbox_text == mail("a", status="RO")
 
 
 class TestMailReads:
@@ -22772,6 +23763,85 @@ class TestDisk:
         server.send("payam@localhost", letter("second"))
         server.wait_message("payam", "second")
         assert server.with_token("payam", "first") == []
+
+    @pytest.fixture
+    def crammed(self, instance):
+        """Puts a mailbox onto a disk that has room for so many pages more.
+
+        It ends where a page does: not a byte more has room.
+        """
+        place = instance.mailbox("payam").parent
+        place.mkdir(parents=True)
+        filler = place / "filler"
+
+        def make(pages):
+            place.chmod(0o1777)
+            texts = [mail(name, name) for name in "abc"]
+            texts[2] = mail("c", "x" * (4097 - len("".join(texts))))
+            box = instance.make_mailbox("payam", "".join(texts))
+            assert box.stat().st_size == 4096
+            with contextlib.suppress(OSError), open(filler, "wb", 0) as file:
+                while file.write(bytes(4096)):
+                    pass
+            os.truncate(filler, filler.stat().st_size - pages * 4096)
+            return instance, box, box.read_bytes()
+
+        with mounted("-t", "tmpfs", "-o", "size=64k", "none", place):
+            yield make
+
+    @staticmethod
+    def litter(instance):
+        """What is beside the mailbox and in the home, but for mbox."""
+        folders = (instance.mailbox("payam").parent, instance.home("payam"))
+        names = [name for folder in folders for name in os.listdir(folder)]
+        return sorted({*names} - {"payam", "filler", "mbox"})
+
+    @needs_root
+    @pytest.mark.parametrize("typed", ["d 1\nq\n", "set nohold\np 1\nq\n"])
+    def test_what_leaves_a_mailbox_may_leave_a_full_disk(self, crammed, typed):
+        instance, box, _ = crammed(1)  # a lock has room
+        result = instance.run("mail", "-N", stdin=typed, user="payam")
+        assert (result.code, result.err) == (0, ""), result
+        left = [fields(one, "Subject") for one in read_mbox(box.read_bytes())]
+        assert left == [["b"], ["c"]]
+        assert self.litter(instance) == []
+        assert (instance.home("payam") / "mbox").exists() == ("nohold" in typed)
+
+    @needs_root
+    def test_a_mailbox_that_a_full_disk_does_not_take_stays_as_it_was(self, crammed):
+        instance, box, before = crammed(1)
+        result = instance.run("mail", "-N", stdin="p 1\nq\n", user="payam")
+        assert result.code == 74, result
+        assert f"{box}: No space left on device" in result.err
+        assert box.read_bytes() == before
+        assert self.litter(instance) == []
+
+    @needs_root
+    def test_who_could_not_write_it_can_read_it_still(self, crammed):
+        instance, box, before = crammed(1)
+        instance.run("mail", "-N", stdin="p 1\nq\n", user="payam")
+        result = instance.run("mail", "-N", stdin="p 1\nx\n", user="payam")
+        assert (result.code, result.err) == (0, ""), result
+        assert "Subject: a\n" in result.out
+        assert box.read_bytes() == before
+
+    @needs_root
+    def test_a_mailbox_can_be_read_on_a_disk_without_any_room(self, crammed):
+        instance, box, before = crammed(0)
+        result = instance.run("mail", "-N", stdin="p 1\nx\n", user="payam")
+        assert (result.code, result.err) == (0, ""), result
+        assert "Subject: a\n" in result.out
+        assert box.read_bytes() == before
+
+    @needs_root
+    def test_a_change_that_was_given_up_is_not_made_when_there_is_room(self, crammed):
+        instance, box, before = crammed(1)
+        typed = "p 1\nq\nx\n"
+        result = instance.run("mail", "-N", stdin=typed, user="payam")
+        assert (result.code, box.read_bytes()) == (0, before), result
+        (box.parent / "filler").unlink()
+        result = instance.run("mail", "-N", stdin="x\n", user="payam")
+        assert (result.code, box.read_bytes()) == (0, before), result
 
 
 def tool(name):

@@ -7226,6 +7226,14 @@ class Folder:
         """Whether mail has come since it was last looked at."""
         return os.fstat(self.fd).st_size > self.size
 
+    def is_replaced(self) -> bool:
+        """Whether the file is shorter, another one, or not there any more."""
+        try:
+            now = os.stat(self.path)
+        except OSError:
+            return False
+        return now.st_ino != self.seen[0] or now.st_size < self.size
+
     def take_new(self) -> int:
         """Finds the mail that has come; how many. Raises ProgramError."""
         known = len(self.messages)
@@ -14184,7 +14192,7 @@ class HtmlText:
     """Makes text of HTML by html.parser: words, paragraphs, [n] for links."""
 
     BREAKS = frozenset("br div h1 h2 h3 h4 h5 h6 hr li ol p pre table tr ul".split())
-    SILENT = frozenset("head script style title".split())
+    SILENT = frozenset("script style title".split())  # </head> may be left out
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -14199,6 +14207,8 @@ class HtmlText:
             self.silent += 1
         elif tag in self.BREAKS:
             self.pieces.append("\n* " if tag == "li" else "\n")
+        elif tag in ("td", "th"):
+            self.pieces.append(" ")
         elif tag == "a" and dict(attrs).get("href"):
             self.links.append(dict(attrs)["href"])
             self.open_link = len(self.links)
@@ -14230,13 +14240,22 @@ class HtmlText:
         return body + "\n" + ("\n" + "\n".join(links) + "\n" if links else "")
 
 
+HTML_BLOCK = 1 << 12  # characters that are parsed at once
+HTML_OPEN = 1 << 14  # characters of a tag or a comment that has no end
+
+
 def html_text(text: str) -> str:
     """HTML reduced to what can be read; its links stand at the end."""
     from html.parser import HTMLParser
 
     reader = type("Reader", (HtmlText, HTMLParser), {})()
     try:
-        reader.feed(text)
+        for place in range(0, len(text), HTML_BLOCK):
+            reader.feed(text[place : place + HTML_BLOCK])
+            if len(reader.rawdata) > HTML_OPEN:
+                # Is no HTML, and each `<` in it would be looked for anew.
+                reader.handle_data(reader.rawdata + text[place + HTML_BLOCK :])
+                return reader.text()
         reader.close()
     except (AssertionError, ValueError, RecursionError):
         return text  # some Pythons give up on what is no HTML
@@ -14247,6 +14266,16 @@ def safe_name(name: str) -> str:
     """A file's name that leads nowhere else: no folder, no leading dot."""
     name = name.replace("\\", "/").rpartition("/")[2].strip().lstrip(".")
     return "".join(char for char in name if char.isprintable())[:200]
+
+
+def readable(data: bytes, charset: str) -> str:
+    """Text in a charset; where that is wrong, UTF-8, else Latin-1."""
+    for name in (charset, "utf-8"):
+        try:
+            return data.decode(name)
+        except (LookupError, ValueError):
+            continue
+    return data.decode("latin-1")
 
 
 class MailPart:
@@ -14277,10 +14306,7 @@ class MailPart:
     def text(self) -> str:
         """What it says, safe to show."""
         data = self.data
-        try:
-            text = data.decode(self.part.get_content_charset("utf-8"), "replace")
-        except (LookupError, ValueError):
-            text = data.decode("utf-8", "replace")
+        text = readable(data, self.part.get_content_charset("utf-8"))
         if self.kind == "text/html":
             text = html_text(text)
         return terminal_text(text.replace("\r\n", "\n"))
@@ -14319,7 +14345,11 @@ def mail_parts(header: Header) -> list[MailPart]:
         for sub in subparts:
             walk(sub, depth + 1, is_shown and best in (None, sub))
 
-    walk(email.message_from_bytes(raw, policy=email.policy.compat32), 0, True)
+    try:
+        walk(email.message_from_bytes(raw, policy=email.policy.compat32), 0, True)
+    except RecursionError:  # parts in parts in parts: shown as it came
+        plain = email.message_from_bytes(b"\n" + header.rest)
+        found[:] = [MailPart(1, plain)]
     return found
 
 
@@ -14329,7 +14359,8 @@ def mime_text(header: Header) -> str:
     shown = [part for part in parts if part.is_shown]
     others = [part for part in parts if not part.is_shown and part.name]
     if len(shown) == 1 and not others:
-        return shown[0].text
+        text = shown[0].text
+        return text if text.endswith("\n") or not text else f"{text}\n"
     pieces = [part.head() + "\n" + part.text for part in shown]
     pieces += [f"{part.head()}\n[{part}: w saves it]\n" for part in others]
     return "\n".join(
@@ -14341,12 +14372,13 @@ def body_text(header: Header, limit: int = 1 << 24) -> str:
     """The readable text of a message: its text/plain part, decoded."""
     kind = " ".join(header.values("content-type")).lower()
     coding = " ".join(header.values("content-transfer-encoding")).lower()
-    is_plain = not kind or "text/plain" in kind
-    if is_plain and "charset" in kind:
-        is_plain = any(word in kind for word in ("utf-8", "ascii", "unknown"))
+    main, _, rest = kind.partition(";")
+    is_plain = main.strip() in ("", "text/plain", "text")
+    charset = rest.partition("charset=")[2].partition(";")[0].strip(' "')
+    is_plain &= charset in ("", "utf-8", "us-ascii", "ascii", "unknown-8bit")
     if not is_plain or coding in ("quoted-printable", "base64"):
         return mime_text(header)
-    return terminal_text(header.rest[:limit].decode("utf-8", "replace"))
+    return terminal_text(readable(header.rest[:limit], "utf-8"))
 
 
 def unquoted(text: str) -> str:
@@ -15230,7 +15262,7 @@ def write_letter(composer: Composer, sheet: Sheet) -> None:
 # Failures: a line on the terminal and the next prompt; ProgramError to end.
 
 
-IF_WORDS = ("i", "if", "el", "else", "en", "endif")
+IF_WORDS = ("i", "if", "el", "els", "else", "en", "end", "endi", "endif")
 
 
 class MailSession:
@@ -15389,6 +15421,9 @@ class MailReader(MailSession):
 
     def look_for_mail(self) -> None:
         """Takes in what came since the last look."""
+        if self.folder.is_replaced():
+            self.terminal.say("Another program has changed the folder: read anew\n")
+            self.enter(Folder(self.folder.path, self.house.user.home))
         if self.folder.has_grown() and self.terminal.is_interactive:
             count = self.folder.take_new()
             if count:
@@ -15553,7 +15588,7 @@ class MailReader(MailSession):
             return [n for n in self.every() if self.is_gone(n) == is_deleted]
         low, dash, high = word.partition("-")
         if not dash or not low:
-            return [self.checked(self.number(word), is_deleted)]
+            return [self.checked(self.number(word, is_deleted), is_deleted)]
         if not high:
             raise ValueError(f"{word}: Invalid message list")
         ends = sorted((self.number(low), self.number(high)))
@@ -15561,15 +15596,25 @@ class MailReader(MailSession):
             raise ValueError(f"{high}: Invalid message number")
         return [n for n in range(ends[0], ends[1] + 1) if self.is_gone(n) == is_deleted]
 
-    def number(self, word: str) -> int:
-        """One message's number: digits, `.`, `$`, `^`, `+`, `-`."""
-        places = {".": self.dot, "$": len(self.messages), "^": 1}
-        places.update({"+": self.dot + 1, "-": self.dot - 1})
+    def number(self, word: str, is_deleted: bool = False) -> int:
+        """One message's number: digits, `.`, `$`, `^`, `+`, `-`.
+
+        The first, the next and the one before are of those that are not
+        deleted, or of those that are.
+        """
         if word.isascii() and word.isdigit():
             return int(word[:9])
+        fit = [n for n in self.every() if self.is_gone(n) == is_deleted]
+        places = {
+            ".": [self.dot],
+            "$": [len(self.messages)],
+            "^": fit or [1],
+            "+": [n for n in fit if n > self.dot] or [self.dot + 1],
+            "-": [n for n in reversed(fit) if n < self.dot] or [self.dot - 1],
+        }
         if word not in places:
             raise ValueError(f"{word}: Invalid message list")
-        return places[word]
+        return places[word][0]
 
     def checked(self, number: int, is_deleted: bool = False) -> int:
         """A number that there is, deleted or not as wanted."""
@@ -15839,10 +15884,21 @@ def thread_subject(subject: str) -> str:
     return subject
 
 
+def date_of(reader: MailReader, number: int) -> tuple[float, int]:
+    """When a message was written, by its Date; else where it stands."""
+    from email.utils import mktime_tz, parsedate_tz  # only for sorting
+
+    value = (reader.read(number)[1].values("date") or [""])[0]
+    try:
+        return float(mktime_tz(parsedate_tz(value))), number
+    except (TypeError, ValueError, OverflowError):
+        return float("inf"), number
+
+
 def list_sorted(reader: MailReader, rest: str) -> None:
     """lists the headers by date, from, size or subject"""
     keys = {
-        "date": lambda n: n,
+        "date": lambda n: date_of(reader, n),
         "from": lambda n: reader.author(n).lower(),
         "size": lambda n: reader.messages[n - 1].end - reader.messages[n - 1].start,
         "subject": lambda n: thread_subject(reader.searched(n, "subject")),
@@ -15905,6 +15961,8 @@ def delete_and_print(reader: MailReader, rest: str) -> None:
 def undelete(reader: MailReader, rest: str) -> None:
     """brings deleted messages back"""
     deleted = [n for n in reader.every() if reader.is_gone(n)]
+    if not deleted:
+        raise ValueError("No messages to undelete")
     if not rest:
         behind = [number for number in deleted if number >= reader.dot]
         rest = str((behind or deleted[-1:] or [0])[0])
@@ -15992,7 +16050,7 @@ def author_name(reader: MailReader, rest: str) -> str:
         found = []
     words = os_text(from_line).split()
     address = found[0] if found else words[1] if words[1:] else "unknown"
-    name = safe_name(address.partition("@")[0]) or "unknown"
+    name = safe_name(address.partition("@")[0]).lstrip("+%#&~|") or "unknown"
     return f"{'+' if reader.variables.get('folder') else ''}{name}"
 
 
@@ -16022,7 +16080,8 @@ def own_text(header: Header) -> str:
 
 def put_part(reader: MailReader, part: MailPart, name: str) -> None:
     """Writes an attachment, byte for byte, to a new file."""
-    path = reader.file_path(name)
+    # The name that a message gives is one in this folder, and nothing more.
+    path = name if name == part.name else reader.file_path(name)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
         fd = os.open(path, flags, 0o666)
@@ -16456,7 +16515,7 @@ def take_news(reader: MailReader, _: str) -> None:
 
 def list_commands(reader: MailReader, _: str) -> None:
     """lists the names of the commands"""
-    names = [words.split()[-1] for words, _, _ in reader.commands]
+    names = [name for words, _, _ in reader.commands for name in words.split()]
     reader.terminal.say("Commands are:\n" + ", ".join(names) + "\n")
 
 
@@ -18238,12 +18297,15 @@ def mailbox_path(house: House, options: dict, environ: dict, words: list[str]) -
     return f"{settings.mail_spool_directory}/{house.user.name}"
 
 
-def start_session(house: House, options: dict, environ: dict) -> MailSession:
+def start_session(
+    house: House, options: dict, environ: dict, is_reading: bool
+) -> MailSession:
     """A session with its variables: /etc/mail.rc, ~/.mailrc, then -S."""
     terminal = Terminal()
     terminal.is_interactive |= bool({"-I", "-~"} & set(options))
     commands = tuple(row for row in MAIL_COMMANDS if row[1] in START_COMMANDS)
     session = MailSession(house, terminal, Variables(environ), commands)
+    session.is_reading = is_reading
     own = environ.get("MAILRC") or os.path.join(house.user.home, ".mailrc")
     for path in [] if "-n" in options else [f"{house.settings.root}/etc/mail.rc"]:
         session.source_if_there(path)
@@ -18453,9 +18515,9 @@ def cmd_mail(args: list[str], environ: dict) -> int:
     if "-V" in options:
         return print_version()
     house = House(environ)
-    session = start_session(house, options, environ)
-    if not {"-f", "-u"} & set(options) and (words or "-t" in options):
-        session.is_reading = False
+    is_sending = not {"-f", "-u"} & set(options) and (words or "-t" in options)
+    session = start_session(house, options, environ, not is_sending)
+    if is_sending:
         return send_mail(house, session, options, words)
     if {"-s", "-c", "-b", "-r"} & set(options):
         why = "You must specify to-addr recipients when using -s, -c, -b, or -r"

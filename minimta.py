@@ -1310,16 +1310,20 @@ def uucp_sender(block: bytes) -> str:
     return found
 
 
-def encoded_word(text: str) -> str:
-    """`text` as RFC 2047 encoded words of at most 75 characters each."""
+def encoded_word(text: str, used: int = 0) -> str:
+    """`text` as RFC 2047 encoded words of at most 75 characters each.
+
+    `used` are characters that stand before the first in its line.
+    """
     import binascii  # a C module, needed for non-ASCII only
 
     words, piece = [], b""
+    room = 45 - used
     for char in text:
         data = char.encode("utf-8", "replace")
-        if len(piece) + len(data) > 45:
+        if len(piece) + len(data) > room:
             words.append(piece)
-            piece = b""
+            piece, room = b"", 45
         piece += data
     words.append(piece)
     coded = (binascii.b2a_base64(word, newline=False).decode() for word in words)
@@ -6595,7 +6599,10 @@ class MailboxLock:
             os.unlink(aside)
             fd = os.open(aside, flags, 0o644)
         try:
-            write_all(fd, b"%d minimta\n" % os.getpid())
+            try:
+                write_all(fd, b"%d minimta\n" % os.getpid())
+            except OSError:
+                pass  # a full disk: a lock all the same, and mail can be deleted
             os.link(aside, self.path)
         except FileExistsError:
             return False
@@ -7201,7 +7208,10 @@ class Folder:
             return
         self.lock_patiently()  # or half a message might be taken for a whole one
         try:
-            self.recover()
+            try:
+                self.recover()
+            except OSError:
+                pass  # no room: another time
             self.find_messages()
         finally:
             self.lock.release()
@@ -7339,7 +7349,14 @@ class Folder:
             yield from (self.rewritten(m) for m in kept if m.start >= offset)
             yield from self.blocks(self.size, end)
 
-        self.put_tail(self.keep_aside(offset, end, pieces), offset, end)
+        aside = self.keep_aside(offset, end, pieces)
+        try:
+            self.put_tail(aside, offset, end)
+        except OSError:
+            is_same = self.fingerprint() == self.seen
+            if is_same and os.fstat(self.fd).st_size == end:
+                os.unlink(aside)  # nothing was begun: nothing is to be finished
+            raise
 
     def blocks(self, start: int, end: int) -> object:
         """A part of the file, a block at a time."""
@@ -8865,7 +8882,7 @@ class Router:
                 expand = self.expand_stranger
             yield from expand(address, trail.draw(f"{address} is elsewhere"))
             return
-        route = None if trail.steps else self.route_of(address)
+        route = self.route_of(address)
         if route:
             yield from self.expand_route(address, route, trail)
             return
@@ -9319,23 +9336,35 @@ class Router:
             what, name = "MX of", hop.host
         elif not is_named(target):
             what, source = "relayhost", self.settings.sources.get("relayhost", "")
-        level = "may" if hop.level == "check" and is_loopback(hop.host) else hop.level
+        hosts, failure = self.hosts_of(hop, name)
+        every = [address for host in hosts for address in host.addresses]
+        is_near = all(map(is_loopback, every or [hop.host]))
+        level = "may" if hop.level == "check" and is_near else hop.level
         tls = "no TLS" if hop.kind == "lmtp" else f"TLS: {TLS_WORDS[level]}"
         trail = trail.draw(f"{what} {name}", source, tls)
+        for host in hosts:
+            trail.draw(str(host))
+        try:
+            if hosts:
+                self.draw_login(hop, trail)
+        except MailError as error:
+            failure = error
+        if failure:
+            trail.draw(failure.text, "", failure.status)
+        return failure
+
+    def hosts_of(self, hop: NextHop, name: str) -> tuple[list, MailError | None]:
+        """(hosts behind a hop, why there are none), asked for once."""
         if not self.resolver or name in self.asked or not hop.port:
-            return None
+            return [], None
         self.asked.add(name)
         if len(self.asked) > MAX_LOOKUPS:
-            return None
+            return [], None
         ask = self.resolver.mail_hosts if hop.by_mx else self.resolver.host
         try:
-            for host in ask(hop.host):
-                trail.draw(str(host))
-            self.draw_login(hop, trail)
+            return list(ask(hop.host)), None
         except MailError as error:
-            trail.draw(error.text, "", error.status)
-            return error
-        return None
+            return [], error
 
     def draw_login(self, hop: NextHop, trail: Trail) -> None:
         """Draws as whom we log in there, as far as we may know. MailError."""
@@ -14597,19 +14626,26 @@ SINGLE_FIELDS = (
 
 
 def coded_person(text: str) -> str:
-    """`Name <address>` with the name as RFC 2047 wants it."""
-    name, angle, rest = text.partition("<")
-    if name.isascii() or not angle:
+    """`Name <address>`, `address (Name)` with the name as RFC 2047 wants it."""
+    import re
+
+    shape = r"\s*(.*?)\s*<([^<>]*)>\s*|\s*(\S+)\s*\((.*)\)\s*"
+    found = None if text.isascii() else re.fullmatch(shape, text)
+    if not found:
         return text
-    name = display_name(name.strip(' "'))
-    return f"{name} <{rest}"
+    name = found.group(1) or found.group(4) or ""
+    if name[:1] == '"' == name[-1:]:
+        name = name[1:-1]
+    name = re.sub(r"\\(.)", r"\1", name)
+    address = found.group(2) or found.group(3)
+    return f"{display_name(name)} <{address}>" if name else text
 
 
 def folded(line: str) -> str:
     """A header field in lines of 78 columns, where it has blanks."""
     found = []
     for row in line.split("\n "):
-        while len(row) > 78:
+        while len(row) > 77:  # a blank comes before all but the first
             place = row.rfind(" ", 30, 77)
             place = place if place > 0 else row.find(" ", 77)
             if place < 0:
@@ -14854,13 +14890,12 @@ class Composer:
         try:
             body = mail_body(sheet)
             letter = self.letter(header, sheet.sender, body)
-            header = letter.header
             hand_over = self.hand_over if variables.get("sendmail") else self.submit
             queue_id = hand_over(letter)
         except (MailError, ProgramError):
             self.rescue(bytes(header) + b"\n" + body)
             raise
-        self.record(sheet.record, bytes(header) + b"\n" + body)
+        self.record(sheet.record, bytes(letter.header) + b"\n" + body)
         return queue_id
 
     def letter(self, header: Header, author: str, body: bytes) -> Letter:
@@ -14905,13 +14940,13 @@ class Composer:
     def header(self, sheet: Sheet) -> Header:
         """Its fields, fit for a header; line ends in them are blanks."""
         header = Header([])
-        given = {name.lower() for name, _ in sheet.more}
+        given = {name.lower() for name, _ in sheet.fields()}
         pairs = sheet.fields()
         pairs += [pair for pair in mime_fields(sheet) if pair[0].lower() not in given]
         for name, value in pairs:
             clean = " ".join(re_lines(value))
             is_plain = clean.isascii() or name in ("To", "Cc", "Bcc", "From")
-            clean = clean if is_plain else encoded_word(clean)
+            clean = clean if is_plain else encoded_word(clean, len(name) + 2)
             header = header.added(name, folded(f"{name}: {clean}")[len(name) + 2 :])
         return header
 
@@ -18351,7 +18386,8 @@ def new_sheet(house: House, session: MailSession, options: dict, words: list) ->
             sheet.add(name, text)
     sheet.sender = "".join(options.get("-r", [])[-1:])
     if "-F" in options and sheet.people["To"]:
-        sheet.record = safe_name(sheet.people["To"][0].partition("@")[0])
+        first = header_addresses(sheet.people["To"][0])
+        sheet.record = safe_name(first[0].local if first else "")
     for text in options.get("-a", []):
         add_header(sheet, text)
     for text in options.get("-C", []):

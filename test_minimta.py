@@ -18069,7 +18069,7 @@ ANYBODY = [
     # in another domain somebody of here is nobody
     "user1@far.example",
 ]
-MAGIC_ROWS = [
+ANSWERED_ROWS = [
     *(("fail-550", "550 5.0.0"), ("fail-552", "552 5.0.0"), ("fail-599", "599 5.0.0")),
     *(("defer-451", "451 4.0.0"), ("defer-421", "421 4.0.0")),
     ("FAIL-550", "550 5.0.0"),
@@ -18207,7 +18207,7 @@ class TestCapture:
         assert sorted(fields(message, "X-Original-To")) == sorted(names)
 
     @pytest.mark.parametrize("domain", ["", "@localhost", "@far.example"])
-    @pytest.mark.parametrize(("local", "answer"), MAGIC_ROWS)
+    @pytest.mark.parametrize(("local", "answer"), ANSWERED_ROWS)
     def test_a_magic_recipient_is_refused_so(self, captured, local, answer, domain):
         captured.start()
         with Wire(captured.port) as wire:

@@ -8884,7 +8884,8 @@ class Router:
             return
         route = self.route_of(address)
         if route:
-            yield from self.expand_route(address, route, trail)
+            full = address.qualified(self.settings.local_origin)
+            yield from self.expand_route(full, route, trail)
             return
         if not trail.steps:
             trail = trail.draw(self.why_local(address.domain))
@@ -14626,7 +14627,7 @@ SINGLE_FIELDS = (
 
 
 def coded_person(text: str) -> str:
-    """`Name <address>`, `address (Name)` with the name as RFC 2047 wants it."""
+    """`Name <address>` or `address (Name)`, the name coded by RFC 2047."""
     import re
 
     shape = r"\s*(.*?)\s*<([^<>]*)>\s*|\s*(\S+)\s*\((.*)\)\s*"

@@ -23618,7 +23618,9 @@ class TestMailAtPrompt:
             other = instance.run("mail", "-N", "-Snohold", stdin="p 1\n", user="payam")
             assert other.code == 0, other
             first.type("q\n")
-            first.expect("Another program has changed the folder: read anew\n")
+            first.expect(f"{path}: another program changed it: x leaves it so\n")
+            first.expect("Another program has changed the folder: read anew\n& ")
+            first.type("q\n")
             first.expect(f"Held 1 message in {path}\n")
             assert first.close() == 0
             assert path.read_text() == mail("b", status="O")

@@ -4458,6 +4458,9 @@ def fitting_field(name: str, raw: bytes, is_7bit: bool) -> bytes:
     return os_bytes("\n".join([*lines, line]) + "\n")
 
 
+PIECE_TO_CODE = 1 << 16  # bytes of a line without end; it grows to the triple
+
+
 class Converter:
     """Writes a message anew as a plan says; convert() is its door."""
 
@@ -4476,7 +4479,8 @@ class Converter:
                 yield line
             else:
                 way = self.WAYS.get(entity.encoding, Converter.encode)
-                yield way(self, line)
+                for place in range(0, len(line), PIECE_TO_CODE):
+                    yield way(self, line[place : place + PIECE_TO_CODE])
         yield self.flush()
 
     def flush(self) -> bytes:
@@ -18623,7 +18627,7 @@ def cmd_config(args: list[str], environ: dict) -> int:
         value = value if row.kind == "command" else settings.expand(value)
         text = f"{row.name} = {value}"
         write_all(
-            1, os_bytes(f"{text:50} # {where}; default: {row.default or 'none'}\n")
+            1, os_bytes(f"{text:50} # {where}; default: {row.default or 'empty'}\n")
         )
     return EX_OK
 

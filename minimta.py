@@ -7450,7 +7450,8 @@ class Folder:
     def is_for_us(self, path: str, offset: int, stays: int) -> bool:
         """Whether what was kept aside belongs to us and this mailbox."""
         seen = os.lstat(path)
-        is_own = stat.S_ISREG(seen.st_mode) and seen.st_uid == os.geteuid()
+        is_plain = stat.S_ISREG(seen.st_mode) and seen.st_nlink == 1
+        is_own = is_plain and seen.st_uid == os.geteuid()
         return is_own and self.checked(0, offset, 0) == stays
 
     def finish(self, aside: str, offset: int, end: int, cut: int) -> None:
@@ -14978,7 +14979,14 @@ class Composer:
         home = self.house.user.home
         usual = os.path.join(home, "dead.letter")
         own = folder_path(self.variables.get("DEAD", usual), self.variables, home)
-        return list(dict.fromkeys((own, usual, f"/var/tmp/dead.letter.{os.getuid()}")))
+        found = list(dict.fromkeys((own, usual)))
+        spare = f"/var/tmp/dead.letter.{os.getuid()}"
+        try:
+            seen = os.lstat(spare)
+            is_safe = stat.S_ISREG(seen.st_mode) and seen.st_uid == os.getuid()
+        except OSError:
+            is_safe = True  # there is none yet
+        return [*found, spare] if is_safe else found
 
     def from_line(self) -> bytes:
         """The From_ line of a copy."""
@@ -19683,7 +19691,9 @@ Description: stands for minimta, which is installed without a package
 def put_file(path: str, data: bytes, mode: int) -> None:
     """Writes a file that is either the old one or the new one. OSError."""
     aside = path + ASIDE
-    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, mode)
+    if os.path.lexists(aside):  # what a kill left, or somebody put there
+        os.unlink(aside)
+    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     try:
         os.fchmod(fd, mode)
         write_all(fd, data)

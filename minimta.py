@@ -7763,7 +7763,12 @@ class Resolver:
         Raises MailError.
         """
         self.renew()
-        records = self.lookup(domain, "MX")
+        try:
+            records = self.lookup(domain, "MX")
+        except MailError:
+            if not self.from_hosts(domain):
+                raise
+            records = []  # a name that this host alone knows
         if not records:
             return [MailHost(0, domain, self.first_of(domain))]
         pairs = [record.data for record in records]
@@ -7806,12 +7811,7 @@ class Resolver:
 
         Raises MailError for what cannot be told now.
         """
-        found = [
-            words[0]
-            for words in self.lines("hosts")
-            if name.lower() in (word.lower() for word in words[1:])
-        ]
-        failure = None
+        found, failure = self.from_hosts(name), None
         for kind in () if found else ("A", "AAAA"):
             try:
                 found += [record.data for record in self.lookup(name, kind)]
@@ -7820,6 +7820,14 @@ class Resolver:
         if failure and not found:
             raise failure
         return found[:MAX_HOSTS]
+
+    def from_hosts(self, name: str) -> list[str]:
+        """The addresses that the hosts file has for a name."""
+        return [
+            words[0]
+            for words in self.lines("hosts")
+            if name.lower() in (word.lower() for word in words[1:])
+        ]
 
     def failure(self, status: str, name: str, kind: str, why: str) -> MailError:
         """A failure in Postfix's words."""

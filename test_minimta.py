@@ -7261,6 +7261,14 @@ class TestResolver:
         assert resolver.addresses("NEAR") == ["192.0.2.7"]
         assert server.asked == []
 
+    @pytest.mark.parametrize("code", [2, 3], ids=["no answer", "no such name"])
+    def test_a_name_of_the_hosts_file_needs_no_mx(self, make_resolver, code):
+        hosts = "192.0.2.7 smart.local\n"
+        rows = {("smart.local", "MX"): code}
+        resolver, _ = make_resolver(rows, hosts=hosts)
+        (found,) = resolver.mail_hosts("smart.local")
+        assert (found.name, found.addresses) == ("smart.local", ["192.0.2.7"])
+
     def test_equals_come_in_varying_order_behind_the_better_ones(self, make_resolver):
         hosts = [f"h{n}.example" for n in range(6)]
         records = [("MX", (10 if n else 5, name), 9) for n, name in enumerate(hosts)]

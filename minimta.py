@@ -14300,7 +14300,7 @@ def html_text(text: str) -> str:
                 reader.handle_data(reader.rawdata + text[place + HTML_BLOCK :])
                 return reader.text()
         reader.close()
-    except (AssertionError, ValueError, RecursionError):
+    except (AssertionError, ValueError, RecursionError, NotImplementedError):
         return text  # some Pythons give up on what is no HTML
     return reader.text()
 

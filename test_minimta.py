@@ -10883,7 +10883,9 @@ class TestDoctor:
         patient.start()
         how = {"user": "user1", "preexec_fn": become("user1")}
         result = patient.run("minimta.py", "doctor", **how)
-        assert (result.code, result.err) == (0, ""), result
+        assert result.code == 0, result
+        # Berkeley DB itself speaks, of a database that another Python made.
+        assert re.fullmatch(r"(BDB.*\n)*", result.err), result
         assert "only root can look at all of them" in result.out
         for row in findings(patient, "forward", **how):
             assert (row["state"], row["todo"]) == ("warning", "run as root")

@@ -705,6 +705,10 @@ class Settings:
                     return local[:place], local[place:]
         return local, ""
 
+    def keeps(self, domain: str) -> bool:
+        """Whether mail for a domain stays here: it is ours, or captured."""
+        return self.capture or self.is_local(domain)
+
     @property
     def listen_on(self) -> list[str]:
         """The addresses to listen on, without brackets."""
@@ -1395,6 +1399,16 @@ def whole_lines(chunks: object) -> object:
             held = text
     if held:
         yield held
+
+
+def take_head(chunks: object) -> bytes:
+    """As much of `chunks` as has the header in it, or MAX_HEADER of it."""
+    block = b""
+    for chunk in chunks:
+        block += chunk
+        if b"\n\n" in block or len(block) > MAX_HEADER:
+            break
+    return block
 
 
 def even_blocks(chunks: object, size: int) -> object:
@@ -3064,7 +3078,7 @@ class Session:
         if not recipient.local:
             raise bad_address("", "an address is needed")
         domain = recipient.qualified(self.settings.local_origin).domain
-        if self.settings.is_local(domain) or self.settings.capture:
+        if self.settings.keeps(domain):
             try:
                 self.verify(recipient)
             except MailError as error:
@@ -5496,12 +5510,7 @@ class QueueFile:
 
     def header(self) -> Header:
         """The message's header, as far as it is searched."""
-        block = b""
-        for chunk in self.chunks():
-            block += chunk
-            if b"\n\n" in block or len(block) > MAX_HEADER:
-                break
-        return Header.parse(block)
+        return Header.parse(take_head(self.chunks()))
 
     def chunks(self) -> object:
         """The message in blocks of bytes, LF line ends."""
@@ -8014,13 +8023,8 @@ class Parcel:
             yield self.head
         chunks = self.message.chunks()
         if self.rewriter:
-            block, is_whole = b"", True
-            for chunk in chunks:
-                block += chunk
-                is_whole = b"\n\n" in block
-                if is_whole or len(block) > MAX_HEADER:
-                    break
-            if is_whole or len(block) <= MAX_HEADER:
+            block = take_head(chunks)
+            if b"\n\n" in block or len(block) <= MAX_HEADER:
                 header = Header.parse(block)
                 size = sum(len(raw) for _, raw in header.fields)
                 block = bytes(self.rewriter.header(header)) + block[size:]
@@ -8032,12 +8036,7 @@ class Parcel:
         """Whether an address or the header is not ASCII, RFC 6531."""
         if not all(name.isascii() for name in (self.sender, *self.wishes)):
             return True
-        block = b""
-        for chunk in self.chunks():
-            block += chunk
-            if b"\n\n" in block or len(block) > MAX_HEADER:
-                break
-        return not block.partition(b"\n\n")[0].isascii()
+        return not take_head(self.chunks()).partition(b"\n\n")[0].isascii()
 
     def fitting(self, has: object) -> object:
         """The message as a host with these extensions can take it.
@@ -13374,7 +13373,7 @@ class Submission:
         router = self.house.router()
         refused = {}
         for address in letter.recipients:
-            if self.settings.is_local(address.domain) or self.settings.capture:
+            if self.settings.keeps(address.domain):
                 try:
                     router.verify(address)
                 except MailError as error:
@@ -15660,17 +15659,18 @@ class MailReader(MailSession):
         """
         if word.isascii() and word.isdigit():
             return int(word[:9])
-        fit = [n for n in self.every() if self.is_gone(n) == is_deleted]
-        places = {
-            ".": [self.dot],
-            "$": [len(self.messages)],
-            "^": fit or [1],
-            "+": [n for n in fit if n > self.dot] or [self.dot + 1],
-            "-": [n for n in reversed(fit) if n < self.dot] or [self.dot - 1],
+        if word in (".", "$"):
+            return self.dot if word == "." else len(self.messages)
+        count = len(self.messages)
+        ways = {  # where to look, and what there is if nothing fits
+            "^": (range(1, count + 1), 1),
+            "+": (range(self.dot + 1, count + 1), self.dot + 1),
+            "-": (range(self.dot - 1, 0, -1), self.dot - 1),
         }
-        if word not in places:
+        if word not in ways:
             raise ValueError(f"{word}: Invalid message list")
-        return places[word][0]
+        places, usual = ways[word]
+        return next((n for n in places if self.is_gone(n) == is_deleted), usual)
 
     def checked(self, number: int, is_deleted: bool = False) -> int:
         """A number that there is, deleted or not as wanted."""
@@ -17633,11 +17633,7 @@ def read_input(dot_ends: bool) -> object:
 
 def read_header(chunks: object) -> Header:
     """The header at the start of `chunks`; `rest` was read beyond it."""
-    block = b""
-    for chunk in chunks:
-        block += chunk
-        if b"\n\n" in block or len(block) > MAX_HEADER:
-            break
+    block = take_head(chunks)
     if len(block) <= MAX_HEADER or b"\n\n" in block:
         return Header.parse(drop_from_lines(block))
     end = block.rfind(b"\n") + 1  # what is behind is half a line
@@ -17752,17 +17748,15 @@ def drain(house: House, chunks: object) -> None:
     try:
         while left > 0 and (chunk := next(chunks, None)):
             left -= len(chunk)
-    except ProgramError:
+    except (ProgramError, OSError):
         return
 
 
-def mail_error(house: House, why: str, chunks: object, kept: bytearray) -> bool:
-    """-oem, -oee: tells the caller by mail; whether that could be done."""
+def mail_error(house: House, why: str, kept: bytearray) -> bool:
+    """Tells the caller by mail; whether that could be done."""
     name = Address(house.user.name, house.settings.myorigin)
     text = os_bytes(UNSENT_TEXT.format(name=name, why=printable(why, 400)))
     try:
-        if not os.isatty(0):  # whoever writes it is not to be stopped half-way
-            drain(house, chunks)
         header = complete_header(Header.parse(text), message_origin(house, Address("")))
         Submission(house, "b").submit(Letter(Address(""), [name], header, [kept]))
     except (ProgramError, MailError, OSError):
@@ -17807,6 +17801,26 @@ def read_letter(
     return letter
 
 
+def is_mailed(
+    house: House,
+    options: SendmailOptions,
+    error: ProgramError | MailError,
+    chunks: object,
+    kept: bytearray,
+) -> bool:
+    """What follows when a message is not taken; whether that ends well.
+
+    -oem tells the caller by mail, too; -oee then exits as if it were sent.
+    """
+    is_for_good = not getattr(error, "is_temporary", error.code == EX_TEMPFAIL)
+    wants_mail = options.errors in "em" and is_for_good
+    if (wants_mail or isinstance(error, MailError)) and not os.isatty(0):
+        drain(house, chunks)  # whoever writes it is not to be stopped half-way
+    why = getattr(error, "text", str(error))
+    is_told = wants_mail and mail_error(house, why, kept)
+    return is_told and options.errors == "e"
+
+
 def send_stdin(options: SendmailOptions, environ: dict) -> int:
     """Submits the message on standard input."""
     house, kept = House(environ, options.config), bytearray()
@@ -17817,13 +17831,7 @@ def send_stdin(options: SendmailOptions, environ: dict) -> int:
         letter = read_letter(house, options, chunks, kept)
         queue_id = submission.submit(letter)
     except (ProgramError, MailError) as error:
-        if isinstance(error, MailError) and not os.isatty(0):
-            drain(house, chunks)  # who writes it is not to be stopped half-way
-        why = getattr(error, "text", str(error))
-        is_for_good = not getattr(error, "is_temporary", error.code == EX_TEMPFAIL)
-        wants_mail = options.errors in "em" and is_for_good
-        is_told = wants_mail and mail_error(house, why, chunks, kept)
-        if is_told and options.errors == "e":
+        if is_mailed(house, options, error, chunks, kept):
             return EX_OK
         raise
     for name, error in submission.refused.items():
@@ -17831,7 +17839,7 @@ def send_stdin(options: SendmailOptions, environ: dict) -> int:
     for text in letter.failures:
         complain("sendmail", f"{text}: nothing is sent there")
     if letter.failures and letter.sender.local:
-        mail_error(house, "; ".join(letter.failures), iter(()), kept)
+        mail_error(house, "; ".join(letter.failures), kept)
     if options.transcript or options.is_verbose:
         watch_delivery(house, queue_id, options.delivery, transcript)
     return EX_OK
@@ -18796,7 +18804,6 @@ class Foreign:
         self.settings: dict[str, str] = {}
         self.files: dict[str, list[str]] = {path: [] for path in OWN_FILES}
         self.left: list[str] = []
-        self.secrets: list[tuple[str, str]] = []  # (host, line) of dma's auth.conf
 
     def leave(self, fact: Fact, why: str = "no counterpart") -> None:
         """Something that could not be taken."""
@@ -18924,11 +18931,16 @@ def without_variables(facts: list[Fact], found: Foreign) -> list[Fact]:
     return kept
 
 
+def completed(facts: list[Fact], name: str, usual: str) -> list[Fact]:
+    """The facts, with what a program does where its file does not say."""
+    if not facts or any(fact.name.lower() == name.lower() for fact in facts):
+        return facts
+    return [*facts, Fact(facts[0].where, name, usual)]
+
+
 def read_ssmtp(text: str, path: str, found: Foreign) -> None:
     """ssmtp.conf: `name=value`."""
-    facts = read_facts(text, path, "=")
-    if not any(fact.name.lower() == "usestarttls" for fact in facts):
-        facts.append(Fact(path, "UseSTARTTLS", "no"))
+    facts = completed(read_facts(text, path, "="), "UseSTARTTLS", "no")
     found.take(without_variables(facts, found), SSMTP_WORDS)
 
 
@@ -18951,17 +18963,13 @@ def read_msmtp(text: str, path: str, found: Foreign) -> None:
     for name, others in accounts.items():
         if others != facts:
             found.leave(Fact(path, "account", name), "only one account is used")
-    if not any(fact.name == "tls_starttls" for fact in facts):
-        facts = [*facts, Fact(path, "tls_starttls", "on")]
+    facts = completed(facts, "tls_starttls", "on")
     found.take(without_variables(facts, found), MSMTP_WORDS)
 
 
 def read_dma(text: str, path: str, found: Foreign) -> None:
     """dma.conf: `NAME value`, or a name alone."""
-    facts = read_facts(text, path, " ")
-    names = {fact.name.lower() for fact in facts}
-    if "starttls" not in names and "securetransfer" in names:
-        facts.append(Fact(path, "STARTTLS", "off"))
+    facts = completed(read_facts(text, path, " "), "STARTTLS", "off")
     found.take(without_variables(facts, found), DMA_WORDS)
 
 
@@ -18988,8 +18996,7 @@ def read_remotes(text: str, path: str, found: Foreign) -> None:
             is_option = name.startswith("--") or name == "smtp"
             name = name if is_option else "(a word)"
             facts.append(Fact(fact.where, name, value.strip("\"'")))
-        if not any(fact.name == "--starttls" for fact in facts):
-            facts.append(Fact(fact.where, "--starttls", "off"))
+        facts = completed(facts, "--starttls", "off")
         found.take(without_variables(facts, found), NULLMAILER_WORDS)
 
 
@@ -19696,11 +19703,16 @@ Description: stands for minimta, which is installed without a package
     return found
 
 
+def remove(path: str) -> None:
+    """Removes a file or a link, if it is there. OSError."""
+    if os.path.lexists(path):
+        os.unlink(path)
+
+
 def put_file(path: str, data: bytes, mode: int) -> None:
     """Writes a file that is either the old one or the new one. OSError."""
     aside = path + ASIDE
-    if os.path.lexists(aside):  # what a kill left, or somebody put there
-        os.unlink(aside)
+    remove(aside)  # what a kill left, or somebody put there
     fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     try:
         os.fchmod(fd, mode)
@@ -19730,6 +19742,10 @@ class Manifest:
         # A crash may have left half a line: what it was about was not begun.
         return [line.split("\t") for line in lines[:-1] if line]
 
+    def marks(self, path: str) -> list[str]:
+        """The digests of what was ever written to a file."""
+        return [row[2] for row in self.rows() if row[:2] == ["file", path]]
+
     def add(self, *words: str) -> None:
         """A line, durable before what it says is done; once."""
         rows = self.rows()
@@ -19744,8 +19760,7 @@ class Manifest:
             put_file(self.path, os_bytes(text), 0o644)
             return
         for path in (self.path, self.path + ASIDE):
-            if os.path.lexists(path):
-                os.unlink(path)
+            remove(path)
         try:
             os.rmdir(os.path.dirname(self.path))
         except OSError:
@@ -19790,10 +19805,11 @@ class Installer:
         self.is_kept = False  # whether what was to be undone stays
         self.gone: set[str] = set()  # folders that are removed, or would be
 
-    def say(self, text: str) -> None:
-        """What is done, or would be."""
+    def begins(self, text: str) -> bool:
+        """Says what is done, or would be; whether it is to be done."""
         self.count += 1
         write_all(1, os_bytes(f"{'would ' * self.is_dry}{text}\n"))
+        return not self.is_dry
 
     def run(self, *words: str) -> bool:
         """Runs a program of the system's, silently; whether it succeeded."""
@@ -19848,12 +19864,11 @@ class Installer:
         old = content(place)
         if old == data and os.stat(place).st_mode & 0o777 == mode:
             return
-        marks = [row[2] for row in self.manifest.rows() if row[:2] == ["file", path]]
+        marks = self.manifest.marks(path)
         if old and marks and digest(old) not in marks and path != self.program:
             self.keep(path, "it was changed")
             return
-        self.say(f"write {path}")
-        if not self.is_dry:
+        if self.begins(f"write {path}"):
             self.make_folders(os.path.dirname(path))
             self.manifest.add("file", path, digest(data))
             put_file(place, data, mode)
@@ -19885,13 +19900,11 @@ class Installer:
             return
         if ["link", path, self.leads_to(path)] not in self.manifest.rows():
             self.move_away(path)  # it is not ours of another prefix
-        self.say(f"link {path} to {self.program}")
-        if not self.is_dry:
+        if self.begins(f"link {path} to {self.program}"):
             self.make_folders(os.path.dirname(path))
             self.manifest.add("link", path, self.program)
             aside = f"{self.destdir}{path}{ASIDE}"
-            if os.path.lexists(aside):
-                os.unlink(aside)
+            remove(aside)
             os.symlink(self.program, aside)
             os.replace(aside, self.destdir + path)
 
@@ -19899,19 +19912,17 @@ class Installer:
         """Makes room: by dpkg, for good, or by renaming."""
         saved = path + SAVED
         if self.has("dpkg-divert") and path in LINKS:
-            self.say(f"divert {path} to {saved}, for any package")
-            if not self.is_dry:
+            if self.begins(f"divert {path} to {saved}, for any package"):
                 self.manifest.add("diverted", path)
                 words = ("--local", "--rename", "--divert", saved, "--add", path)
                 if not self.run("dpkg-divert", *words):
                     why = f"dpkg-divert {path} failed: run it by hand, then install"
                     raise ProgramError(EX_OSERR, why)
             return
-        if os.path.lexists(self.destdir + path):
-            self.say(f"move {path} to {saved}")
-            if not self.is_dry:
-                self.manifest.add("moved", path)
-                os.rename(self.destdir + path, self.destdir + saved)
+        is_there = os.path.lexists(self.destdir + path)
+        if is_there and self.begins(f"move {path} to {saved}"):
+            self.manifest.add("moved", path)
+            os.rename(self.destdir + path, self.destdir + saved)
 
     def is_diverted(self, path: str) -> bool:
         """Whether dpkg still knows of our diversion."""
@@ -19923,20 +19934,18 @@ class Installer:
 
     def is_alternative(self, path: str) -> bool:
         """Whether `alternatives` rules a path, and not dpkg."""
-        place = self.destdir + path
-        is_ruled = os.path.islink(place) and "/alternatives/mta" in os.readlink(place)
+        is_ruled = "/alternatives/mta" in self.leads_to(path)
         return is_ruled and self.has("alternatives") and not self.has("dpkg-divert")
 
     def take_alternative(self, path: str) -> None:
         """Ours becomes the alternative; the other names follow the first."""
         if path != LINKS[0] or self.is_chosen():
             return
-        self.say("make minimta the alternative for mta")
-        if self.is_dry:
+        if not self.begins("make minimta the alternative for mta"):
             return
         words = []
         for link in LINKS:
-            place = os.readlink(link) if os.path.islink(link) else ""
+            place = self.leads_to(link)
             if "/alternatives/mta" in place:
                 own = f"{self.home}/{os.path.basename(link)}"
                 self.manifest.add("link", own, self.program)
@@ -19976,11 +19985,10 @@ class Installer:
         )
         for name, *words in ways:
             if self.has(name):
-                self.say("make the user minimta")
                 shell = ("-d", "/nonexistent", "-s", "/usr/sbin/nologin")
                 if name == "adduser":
                     shell = ("-h", "/nonexistent", "-s", "/sbin/nologin")
-                if not self.is_dry:
+                if self.begins("make the user minimta"):
                     self.manifest.add("user", "minimta")
                     self.run(name, *words, *shell, "minimta")
                 return
@@ -19994,8 +20002,7 @@ class Installer:
             owner = queue_owner(house.settings, house.users)
             if os.stat(f"{directory}/queue").st_uid == owner.uid:
                 return
-        self.say(f"make the queue {directory}")
-        if not self.is_dry:
+        if self.begins(f"make the queue {directory}"):
             self.make_folders(os.path.dirname(directory))
             self.manifest.add("queue", directory)
             house.spool().make()
@@ -20025,7 +20032,7 @@ class Installer:
         self.manifest.add("service", program)
         for order in orders:
             self.run(program, *order)
-        self.say("start the daemon")
+        self.begins("start the daemon")
         words = ("systemctl", "restart", "minimta")
         if program != "systemctl":
             words = ("rc-service", "minimta", "restart")
@@ -20056,32 +20063,28 @@ class Installer:
         self.is_kept = True
         write_all(1, os_bytes(f"kept {path}: {why}\n"))
 
-    def undo_file(self, path: str, mark: str) -> None:
+    def undo_file(self, path: str, _: str) -> None:
         """A file of ours goes, unless somebody has changed it."""
         place = self.destdir + path
         self.remove_aside(path)
         if not os.path.lexists(place):
             return
-        marks = [row[2] for row in self.manifest.rows() if row[:2] == ["file", path]]
-        if digest(content(place)) not in (mark, *marks):
+        if digest(content(place)) not in self.manifest.marks(path):
             self.keep(path, "it was changed")
             return
-        self.say(f"remove {path}")
-        if self.is_dry:
+        if not self.begins(f"remove {path}"):
             return
         os.unlink(place)
         if path == "/etc/aliases":
             for name in AliasDatabase(path).files:
-                if os.path.lexists(name):
-                    os.unlink(name)
+                remove(name)
         if path.endswith(".service"):
             self.run("systemctl", "daemon-reload")
 
     def remove_aside(self, path: str) -> None:
         """What was half written when somebody killed us."""
-        aside = self.destdir + path + ASIDE
-        if os.path.lexists(aside) and not self.is_dry:
-            os.unlink(aside)
+        if not self.is_dry:
+            remove(self.destdir + path + ASIDE)
 
     def undo_folder(self, path: str) -> None:
         """A folder of ours goes, if nothing is in it."""
@@ -20101,10 +20104,8 @@ class Installer:
     def undo_link(self, path: str, program: str) -> None:
         """A link of ours goes, not what took its place."""
         self.remove_aside(path)
-        if self.leads_to(path) == program:
-            self.say(f"remove {path}")
-            if not self.is_dry:
-                os.unlink(self.destdir + path)
+        if self.leads_to(path) == program and self.begins(f"remove {path}"):
+            os.unlink(self.destdir + path)
 
     def undo_move(self, path: str) -> None:
         """What was moved away comes back."""
@@ -20114,8 +20115,7 @@ class Installer:
         if os.path.lexists(place) and not self.is_dry:
             self.keep(path + SAVED, f"{path} is somebody's")
             return
-        self.say(f"move {path}{SAVED} back to {path}")
-        if not self.is_dry:
+        if self.begins(f"move {path}{SAVED} back to {path}"):
             os.rename(place + SAVED, place)
 
     def undo_diversion(self, path: str) -> None:
@@ -20125,15 +20125,13 @@ class Installer:
         if os.path.lexists(path) and not self.is_dry:
             self.keep(path + SAVED, f"{path} is somebody's")
             return
-        self.say(f"divert {path} no more")
-        if not self.is_dry:
+        if self.begins(f"divert {path} no more"):
             words = ("--local", "--rename", "--divert", path + SAVED, "--remove", path)
             self.run("dpkg-divert", *words)
 
     def undo_alternative(self, own: str) -> None:
         """Another alternative for mta takes over."""
-        self.say("leave the alternatives for mta")
-        if not self.is_dry:
+        if self.begins("leave the alternatives for mta"):
             self.run("alternatives", "--remove", "mta", own)
 
     def undo_user(self, name: str) -> None:
@@ -20142,9 +20140,8 @@ class Installer:
         if os.path.isdir(directory) and directory not in self.gone:
             self.keep(f"the user {name}", "the queue is there")
             return
-        self.say(f"remove the user {name}")
-        if not self.is_dry and not self.run("userdel", name):
-            self.run("deluser", name)
+        if self.begins(f"remove the user {name}"):
+            self.run("userdel", name) or self.run("deluser", name)
 
     def undo_queue(self, directory: str) -> None:
         """The queue goes if it is empty; mail is never removed."""
@@ -20162,15 +20159,13 @@ class Installer:
         if count:
             self.keep(directory, f"{counted(count)} in it")
             return
-        self.say(f"remove the queue {directory}, it is empty")
         self.gone.add(directory)
-        if not self.is_dry:
+        if self.begins(f"remove the queue {directory}, it is empty"):
             shutil.rmtree(directory, ignore_errors=True)
 
     def undo_service(self, program: str) -> None:
         """The daemon stops, and does not come back."""
-        self.say("stop the daemon")
-        if self.is_dry:
+        if not self.begins("stop the daemon"):
             return
         if program == "systemctl":
             self.run("systemctl", "disable", "--now", "minimta")
@@ -20260,10 +20255,6 @@ def cmd_uninstall(args: list[str], environ: dict) -> int:
     Mailboxes and mail in the queue stay; what was changed since, too.
     """
     installer, _ = read_installer(args, environ, [])
-    rows = installer.manifest.rows()
-    for kind, *words in rows:
-        if kind == "file" and words[0].endswith("/minimta.py"):
-            installer.program = words[0]
     return change_host(installer, installer.uninstall, "nothing to do")
 
 

@@ -19808,8 +19808,15 @@ class Installer:
     def begins(self, text: str) -> bool:
         """Says what is done, or would be; whether it is to be done."""
         self.count += 1
-        write_all(1, os_bytes(f"{'would ' * self.is_dry}{text}\n"))
+        self.tell(f"{'would ' * self.is_dry}{text}")
         return not self.is_dry
+
+    def tell(self, text: str) -> None:
+        """A line; that nobody reads it any more stops no half of the work."""
+        try:
+            write_all(1, os_bytes(f"{text}\n"))
+        except BrokenPipeError:
+            return
 
     def run(self, *words: str) -> bool:
         """Runs a program of the system's, silently; whether it succeeded."""
@@ -20022,7 +20029,7 @@ class Installer:
             self.start("rc-update", ("add", "minimta"))
         else:
             text = f"no systemd and no OpenRC here: run {self.program} serve, or add"
-            write_all(1, os_bytes(f"{text} to /etc/crontab:\n{CRONTAB}\n"))
+            self.tell(f"{text} to /etc/crontab:\n{CRONTAB}")
 
     def start(self, program: str, *orders: tuple) -> None:
         """The service, from now on and at each start of the host."""
@@ -20037,8 +20044,7 @@ class Installer:
         if program != "systemctl":
             words = ("rc-service", "minimta", "restart")
         if not self.run(*words):
-            text = "the daemon did not start: see minimta doctor"
-            write_all(1, os_bytes(f"{text}\n"))
+            self.tell("the daemon did not start: see minimta doctor")
         self.manifest.add("started", program)
 
     # And back
@@ -20061,7 +20067,7 @@ class Installer:
     def keep(self, path: str, why: str) -> None:
         """Something that stays, and may go another time."""
         self.is_kept = True
-        write_all(1, os_bytes(f"kept {path}: {why}\n"))
+        self.tell(f"kept {path}: {why}")
 
     def undo_file(self, path: str, _: str) -> None:
         """A file of ours goes, unless somebody has changed it."""
@@ -20284,7 +20290,8 @@ def cmd_install(args: list[str], environ: dict) -> int:
         try:
             put_file(path, stub_package(), 0o644)
         except OSError as error:
-            raise ProgramError(EX_CANTCREAT, f"{path}: {error.strerror}") from None
+            why = f"{path}: {error.strerror}: name a file that can be made"
+            raise ProgramError(EX_CANTCREAT, why) from None
         write_all(1, os_bytes(f"write {path}: apt-get install {path}\n"))
         return EX_OK
     return change_host(installer, installer.install, "everything is in place")

@@ -11807,6 +11807,18 @@ class TestInstall:
         assert re.fullmatch(rf"{words[0]}: .+\n", result.err)
         assert idle.changes() == {}
 
+    def test_a_reader_that_goes_stops_no_half_of_it(self, tmp_path):
+        script = f"'{HERE}/minimta.py' install --destdir {tmp_path}/d | head -1"
+        done = subprocess.run(
+            ["/bin/bash", "-c", f"{script}; echo ${{PIPESTATUS[0]}}"],
+            capture_output=True,
+            text=True,
+        )
+        assert (done.stdout.splitlines()[1], done.stderr) == ("0", ""), done
+        for link in minimta.LINKS:
+            assert (tmp_path / f"d{link}").is_symlink()
+        assert list((tmp_path / "d").rglob("minimta.service"))
+
     def test_a_refusal_says_what_to_do(self, idle):
         said = [
             idle.run("/mnt/minimta.py", *words, user=user, **env).err

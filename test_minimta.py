@@ -8745,6 +8745,35 @@ class TestCrew:
         minimta.Crew(2, done.append).submit("item")
         assert done == ["item"]
 
+    def test_files_that_are_synced_together_fail_each_for_itself(self, tmp_path):
+        reader, writer = os.pipe()  # fsync of a pipe fails: EINVAL
+        fds = [os.open(tmp_path / name, os.O_CREAT | os.O_WRONLY) for name in "abcdef"]
+        try:
+            syncers = minimta.Syncers()
+            failures = syncers([*fds[:3], writer, *fds[3:]])
+            assert {fd: error.errno for fd, error in failures.items()} == {writer: 22}
+            assert syncers.crew.threads <= minimta.SYNCERS
+            assert (syncers([writer]).keys(), syncers(fds)) == ({writer}, {})
+        finally:
+            for fd in (reader, writer, *fds):
+                os.close(fd)
+
+    def test_of_messages_made_durable_together_one_that_failed_is_no_mail(self, spool):
+        envelope = minimta.Envelope("a@example.org", ["b@example.org"])
+        drafts = [spool.create(envelope) for _ in range(5)]
+        bad = drafts[2].fd
+
+        def sync(fds):
+            return {bad: OSError(5, "Input/output error")}
+
+        failures = minimta.Draft.commit_together(drafts, sync)
+        good = {draft.queue_id for draft in drafts if draft.fd != bad}
+        assert [str(error) for error in failures.values() if error] == [
+            "Cannot store the message: Input/output error"
+        ]
+        assert set(os.listdir(spool.path("queue"))) == good
+        assert os.listdir(spool.path("incoming")) == []
+
 
 NETWORK_ROWS = [
     ("127.0.0.1", ["127.0.0.0/8"], True),

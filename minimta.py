@@ -7138,8 +7138,9 @@ class FolderMessage:
     @classmethod
     def found(cls, start: int, text: bytes) -> FolderMessage:
         """The message with that text, at that place of the file."""
-        head = text[: text.find(b"\n\n") + 1 or len(text)].lower()
-        words = []
+        ends = [text.find(b"\n\n"), text.find(b"\n\r\n")]
+        head = text[: min((end + 1 for end in ends if end >= 0), default=len(text))]
+        head, words = head.lower(), []
         for name in (b"\nstatus:", b"\nx-status:"):
             rest = head.rpartition(name)[2] if name in head else b""
             words.append(os_text(rest.partition(b"\n")[0].strip().upper()))
@@ -7185,11 +7186,14 @@ def find_starts(view: object, start: int) -> object:
     import re
 
     pattern = re.compile(rb"From [^\n]*\d\d:\d\d[^\n]*\d{4}")
-    place = start - 1
+    first = 0
+    while view[first : first + 1] in (b"\n", b"\r"):
+        first += 1
+    place = max(start, first) - 1
     while place >= -1:
         begin = place + 1
         line = view[begin : begin + MAX_FROM_LINE].partition(b"\n")[0]
-        is_behind = begin == 0 or view[max(0, begin - 3) : begin].endswith(
+        is_behind = begin == first or view[max(0, begin - 3) : begin].endswith(
             (b"\n\n", b"\n\r\n")
         )
         if is_behind and pattern.match(line):
@@ -7255,7 +7259,7 @@ class Folder:
         if size:
             with mmap.mmap(self.fd, size, access=mmap.ACCESS_READ) as view:
                 starts = list(find_starts(view, self.size))
-                if not self.messages and (not starts or starts[0]):
+                if not self.messages and (not starts or view[: starts[0]].strip()):
                     raise ProgramError(1, f"{self.path}: not a mailbox")
                 for start, end in zip(starts, [*starts[1:], size]):
                     self.messages.append(FolderMessage.found(start, view[start:end]))
@@ -7305,6 +7309,8 @@ class Folder:
         """(From_ line, header with the body as its rest) of one message."""
         text = self.read_at(message.start, message.end - message.start)
         first, _, rest = text.partition(b"\n")
+        if first.endswith(b"\r"):  # from another system
+            first, rest = first[:-1], rest.replace(b"\r\n", b"\n")
         return first, Header.parse(rest)
 
     def rewritten(self, message: FolderMessage) -> bytes:
@@ -7331,6 +7337,19 @@ class Folder:
         finally:
             self.lock.release()
         return len(kept)
+
+    def remove_if_empty(self) -> bool:
+        """Removes the file if nothing is in it; whether it did."""
+        self.lock_patiently()
+        try:
+            seen = os.fstat(self.fd)
+            is_same = seen.st_ino == os.stat(self.path).st_ino
+            if seen.st_size or not is_same:
+                return False
+            os.unlink(self.path)
+        finally:
+            self.lock.release()
+        return True
 
     def check_unchanged(self) -> None:
         """Raises ProgramError if more than the file's end is not as it was."""
@@ -14207,8 +14226,10 @@ class Variables:
         name = VARIABLE_NAMES.get(name, name)
         if is_off:
             self.values.pop(name, None)
-        else:
-            self.values[name] = value
+            return
+        self.values[name] = value
+        if name in MAIL_ENVIRONMENT and value:
+            os.environ[name] = value  # for what is run from here
 
     def is_shown(self, name: str) -> bool:
         """Whether a header field is printed: retain wins over ignore."""
@@ -14230,16 +14251,53 @@ class Variables:
         return list(dict.fromkeys(found))
 
 
-def decoded(value: str) -> str:
-    """A header field's value with its RFC 2047 words decoded, safe to show."""
-    if "=?" in value:
-        from email.header import decode_header, make_header  # 20 ms
+# Charsets that are named by one name and written in a larger one.
+LARGER_CHARSETS = {
+    **dict.fromkeys(("gb2312", "gbk", "x-gbk"), "gb18030"),
+    **dict.fromkeys(("shift_jis", "shift-jis", "x-sjis", "sjis"), "cp932"),
+    **dict.fromkeys(("euc-kr", "ks_c_5601-1987"), "cp949"),
+    **{"windows-874": "cp874", "iso-8859-8-i": "iso-8859-8"},
+}
 
-        try:
-            value = str(make_header(decode_header(value)))
-        except Exception:  # noqa: BLE001, S110 hostile mail is shown as it came
-            pass
+
+def decoded(value: str) -> str:
+    """A header field's value with its RFC 2047 words decoded, safe to show.
+
+    >>> decoded("gr=?utf-8?q?=C3=BC=C3=9Fe?=")
+    'grüße'
+    """
+    import re
+
+    value = readable(os_bytes(value), "utf-8")
+    if "=?" in value:
+        word = r"=\?[^?\s]+\?[bBqQ]\?[^?]*\?="
+        value = re.sub(rf"{word}(?:\s*{word})*", decoded_words, value)
     return terminal_text(" ".join(value.split()))
+
+
+def decoded_words(found: object) -> str:
+    """What encoded words mean that follow one another.
+
+    A character may begin in one of them and end in the next; the charset may
+    have a language behind a star (RFC 2231 section 5).
+    """
+    import binascii
+    import re
+
+    pieces: list[tuple[str, bytes]] = []
+    for name, coding, text in re.findall(r"=\?([^?]+)\?(.)\?([^?]*)\?=", found[0]):
+        try:
+            if coding in "qQ":
+                data = binascii.a2b_qp(text, header=True)
+            else:
+                data = binascii.a2b_base64(text + "==")
+        except ValueError:
+            return found[0]
+        charset = name.partition("*")[0].lower()
+        if pieces and pieces[-1][0] == charset:
+            data = pieces.pop()[1] + data
+        pieces.append((charset, data))
+    return "".join(readable(data, charset) for charset, data in pieces)
 
 
 def shown_field(raw: bytes) -> str:
@@ -14250,16 +14308,22 @@ def shown_field(raw: bytes) -> str:
     return terminal_text(f"{name}: {value.strip()}")
 
 
+def char_width(char: str) -> int:
+    """Columns of a terminal that a character takes: 0, 1 or 2."""
+    from unicodedata import category, east_asian_width  # a C module
+
+    if category(char) in ("Mn", "Me", "Cf"):  # accents, joiners
+        return 0
+    return 1 + (east_asian_width(char) in "WF")
+
+
 def columns(text: str, width: int) -> str:
     """`text` cut or filled to so many columns of a terminal."""
-    from unicodedata import combining, east_asian_width  # a C module
-
     used, kept = 0, []
     for char in text:
-        used += 0 if combining(char) else 1 + (east_asian_width(char) in "WF")
-        if used > width:
-            used -= 1 + (east_asian_width(char) in "WF")
+        if used + char_width(char) > width:
             break
+        used += char_width(char)
         kept.append(char)
     return "".join(kept) + " " * (width - used)
 
@@ -14362,7 +14426,7 @@ def safe_name(name: str) -> str:
 
 def readable(data: bytes, charset: str) -> str:
     """Text in a charset; where that is wrong, UTF-8, else Latin-1."""
-    for name in (charset, "utf-8"):
+    for name in (LARGER_CHARSETS.get(charset.lower(), charset), "utf-8"):
         try:
             return data.decode(name)
         except (LookupError, ValueError):
@@ -14370,8 +14434,34 @@ def readable(data: bytes, charset: str) -> str:
     return data.decode("latin-1")
 
 
+# Parts that are messages, or look like the head of one.
+MESSAGE_KINDS = (
+    "message/rfc822",
+    *("message/delivery-status", "message/disposition-notification"),
+    *("message/global", "message/global-delivery-status", "message/global-headers"),
+)
+SUMMARY_FIELDS = ("from", "to", "cc", "date", "subject")  # of a message in a part
+
+
+def message_bytes(message: object) -> bytes:
+    """A message of the email package as bytes, as it came."""
+    import io
+    from email.generator import BytesGenerator
+
+    text = io.BytesIO()
+    BytesGenerator(text, mangle_from_=False, maxheaderlen=0).flatten(message)
+    return text.getvalue()
+
+
+def usual_ending(kind: str) -> str:
+    """How the name of a file of that type ends: `.png`; .bin for others."""
+    from mimetypes import guess_extension  # only for parts without a name
+
+    return guess_extension(kind) or ".bin"
+
+
 class MailPart:
-    """One part of a message that has no parts: its number, type and name.
+    """A part of a message, a message in it too: its number, type and name.
 
     `is_shown`: whether it is printed, and not another form of what is.
     """
@@ -14380,24 +14470,35 @@ class MailPart:
         self.number = number
         self.part = part
         self.kind = part.get_content_type()
-        self.is_shown = part.get_content_maintype() == "text"
+        self.is_shown = (
+            part.get_content_maintype() == "text" or self.kind in MESSAGE_KINDS
+        )
         try:
             self.name = safe_name(decoded(part.get_filename("")))
         except (ValueError, TypeError, LookupError):
             self.name = ""
+        if not self.name and not self.is_shown:
+            self.name = f"part-{number}{usual_ending(self.kind)}"
 
     @property
     def data(self) -> bytes:
         """What it holds, decoded, byte for byte."""
+        inner = self.part.get_payload()
         try:
+            if isinstance(inner, list):
+                return b"".join(map(message_bytes, inner))
             return self.part.get_payload(decode=True) or b""
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, LookupError):
             return b""
 
     @property
     def text(self) -> str:
-        """What it says, safe to show."""
+        """What it says, safe to show; of a message the head that counts."""
         data = self.data
+        if self.kind == "message/rfc822":
+            header = Header.parse(data)
+            kept = [raw for name, raw in header.fields if name in SUMMARY_FIELDS]
+            return "".join(f"{shown_field(raw)}\n" for raw in kept)
         text = readable(data, self.part.get_content_charset("utf-8"))
         if self.kind == "text/html":
             text = html_text(text)
@@ -14426,9 +14527,12 @@ def mail_parts(header: Header) -> list[MailPart]:
 
     def walk(part: object, depth: int, is_shown: bool) -> None:
         subparts = part.get_payload() if part.is_multipart() else None
-        if not isinstance(subparts, list) or depth > MAX_DEPTH:
+        is_message = part.get_content_maintype() == "message"
+        has_parts = isinstance(subparts, list) and depth <= MAX_DEPTH
+        if is_message or not has_parts:
             found.append(MailPart(len(found) + 1, part))
             found[-1].is_shown &= is_shown
+        if not has_parts or is_message and part.get_content_type() != "message/rfc822":
             return
         best = None
         if part.get_content_type() == "multipart/alternative" and subparts:
@@ -14447,14 +14551,14 @@ def mail_parts(header: Header) -> list[MailPart]:
 
 def mime_text(header: Header) -> str:
     """The text of a MIME message: of several parts each with its head."""
-    parts = mail_parts(header)
-    shown = [part for part in parts if part.is_shown]
-    others = [part for part in parts if not part.is_shown and part.name]
-    if len(shown) == 1 and not others:
-        text = shown[0].text
+    parts = [part for part in mail_parts(header) if part.is_shown or part.name]
+    if len(parts) == 1 and parts[0].is_shown:
+        text = parts[0].text
         return text if text.endswith("\n") or not text else f"{text}\n"
-    pieces = [part.head() + "\n" + part.text for part in shown]
-    pieces += [f"{part.head()}\n[{part}: w saves it]\n" for part in others]
+    pieces = [
+        f"{part.head()}\n{part.text if part.is_shown else f'[{part}: w saves it]'}"
+        for part in parts
+    ]
     return "\n".join(
         piece if piece.endswith("\n") else piece + "\n" for piece in pieces
     )
@@ -14536,10 +14640,20 @@ class Terminal:
     @property
     def rows(self) -> int:
         """How high the terminal is; 24 where nobody knows."""
+        return self.size()[1]
+
+    @property
+    def width(self) -> int:
+        """How wide it is; 80 where nobody knows."""
+        return self.size()[0]
+
+    def size(self) -> tuple[int, int]:
+        """(columns, lines) of the terminal."""
         try:
-            return os.get_terminal_size(1).lines or 24
+            found = os.get_terminal_size(1)
         except OSError:
-            return 24
+            return 80, 24
+        return found.columns or 80, found.lines or 24
 
     @property
     def has_colours(self) -> bool:
@@ -14811,6 +14925,38 @@ def append_mail(path: str, text: bytes, mode: int = 0o600) -> str:
         if is_mail:
             lock.release()
         os.close(fd)
+    return path
+
+
+def prepend_mail(path: str, text: bytes) -> str:
+    """Puts mail before what a mailbox of the person's own has; its path.
+
+    The file is the old one or the new one, whole. Raises OSError.
+    """
+    import shutil
+    import tempfile
+
+    path = os.path.realpath(path)
+    with open(path, "ab+") as old:
+        lock = MailboxLock(path, old.fileno())
+        lock_patiently(lock)
+        try:
+            fd, aside = tempfile.mkstemp(".new", ".mail-", os.path.dirname(path))
+            try:
+                with open(fd, "wb") as new:
+                    new.write(text)
+                    old.seek(0)
+                    shutil.copyfileobj(old, new)
+                    new.flush()
+                    os.fchmod(fd, os.fstat(old.fileno()).st_mode & 0o777)
+                    os.fsync(fd)
+                os.rename(aside, path)
+            except BaseException:
+                os.unlink(aside)
+                raise
+            sync_folder(os.path.dirname(path))
+        finally:
+            lock.release()
     return path
 
 
@@ -15556,8 +15702,8 @@ class MailReader(MailSession):
         full = str(address).lower()
         return is_mine or full in known or address.local.lower() in known
 
-    def summary(self, number: int) -> str:
-        """One line of the header list, 80 columns at the most."""
+    def summary(self, number: int, indent: int = 0) -> str:
+        """One line of the header list, as wide as the terminal at the most."""
         message = self.messages[number - 1]
         from_line, header = self.folder.read(message)
         mark = ">" if number == self.dot else " "
@@ -15567,17 +15713,18 @@ class MailReader(MailSession):
             date = terminal_text(os_text(from_line).strip()[-24:][:16])
         size = message.end - message.start
         name = columns(self.shown_name(header, from_line), 20)
-        text = f"{mark}{message.flag}{number:3} {name}  {date:16} "
-        text += f"{message.lines:3}/{size:<5} "
-        subject = " ".join(header.values("subject")[:1])
+        head = f"{mark}{message.flag}{number:3} "
+        tail = f"  {date:16} {message.lines:3}/{size:<5} "
         if not header.has("subject"):
-            return text.rstrip()
-        room = max(0, 76 - len(text))
-        return f'{text}"{columns(decoded(subject), room).rstrip()}"'.rstrip()
+            return f"{head}{name}{tail}".rstrip()
+        subject = decoded(" ".join(header.values("subject")[:1]))
+        used = len(head) + 20 + len(tail) + indent
+        room = max(0, self.terminal.width - 4 - used)
+        return f'{head}{name}{tail}"{columns(subject, room).rstrip()}"'
 
-    def painted(self, number: int) -> str:
+    def painted(self, number: int, indent: int = 0) -> str:
         """The same in colours, where they are wanted and there are any."""
-        text, message = self.summary(number), self.messages[number - 1]
+        text, message = self.summary(number, indent), self.messages[number - 1]
         if not self.variables.has("colour") or not self.terminal.has_colours:
             return text
         code = "33" if "F" in message.flags else "1" if message.is_unread else ""
@@ -16016,25 +16163,37 @@ def list_sorted(reader: MailReader, rest: str) -> None:
         reader.terminal.say(reader.painted(number) + "\n")
 
 
+def thread_parents(reader: MailReader, numbers: list[int]) -> dict[int, int]:
+    """Message -> the one that it answers, wherever that stands; 0 for none."""
+    known: dict[str, int] = {}
+    chains: dict[int, list[str]] = {}
+    for number in numbers:
+        header = reader.read(number)[1]
+        chain = header.values("references") + header.values("in-reply-to")
+        chains[number] = " ".join(chain).split()
+        for name in header.values("message-id")[:1]:
+            known.setdefault(name, number)
+    parents: dict[int, int] = {}
+    for number, chain in chains.items():
+        found = [known[name] for name in chain if name in known]
+        above = parent = found[-1] if found else 0
+        while above and above != number:
+            above = parents.get(above, 0)
+        parents[number] = 0 if above else parent  # none that answers itself
+    return parents
+
+
 def list_threads(reader: MailReader, _: str) -> None:
     """lists the headers, answers below what they answer"""
-    parents: dict[str, int] = {}
     answers: dict[int, list[int]] = {0: []}
     alive = [n for n in reader.every() if not reader.is_gone(n)]
-    for number in alive:
-        for name in reader.read(number)[1].values("message-id")[:1]:
-            parents.setdefault(name, number)
-    for number in alive:
-        header = reader.read(number)[1]
-        chain = " ".join(header.values("references") + header.values("in-reply-to"))
-        known = [parents[name] for name in chain.split() if name in parents]
-        parent = known[-1] if known and known[-1] < number else 0
+    for number, parent in thread_parents(reader, alive).items():
         answers.setdefault(parent, []).append(number)
     line = [(number, 0) for number in answers[0]]
     while line:
         number, depth = line.pop(0)
         mark = " " * min(depth, 8) + ("`-" if depth else "")
-        reader.terminal.say(f"{mark}{reader.painted(number)}\n")
+        reader.terminal.say(f"{mark}{reader.painted(number, len(mark))}\n")
         line[:0] = [(n, depth + 1) for n in answers.get(number, [])]
 
 
@@ -16373,7 +16532,8 @@ def pipe(reader: MailReader, rest: str) -> None:
         raise ValueError("variable cmd not set")
     numbers = reader.numbers(" ".join(words[:-1]))
     reader.terminal.say(f'Pipe to: "{terminal_text(command)}"\n')
-    run_shell(command, reader.raw_text(numbers))
+    end = b"\f" if reader.variables.has("page") else b""
+    run_shell(command, b"".join(reader.raw_text([n]) + end for n in numbers))
     for number in numbers:
         reader.messages[number - 1].was_read = True
         reader.dot = number
@@ -16525,13 +16685,26 @@ def settle_folder(reader: MailReader) -> None:
     folder.write()
     if is_changed:
         reader.terminal.say(f'"{reader.shown_path()}" updated.\n')
+    drop_if_empty(reader)
+
+
+def drop_if_empty(reader: MailReader) -> None:
+    """Removes a mailbox that is empty now, unless `keep` is set."""
+    if reader.variables.has("keep") or reader.folder.is_read_only:
+        return
+    try:
+        if reader.folder.remove_if_empty():
+            reader.terminal.say(f'"{reader.shown_path()}" removed\n')
+    except OSError:
+        return  # a directory that only root may change: it stays, empty
 
 
 def move_to_mbox(reader: MailReader, moved: list[FolderMessage]) -> None:
     """Appends messages to mbox, durably."""
     texts = [reader.folder.rewritten(message) for message in moved]
     path = reader.mbox_path()
-    append_mail(path, b"".join(text.rstrip(b"\n") + b"\n\n" for text in texts))
+    put = append_mail if reader.variables.has("append") else prepend_mail
+    put(path, b"".join(text.rstrip(b"\n") + b"\n\n" for text in texts))
     name = terminal_text(os.path.basename(path))
     reader.terminal.say(f"Saved {counted(len(moved))} in {name}\n")
 
@@ -16575,6 +16748,7 @@ def settle(reader: MailReader) -> None:
     kept = reader.folder.write()
     if kept:
         reader.terminal.say(f"Held {counted(kept)} in {reader.shown_path()}\n")
+    drop_if_empty(reader)
 
 
 def enter_folder(reader: MailReader, rest: str) -> None:
@@ -16605,9 +16779,15 @@ def folder_names(reader: MailReader) -> list[str]:
 
 
 def list_folders(reader: MailReader, _: str) -> None:
-    """lists the folders below `folder`"""
+    """lists the folders below `folder`, by the program LISTER if it is set"""
     if not reader.variables.get("folder"):
         raise ValueError('No value set for "folder"')
+    if reader.variables.get("LISTER"):
+        import shlex
+
+        path = shlex.quote(reader.file_path("+"))
+        run_shell(f"{reader.variables.get('LISTER')} {path}")
+        return
     for name in folder_names(reader):
         reader.terminal.say(terminal_text(name) + "\n")
 

@@ -8994,7 +8994,7 @@ class FakeTerminal:
         self.shown = ""
         self.complaints = []
 
-    rows = 24
+    rows, width = 24, 80
 
     def say(self, text):
         self.shown += text
@@ -9255,6 +9255,244 @@ class TestMailReader:
         parsed = minimta.Header.parse(header.encode())
         found = {k: v for k, v in minimta.reply_fields(parsed, session()) if v}
         assert found == {"Subject": "Re: ", **wanted}
+
+
+BOUNCE = """\
+From: MAILER-DAEMON@host.example
+Subject: Undelivered
+MIME-Version: 1.0
+Content-Type: multipart/report; report-type=delivery-status; boundary=B
+
+--B
+
+It did not work.
+--B
+Content-Type: message/delivery-status
+
+Reporting-MTA: dns; host.example
+Arrival-Date: Wed, 19 Feb 2025 05:10:01 +0000
+
+Final-Recipient: rfc822; eve@far.example
+Action: failed
+Status: 5.1.1
+
+--B
+Content-Type: message/rfc822
+
+From: bob@host.example
+To: eve@far.example
+Subject: =?utf-8?q?gr=C3=BC=C3=9Fe?=
+Message-ID: <1@host.example>
+
+the text of it
+--B--
+"""
+
+# A header's value, and what a person sees of it.
+DECODED_ROWS = [
+    ("=?utf-8?q?gr=C3=BC=C3=9Fe?=", "grüße"),
+    ("a =?utf-8?q?=C3=BC?= b", "a ü b"),
+    ("=?utf-8?q?a?= =?utf-8?q?b?=", "ab"),
+    ("=?x-nobody?q?a=FC?= =?utf-8?q?b=C3=BC?=", "aübü"),
+    ("=?utf-8?b?a?= rest", "=?utf-8?b?a?= rest"),
+    ("ü roh =?utf-8?q?=C3=A4?= 漢", "ü roh ä 漢"),
+    ("=?utf-8*de?q?=C3=A4?=", "ä"),
+    ("=?utf-8?q?=C3?= =?utf-8?q?=BC?=", "ü"),
+    (b"gr\xfc\xdfe".decode(errors="surrogateescape"), "grüße"),
+    ("=?gb2312?b?6Ua98Q==?=", "镕今"),
+    ("=?x-sjis?b?g2U=?=", "テ"),
+    ("=?windows-874?b?oQ==?=", "ก"),
+    ("=?iso-8859-1?q?=FC?=", "ü"),
+    ("=?utf-8?q?=1b[2J?=", "␛[2J"),
+]
+
+# Characters, and how many columns they take.
+WIDTH_ROWS = [("a", 1), ("ü", 1), ("e\u0301", 1), ("漢", 2), ("\u200d", 0), ("ｆ", 2)]
+
+
+def nested_answers():
+    """Three messages: the answers stand before what they answer."""
+    return [
+        mail("third").replace("\n\n", "\nReferences: <1> <2>\n\n", 1),
+        mail("second").replace("\n\n", "\nMessage-ID: <2>\nIn-Reply-To: <1>\n\n", 1),
+        mail("first").replace("\n\n", "\nMessage-ID: <1>\n\n", 1),
+    ]
+
+
+class TestMailShows:
+    """What mail(1) makes of odd mail, odd terminals and odd mailboxes."""
+
+    def header(self, text):
+        return minimta.Header.parse(text.encode())
+
+    @pytest.mark.parametrize(("value", "shown"), DECODED_ROWS)
+    def test_a_value_is_decoded_word_by_word(self, value, shown):
+        assert minimta.decoded(value) == shown
+
+    @pytest.mark.parametrize(("text", "width"), WIDTH_ROWS)
+    def test_text_is_cut_by_its_columns(self, text, width):
+        assert minimta.columns(text, 4) == text + " " * (4 - width)
+        count = 4 // width if width else 9
+        assert minimta.columns(text * 9, 4).rstrip() == text * count
+
+    @pytest.mark.parametrize("width", [60, 80, 132])
+    def test_a_row_is_as_wide_as_the_terminal(self, session, width):
+        reader = session(texts=[mail("subject " * 50)])
+        reader.terminal.width = width
+        assert width - 5 <= len(reader.summary(1)) <= width
+
+    def test_a_row_in_a_thread_is_not_wider(self, session):
+        long = [text.replace("\n", " x" * 60 + "\n", 2) for text in nested_answers()]
+        reader = session(texts=[text.replace(" x" * 60, "", 1) for text in long])
+        reader.obey("thread")
+        assert max(map(len, reader.terminal.shown.split("\n"))) <= 80
+
+    def test_an_answer_that_stands_first_is_below_what_it_answers(self, session):
+        reader = session(texts=nested_answers())
+        reader.obey("thread")
+        rows = reader.terminal.shown.splitlines()
+        assert [row.rpartition('"')[0].rpartition('"')[2] for row in rows] == [
+            *("first", "second", "third")
+        ]
+        assert [row.index("N") for row in rows] == [1, 4, 5]
+
+    def test_messages_that_answer_each_other_are_all_there(self, session):
+        texts = [
+            mail(name).replace(
+                "\n\n", f"\nMessage-ID: <{own}>\nReferences: <{to}>\n\n", 1
+            )
+            for name, own, to in (("a", 1, 2), ("b", 2, 1), ("c", 3, 3))
+        ]
+        reader = session(texts=texts)
+        reader.obey("thread")
+        assert len(reader.terminal.shown.splitlines()) == 3
+
+    def test_of_a_bounce_the_reason_and_the_message_are_shown(self):
+        text = minimta.body_text(self.header(BOUNCE))
+        assert "It did not work.\n" in text
+        assert "Final-Recipient: rfc822; eve@far.example\nAction: failed\n" in text
+        assert "To: eve@far.example\nSubject: grüße\n" in text
+        assert "the text of it\n" in text
+        assert "Message-ID" not in text
+
+    def test_a_message_in_a_part_is_written_whole(self, session, tmp_path):
+        reader = session(texts=[mail("s").partition("\n")[0] + "\n" + BOUNCE + "\n"])
+        reader.obey(f"w 1.3 {tmp_path}/part")
+        assert (tmp_path / "part").read_text().rstrip() == (
+            BOUNCE.partition("message/rfc822\n\n")[2].partition("\n--B--")[0]
+        )
+
+    def test_a_part_without_a_name_gets_one(self, session, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        text = mail("s").partition("\n")[0] + (
+            "\nMIME-Version: 1.0\nContent-Type: multipart/mixed; boundary=B\n\n"
+            "--B\n\nfirst\n--B\nContent-Type: image/png\n"
+            "Content-Transfer-Encoding: base64\n\naGVsbG8=\n--B\n\nlast\n--B--\n\n"
+        )
+        reader = session(texts=[text])
+        body = minimta.body_text(reader.read(1)[1])
+        places = [body.index(word) for word in ("first", "part-2.png", "last")]
+        assert places == sorted(places)
+        reader.obey(f"w 1 {tmp_path}/text")
+        assert (tmp_path / "part-2.png").read_text() == "hello"
+
+    def test_a_mailbox_of_another_system_is_read(self, session):
+        texts = [mail(name, "one", "two").replace("\n", "\r\n") for name in "ab"]
+        reader = session(texts=texts)
+        Path(reader.folder.path).write_bytes("".join(texts).encode())
+        reader.enter(minimta.Folder(reader.folder.path))
+        reader.obey("p 2")
+        assert "Subject: b\nStatus: R\n\none\ntwo\n" in reader.terminal.shown
+        assert "␍" not in reader.terminal.shown
+        os.close(reader.folder.fd)
+
+    @pytest.mark.parametrize("start", ["\n", "\n\n\n", "\r\n"])
+    def test_a_mailbox_may_begin_with_empty_lines(self, session, tmp_path, start):
+        reader = session("d 1", "q", texts=[start + mail("a"), mail("b")])
+        assert len(reader.messages) == 2
+        minimta.run_session(reader)
+        kept = mail("b", status="O")
+        assert (tmp_path / "box").read_bytes() == (start + kept).encode()
+
+    def test_a_page_ends_each_message_in_a_pipe(self, session, tmp_path):
+        reader = session()
+        reader.obey("set page")
+        reader.obey(f"| 1-2 'cat >{tmp_path}/out'")
+        assert (tmp_path / "out").read_text() == "".join(
+            f"{mail(f's{n}', status='RO')}\f" for n in (1, 2)
+        )
+
+    def test_folders_are_listed_by_lister(self, session, tmp_path, capfd):
+        reader = session()
+        (tmp_path / "my mail").mkdir()
+        (tmp_path / "my mail" / "one").touch()
+        reader.obey(f"set 'folder={tmp_path}/my mail' 'LISTER=ls -a'")
+        reader.obey("folders")
+        assert capfd.readouterr().out == ".\n..\none\n"
+
+    def test_commands_are_run_by_the_shell_that_is_set(
+        self, session, tmp_path, monkeypatch
+    ):
+        monkeypatch.setenv("SHELL", "/bin/sh")
+        own = tmp_path / "shell"
+        own.write_text(f'#!/bin/sh\necho "$2" >>{tmp_path}/ran\n')
+        own.chmod(0o755)
+        reader = session()
+        reader.obey(f"set SHELL={own}")
+        reader.obey("!ls")
+        reader.obey("| 1 cat")
+        assert (tmp_path / "ran").read_text() == "ls\ncat\n"
+
+
+class TestMboxOrder:
+    """append and keep: where read mail goes, and mailboxes that are empty."""
+
+    def read_all(self, session, tmp_path, *settings):
+        reader = session("set nohold", f"set MBOX={tmp_path}/mbox", *settings)
+        reader.terminal.lines += ["p 4", "p 5", "d 1-3", "q"]
+        minimta.run_session(reader)
+        return reader
+
+    def test_noappend_puts_mail_before_what_is_there(self, session, tmp_path):
+        (tmp_path / "mbox").write_text(mail("old"))
+        (tmp_path / "mbox").chmod(0o640)
+        self.read_all(session, tmp_path, "set noappend")
+        found = re.findall("Subject: (.*)", (tmp_path / "mbox").read_text())
+        assert found == ["s4", "s5", "old"]
+        assert (tmp_path / "mbox").stat().st_mode & 0o777 == 0o640
+        assert sorted(os.listdir(tmp_path)) == [
+            "box",
+            "mbox",
+            *self.instances(tmp_path),
+        ]
+
+    def instances(self, tmp_path):
+        """What the fixtures have made there."""
+        return [name for name in os.listdir(tmp_path) if name not in ("box", "mbox")]
+
+    def test_append_puts_it_behind(self, session, tmp_path):
+        (tmp_path / "mbox").write_text(mail("old"))
+        self.read_all(session, tmp_path)
+        found = re.findall("Subject: (.*)", (tmp_path / "mbox").read_text())
+        assert found == ["old", "s4", "s5"]
+
+    def test_noappend_makes_a_mbox(self, session, tmp_path):
+        self.read_all(session, tmp_path, "set noappend")
+        found = re.findall("Subject: (.*)", (tmp_path / "mbox").read_text())
+        assert found == ["s4", "s5"]
+
+    def test_an_empty_mailbox_stays(self, session, tmp_path):
+        self.read_all(session, tmp_path)
+        assert (tmp_path / "box").read_text() == ""
+
+    def test_nokeep_removes_it(self, session, tmp_path):
+        reader = self.read_all(session, tmp_path, "set nokeep")
+        assert not (tmp_path / "box").exists()
+        assert f'"{tmp_path}/box" removed\n' in reader.terminal.shown
+
+    def test_nokeep_removes_nothing_that_has_mail(self, session, tmp_path):
+        minimta.run_session(session("set nokeep", "d 1", "q"))
+        assert (tmp_path / "box").exists()
 
 
 # What is typed -> text, subject, recipients, what is shown.

@@ -7107,6 +7107,7 @@ class MaildirBox:
 
 
 MAX_FROM_LINE = 1000  # bytes of a From_ line that are looked at
+HEAD_PIECE = 1 << 14  # bytes that are read to find the end of a header
 MARKS = {"saved": "*", "deleted": "*", "held": "H", "mbox": "M"}
 
 
@@ -7136,16 +7137,25 @@ class FolderMessage:
         self.was_touched = False
 
     @classmethod
-    def found(cls, start: int, text: bytes) -> FolderMessage:
-        """The message with that text, at that place of the file."""
-        ends = [text.find(b"\n\n"), text.find(b"\n\r\n")]
-        head = text[: min((end + 1 for end in ends if end >= 0), default=len(text))]
-        head, words = head.lower(), []
+    def found(cls, view: object, start: int, end: int) -> FolderMessage:
+        """The message at that place of a file."""
+        head_end = view.find(b"\n\n", start, end) + 1 or end
+        head_end = view.find(b"\n\r\n", start, head_end) + 1 or head_end
+        head, words = view[start:head_end].lower(), []
         for name in (b"\nstatus:", b"\nx-status:"):
             rest = head.rpartition(name)[2] if name in head else b""
             words.append(os_text(rest.partition(b"\n")[0].strip().upper()))
         status, flags = (word if word.isalpha() else "" for word in words)
-        return cls(start, start + len(text), text.count(b"\n"), status, flags)
+        return cls(start, end, count_lines(view, start, end), status, flags)
+
+    def extend(self, view: object, end: int) -> None:
+        """Takes in what stands behind it and begins no message.
+
+        Whatever its reader has decided was not of that: it stays.
+        """
+        self.lines += count_lines(view, self.end, end)
+        self.end = end
+        self.state = ""
 
     @property
     def flag(self) -> str:
@@ -7181,8 +7191,17 @@ class FolderMessage:
         return bool(self.state) or self.written != (self.next_status(), self.flags)
 
 
+def count_lines(view: object, start: int, end: int) -> int:
+    """LFs in a part of a file; a block at a time."""
+    places = range(start, end, SEARCH)
+    return sum(view[at : min(at + SEARCH, end)].count(b"\n") for at in places)
+
+
 def find_starts(view: object, start: int) -> object:
-    """Where messages begin: a From_ line with a date, behind an empty line."""
+    """Where messages begin: a From_ line with a date, behind an empty line.
+
+    At `start` none is needed: the file had ended there, as it was.
+    """
     import re
 
     pattern = re.compile(rb"From [^\n]*\d\d:\d\d[^\n]*\d{4}")
@@ -7193,7 +7212,7 @@ def find_starts(view: object, start: int) -> object:
     while place >= -1:
         begin = place + 1
         line = view[begin : begin + MAX_FROM_LINE].partition(b"\n")[0]
-        is_behind = begin == first or view[max(0, begin - 3) : begin].endswith(
+        is_behind = begin in (first, start) or view[max(0, begin - 3) : begin].endswith(
             (b"\n\n", b"\n\r\n")
         )
         if is_behind and pattern.match(line):
@@ -7220,7 +7239,8 @@ class Folder:
     """
 
     def __init__(self, path: str, home: str = "", is_read_only: bool = False) -> None:
-        self.path = path
+        self.name = path  # as it was given
+        self.path = os.path.abspath(path)  # whatever `cd` does
         self.home = home  # the reader's, for what needs a place for a moment
         self.messages: list[FolderMessage] = []
         self.size = 0  # bytes that were looked at
@@ -7237,7 +7257,7 @@ class Folder:
             raise ProgramError(1, f"{path}: {error.strerror}") from None
         if not stat.S_ISREG(os.fstat(self.fd).st_mode):
             raise ProgramError(1, f"{path}: not a regular file")
-        self.lock = MailboxLock(path, self.fd)
+        self.lock = MailboxLock(self.path, self.fd)
         if self.is_read_only:
             self.find_messages()
             return
@@ -7252,17 +7272,34 @@ class Folder:
             self.lock.release()
 
     def find_messages(self) -> None:
-        """Notes the messages behind those that are known already."""
+        """Notes the messages behind those that are known already.
+
+        What is in front of the first of them belongs to the last one known:
+        that had not ended yet.
+        """
         import mmap  # a C module
 
-        size = os.fstat(self.fd).st_size
-        if size:
+        seen = os.fstat(self.fd)
+        size = seen.st_size
+        if size > self.size:
             with mmap.mmap(self.fd, size, access=mmap.ACCESS_READ) as view:
                 starts = list(find_starts(view, self.size))
-                if not self.messages and (not starts or view[: starts[0]].strip()):
-                    raise ProgramError(1, f"{self.path}: not a mailbox")
+                first = starts[0] if starts else size
+                if not self.messages and (not starts or view[:first].strip()):
+                    raise ProgramError(1, f"{self.name}: not a mailbox")
+                self.take_rest(view, first)
                 for start, end in zip(starts, [*starts[1:], size]):
-                    self.messages.append(FolderMessage.found(start, view[start:end]))
+                    self.messages.append(FolderMessage.found(view, start, end))
+        self.note_size(size)
+        self.looked_at = seen.st_ino, size, seen.st_ctime_ns
+
+    def take_rest(self, view: object, end: int) -> None:
+        """Makes what stands in front of `end` the last message's."""
+        if self.messages and end > self.size:
+            self.messages[-1].extend(view, end)
+
+    def note_size(self, size: int) -> None:
+        """So far the file is known now."""
         self.sum = self.checked(self.size, size, self.sum)
         self.size = size
         self.seen = os.fstat(self.fd).st_ino, self.sum
@@ -7271,13 +7308,24 @@ class Folder:
         """Whether mail has come since it was last looked at."""
         return os.fstat(self.fd).st_size > self.size
 
-    def is_replaced(self) -> bool:
-        """Whether the file is shorter, another one, or not there any more."""
+    def is_changed(self) -> bool:
+        """Whether more than the file's end is not as it was.
+
+        What a reader changed can make the file longer, like mail that came:
+        its sum tells, and that is asked for only if the file was touched.
+        """
         try:
             now = os.stat(self.path)
         except OSError:
             return False
-        return now.st_ino != self.seen[0] or now.st_size < self.size
+        touched = now.st_ino, now.st_size, now.st_ctime_ns
+        if touched == self.looked_at:
+            return False
+        is_shorter = now.st_ino != self.seen[0] or now.st_size < self.size
+        if is_shorter or self.fingerprint() != self.seen:
+            return True
+        self.looked_at = touched
+        return False
 
     def take_new(self) -> int:
         """Finds the mail that has come; how many. Raises ProgramError."""
@@ -7307,20 +7355,32 @@ class Folder:
 
     def read(self, message: FolderMessage) -> tuple[bytes, Header]:
         """(From_ line, header with the body as its rest) of one message."""
-        text = self.read_at(message.start, message.end - message.start)
+        return self.parsed(self.read_at(message.start, message.end - message.start))
+
+    def head(self, message: FolderMessage) -> tuple[bytes, Header]:
+        """The same, but the body may be missing: for lists and searches."""
+        text, size = b"", message.end - message.start
+        while len(text) < size and not (b"\n\n" in text or b"\n\r\n" in text):
+            left = min(HEAD_PIECE, size - len(text))
+            text += self.read_at(message.start + len(text), left) or b"\n\n"
+        return self.parsed(text)
+
+    def parsed(self, text: bytes) -> tuple[bytes, Header]:
+        """The From_ line of a text, and what follows."""
         first, _, rest = text.partition(b"\n")
         if first.endswith(b"\r"):  # from another system
             first, rest = first[:-1], rest.replace(b"\r\n", b"\n")
         return first, Header.parse(rest)
 
     def rewritten(self, message: FolderMessage) -> bytes:
-        """The message's text with its new Status."""
+        """The message's text with its new Status, an empty line behind it."""
         first, header = self.read(message)
         header, body = header.without("status", "x-status"), header.rest
         header = header.added("Status", message.next_status())
         if message.flags:
             header = header.added("X-Status", message.flags)
-        return first + b"\n" + bytes(header) + b"\n" + body
+        text = first + b"\n" + bytes(header) + b"\n" + body
+        return text if text.endswith(b"\n\n") else text.rstrip(b"\n") + b"\n\n"
 
     def write(self) -> int:
         """Drops what is deleted or saved, writes each Status; how many stay.
@@ -7330,6 +7390,7 @@ class Folder:
         self.lock_patiently()
         try:
             self.check_unchanged()
+            self.complete_last()
             kept = [message for message in self.messages if not message.state]
             self.replace_tail(self.first_change(), kept)
         except OSError as error:
@@ -7337,6 +7398,20 @@ class Folder:
         finally:
             self.lock.release()
         return len(kept)
+
+    def complete_last(self) -> None:
+        """Takes in what came meanwhile, up to the next message.
+
+        That one and those behind it are nobody's yet: they stay as they are.
+        """
+        import mmap
+
+        size = os.fstat(self.fd).st_size
+        if self.messages and size > self.size:
+            with mmap.mmap(self.fd, size, access=mmap.ACCESS_READ) as view:
+                first = next(find_starts(view, self.size), size)
+                self.take_rest(view, first)
+            self.note_size(first)
 
     def remove_if_empty(self) -> bool:
         """Removes the file if nothing is in it; whether it did."""
@@ -7354,7 +7429,7 @@ class Folder:
     def check_unchanged(self) -> None:
         """Raises ProgramError if more than the file's end is not as it was."""
         if self.fingerprint() != self.seen:
-            why = f"{self.path}: another program changed it: x leaves it so"
+            why = f"{self.name}: another program changed it: x leaves it so"
             raise ProgramError(1, why)
 
     def fingerprint(self) -> tuple[int, int]:
@@ -14256,7 +14331,8 @@ LARGER_CHARSETS = {
     **dict.fromkeys(("gb2312", "gbk", "x-gbk"), "gb18030"),
     **dict.fromkeys(("shift_jis", "shift-jis", "x-sjis", "sjis"), "cp932"),
     **dict.fromkeys(("euc-kr", "ks_c_5601-1987"), "cp949"),
-    **{"windows-874": "cp874", "iso-8859-8-i": "iso-8859-8"},
+    "windows-874": "cp874",
+    "iso-8859-8-i": "iso-8859-8",
 }
 
 
@@ -14349,46 +14425,87 @@ class HtmlText:
 
     BREAKS = frozenset("br div h1 h2 h3 h4 h5 h6 hr li ol p pre table tr ul".split())
     SILENT = frozenset("script style title".split())  # </head> may be left out
+    VOID = frozenset("area base br col hr img input link meta wbr".split())
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.pieces: list[str] = []
         self.links: list[str] = []
-        self.silent = 0
+        self.silent: list[str] = []  # open tags of what is not shown
+        self.lists: list[int] = []  # numbers of open lists; -1 for none
+        self.is_kept = False  # whether blanks and line ends count: pre
         self.open_link = 0
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         """A tag begins something."""
-        if tag in self.SILENT:
-            self.silent += 1
+        values = {name: value or "" for name, value in attrs}
+        if tag == "body":
+            self.silent.clear()  # somebody forgot </title>
+        style = values.get("style", "").replace(" ", "").lower()
+        is_hidden = "hidden" in values or "display:none" in style
+        if tag in self.SILENT or self.silent or is_hidden:
+            self.silent += [tag] if tag not in self.VOID else []
         elif tag in self.BREAKS:
-            self.pieces.append("\n* " if tag == "li" else "\n")
+            self.begin_block(tag)
         elif tag in ("td", "th"):
             self.pieces.append(" ")
-        elif tag == "a" and dict(attrs).get("href"):
-            self.links.append(dict(attrs)["href"])
+        elif tag == "img" and values.get("alt", "").strip():
+            self.pieces.append(f" [{values['alt'].strip()}] ")
+        elif tag == "a" and values.get("href"):
+            self.links.append(values["href"])
             self.open_link = len(self.links)
+
+    def begin_block(self, tag: str) -> None:
+        """What stands in lines of its own."""
+        if tag in ("ol", "ul"):
+            self.lists.append(0 if tag == "ol" else -1)
+        self.is_kept |= tag == "pre"
+        mark = ""
+        if tag == "li":
+            number = self.lists[-1] if self.lists else -1
+            mark = f"{number + 1}. " if number >= 0 else "* "
+            self.lists[-1:] = [number + (number >= 0)] if self.lists else []
+        self.pieces.append(f"\n{mark}")
 
     def handle_endtag(self, tag: str) -> None:
         """A tag ends something."""
-        if tag in self.SILENT:
-            self.silent = max(0, self.silent - 1)
+        if tag in self.silent:
+            while self.silent.pop() != tag:
+                pass
         elif tag == "a" and self.open_link:
             self.pieces.append(f" [{self.open_link}]")
             self.open_link = 0
         elif tag in self.BREAKS and tag != "li":
+            self.is_kept &= tag != "pre"
+            self.lists[-1:] = self.lists[-1:] if tag not in ("ol", "ul") else []
             self.pieces.append("\n")
 
     def handle_data(self, data: str) -> None:
-        """Text, whose line ends mean nothing."""
-        if not self.silent:
+        """Text, whose line ends mean nothing, but in pre."""
+        data = data.replace("\0", "")
+        if self.silent:
+            return
+        if self.is_kept:  # NUL: a blank that stays
+            self.pieces.append(data.expandtabs().replace(" ", "\0"))
+        else:
             self.pieces.append(" ".join(f"|{data}|".split())[1:-1])
+
+    def lines(self) -> object:
+        """Its lines, none much wider than 76 columns."""
+        import textwrap
+
+        for line in "".join(self.pieces).split("\n"):
+            if "\0" in line or len(line) < 77:
+                yield " ".join(line.split()).replace("\0", " ").rstrip()
+            else:
+                yield from textwrap.wrap(
+                    line, 76, break_long_words=False, break_on_hyphens=False
+                )
 
     def text(self) -> str:
         """All of it."""
-        lines = [" ".join(line.split()) for line in "".join(self.pieces).split("\n")]
         found: list[str] = []
-        for line in lines:
+        for line in self.lines():
             if line or found and found[-1]:
                 found.append(line)
         links = [f"[{number}] {link}" for number, link in enumerate(self.links, 1)]
@@ -14401,7 +14518,22 @@ HTML_OPEN = 1 << 14  # characters of a tag or a comment that has no end
 
 
 def html_text(text: str) -> str:
-    """HTML reduced to what can be read; its links stand at the end."""
+    """HTML reduced to what can be read; its links stand at the end.
+
+    Where that is nothing, although there are words, what is left of them
+    without their tags.
+    """
+    import re
+
+    found = parsed_html(text)
+    if found.strip():
+        return found
+    text = re.sub(r"(?is)<(script|style)\b.*?</\1|<[^<>]*>", " ", text)
+    return " ".join(text.split()) + "\n" if text.strip() else found
+
+
+def parsed_html(text: str) -> str:
+    """The same by html.parser, as far as that understands it."""
     from html.parser import HTMLParser
 
     reader = type("Reader", (HtmlText, HTMLParser), {})()
@@ -14470,9 +14602,7 @@ class MailPart:
         self.number = number
         self.part = part
         self.kind = part.get_content_type()
-        self.is_shown = (
-            part.get_content_maintype() == "text" or self.kind in MESSAGE_KINDS
-        )
+        self.is_shown = is_text(part) or self.kind in MESSAGE_KINDS
         try:
             self.name = safe_name(decoded(part.get_filename("")))
         except (ValueError, TypeError, LookupError):
@@ -14492,8 +14622,8 @@ class MailPart:
             return b""
 
     @property
-    def text(self) -> str:
-        """What it says, safe to show; of a message the head that counts."""
+    def words(self) -> str:
+        """What it says; of a message the head that counts."""
         data = self.data
         if self.kind == "message/rfc822":
             header = Header.parse(data)
@@ -14502,7 +14632,12 @@ class MailPart:
         text = readable(data, self.part.get_content_charset("utf-8"))
         if self.kind == "text/html":
             text = html_text(text)
-        return terminal_text(text.replace("\r\n", "\n"))
+        return text.replace("\r\n", "\n")
+
+    @property
+    def text(self) -> str:
+        """The same, safe to show."""
+        return terminal_text(self.words)
 
     def head(self) -> str:
         """What is said of it before its text."""
@@ -14515,6 +14650,22 @@ class MailPart:
     def __str__(self) -> str:
         name = f" {self.name}" if self.name else ""
         return f"{self.number} {self.kind}{name} {shown_size(len(self.data))}"
+
+
+def best_form(parts: list) -> object:
+    """Which of several forms of the same text a person is shown.
+
+    Plain text, if there is any; else the last one that has text at all.
+    """
+    plain = [part for part in parts if part.get_content_type() == "text/plain"]
+    plain = [part for part in plain if MailPart(0, part).data.strip()]
+    texts = [part for part in parts if any(map(is_text, part.walk()))]
+    return (plain or texts[-1:] or parts[-1:])[0]
+
+
+def is_text(part: object) -> bool:
+    """Whether a part is text, plain or not."""
+    return part.get_content_maintype() == "text"
 
 
 def mail_parts(header: Header) -> list[MailPart]:
@@ -14536,8 +14687,7 @@ def mail_parts(header: Header) -> list[MailPart]:
             return
         best = None
         if part.get_content_type() == "multipart/alternative" and subparts:
-            plain = [p for p in subparts if p.get_content_type() == "text/plain"]
-            best = (plain or subparts[-1:])[0]
+            best = best_form(subparts)
         for sub in subparts:
             walk(sub, depth + 1, is_shown and best in (None, sub))
 
@@ -14564,17 +14714,48 @@ def mime_text(header: Header) -> str:
     )
 
 
-def body_text(header: Header, limit: int = 1 << 24) -> str:
-    """The readable text of a message: its text/plain part, decoded."""
+def is_plain(header: Header) -> bool:
+    """Whether a message's text can be read as it stands there."""
     kind = " ".join(header.values("content-type")).lower()
     coding = " ".join(header.values("content-transfer-encoding")).lower()
     main, _, rest = kind.partition(";")
-    is_plain = main.strip() in ("", "text/plain", "text")
     charset = rest.partition("charset=")[2].partition(";")[0].strip(' "')
-    is_plain &= charset in ("", "utf-8", "us-ascii", "ascii", "unknown-8bit")
-    if not is_plain or coding in ("quoted-printable", "base64"):
-        return mime_text(header)
-    return terminal_text(readable(header.rest[:limit], "utf-8"))
+    return (
+        main.strip() in ("", "text/plain", "text")
+        and charset in ("", "utf-8", "us-ascii", "ascii", "unknown-8bit")
+        and coding not in ("quoted-printable", "base64")
+    )
+
+
+def body_text(header: Header) -> str:
+    """The readable text of a message: its text/plain part, decoded."""
+    if is_plain(header):
+        return terminal_text(readable(header.rest, "utf-8"))
+    return mime_text(header)
+
+
+def own_text(header: Header) -> str:
+    """The text of a message without what is attached."""
+    kind = " ".join(header.values("content-type")).lower()
+    if "multipart/" not in kind:
+        return body_text(header)
+    parts = [part for part in mail_parts(header) if part.is_shown and not part.name]
+    return "".join(part.text for part in parts)
+
+
+def written_text(header: Header) -> bytes:
+    """The text of a message as `write` puts it into a file.
+
+    Its bytes as they are, or UTF-8; of one that has no text what it holds.
+    """
+    if is_plain(header):
+        return os_bytes(unquoted(os_text(header.rest)))
+    parts = mail_parts(header)
+    texts = [part for part in parts if part.is_shown and not part.name]
+    if not texts and len(parts) == 1:
+        return parts[0].data
+    text = "".join(unquoted(part.words) for part in texts)
+    return text.encode("utf-8", "replace")
 
 
 def unquoted(text: str) -> str:
@@ -14608,18 +14789,33 @@ def run_shell(command: str, text: bytes = b"", wants_output: bool = False) -> by
 
     Raises ValueError where it fails and its output was wanted.
     """
+    import signal
     import subprocess
 
     shell = os.environ.get("SHELL") or SHELL
     how = {"input": text} if text or wants_output else {}
     output = subprocess.PIPE if wants_output else None
+    # Ctrl-C is for the program that runs: an editor goes on, and so do we.
+    # A handler and not SIG_IGN, for that would be handed down.
+    before = signal.getsignal(signal.SIGINT)
+    if callable(before):
+        signal.signal(signal.SIGINT, lambda *_: None)
     try:
         done = subprocess.run([shell, "-c", command], stdout=output, check=False, **how)
     except OSError as error:
         raise ValueError(f"{shell}: {error.strerror}") from None
+    finally:
+        if callable(before):
+            signal.signal(signal.SIGINT, before)
     if wants_output and done.returncode:
         raise ValueError(f'"{command}" failed: exit code {done.returncode}')
     return done.stdout or b""
+
+
+def banged(text: str, last: str) -> str:
+    """A command with the one before it for each `!` without a backslash."""
+    parts = text.split("\\!")
+    return "!".join(part.replace("!", last) for part in parts)
 
 
 class Terminal:
@@ -14628,6 +14824,7 @@ class Terminal:
     def __init__(self) -> None:
         self.is_interactive = os.isatty(0)
         self.buffer = b""
+        self.last_command = ""  # what was given to the shell last
 
     def say(self, text: str) -> None:
         """Prints text as it is."""
@@ -14648,12 +14845,10 @@ class Terminal:
         return self.size()[0]
 
     def size(self) -> tuple[int, int]:
-        """(columns, lines) of the terminal."""
-        try:
-            found = os.get_terminal_size(1)
-        except OSError:
-            return 80, 24
-        return found.columns or 80, found.lines or 24
+        """(columns, lines): COLUMNS and LINES, else what the terminal has."""
+        import shutil
+
+        return tuple(shutil.get_terminal_size((80, 24)))
 
     @property
     def has_colours(self) -> bool:
@@ -14668,6 +14863,13 @@ class Terminal:
             self.say(text)
             return
         run_shell(pager or "more", text.encode("utf-8", "replace"))
+
+    def run(self, command: str, variables: Variables) -> None:
+        """Runs a command, or a shell; with `bang` ! in it is the last one."""
+        if command and variables.has("bang"):
+            command = banged(command, self.last_command)
+        self.last_command = command or self.last_command
+        run_shell(command or os.environ.get("SHELL") or SHELL)
 
     def read(self) -> bytes:
         """Some bytes of standard input. Raises ProgramError."""
@@ -14695,7 +14897,7 @@ class Terminal:
         if not self.is_interactive:
             return usual
         if usual and self.can_edit():
-            return (self.edit_line(prompt, usual) or "").strip()
+            return (self.edit_line(prompt, usual, is_kept=False) or "").strip()
         shown = f"{prompt}[{terminal_text(usual)}] " if usual else prompt
         return os_text(self.read_line(shown) or b"").strip() or usual
 
@@ -14710,10 +14912,16 @@ class Terminal:
         readline.parse_and_bind("set enable-bracketed-paste off")
         return True
 
-    def edit_line(self, prompt: str, usual: str = "") -> str | None:
-        """A line that may be edited while it is typed; None at the end."""
+    def edit_line(
+        self, prompt: str, usual: str = "", is_kept: bool = True
+    ) -> str | None:
+        """A line that may be edited while it is typed; None at the end.
+
+        `is_kept`: whether it may be called up again, as a command may.
+        """
         import readline
 
+        readline.set_auto_history(is_kept)
         readline.set_startup_hook(lambda: readline.insert_text(usual))
         try:
             return input(prompt)
@@ -14722,15 +14930,19 @@ class Terminal:
         finally:
             readline.set_startup_hook(None)
 
-    def read_command(self, prompt: str, names: list[str]) -> bytes | None:
-        """A command line: with history, and Tab for the names of commands."""
+    def read_command(self, prompt: str, names: object) -> bytes | None:
+        """A command line: with history, and Tab for the names of things.
+
+        `names(line, word)` are those that may stand for `word` behind `line`.
+        """
         is_plain = os.environ.get("TERM", "dumb") == "dumb"
         if is_plain or not self.is_interactive or not self.can_edit():
             return self.read_line(prompt)
         import readline
 
         def complete(text: str, state: int) -> str | None:
-            found = [name for name in names if name.startswith(text)]
+            line = readline.get_line_buffer()[: readline.get_begidx()]
+            found = [name for name in names(line, text) if name.startswith(text)]
             return found[state] if state < len(found) else None
 
         readline.set_completer(complete)
@@ -14845,6 +15057,7 @@ class Sheet:
         self.more: list[tuple[str, str]] = []
         self.text = b""
         self.attached: list[str] = []
+        self.enclosed: list[bytes] = []  # parts of other letters, as they came
         self.sender = ""
         self.record = ""  # the file for a copy, in place of `record`
         self.boundary = f"=_{os.urandom(12).hex()}"  # of its parts
@@ -14871,6 +15084,11 @@ class Sheet:
         """Whether a field, in lower case, was given."""
         return any(name.lower() == key for name, _ in self.more)
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether there is more than the text."""
+        return bool(self.attached or self.enclosed)
+
     def own_type(self) -> str:
         """The Content-Type that the text was given, or ""."""
         return next((v for n, v in self.more if n.lower() == "content-type"), "")
@@ -14884,7 +15102,7 @@ class Sheet:
         }
         found += [("To", rows["To"]), ("Subject", self.subject)]
         found += [("Cc", rows["Cc"]), ("Bcc", rows["Bcc"])]
-        hidden = ("from", "content-type") if self.attached else ("from",)
+        hidden = ("from", "content-type") if self.has_parts else ("from",)
         found += [pair for pair in self.more if pair[0].lower() not in hidden]
         return [(name, value) for name, value in found if value.strip()]
 
@@ -14964,8 +15182,15 @@ def folder_path(name: str, variables: Variables, home: str) -> str:
     """The file that a folder's name means: `+x` is below `folder`."""
     if name.startswith("+") and variables.get("folder"):
         name = os.path.join(variables.get("folder"), name[1:])
-        return os.path.join(home, os.path.expanduser(name))
-    return os.path.expandvars(os.path.expanduser(name))
+        path = os.path.join(home, os.path.expanduser(name))
+    else:
+        path = os.path.expandvars(os.path.expanduser(name))
+    if not os.path.lexists(path) and set("*?[") & set(path):
+        import glob
+
+        found = glob.glob(path)
+        path = found[0] if len(found) == 1 else path
+    return path
 
 
 def text_form(text: bytes) -> tuple[str, str]:
@@ -15001,9 +15226,10 @@ def coded_text(text: bytes) -> bytes:
 def mime_fields(sheet: Sheet) -> list[tuple[str, str]]:
     """What says how a letter is to be read."""
     kind, coding = text_form(sheet.text)
-    if sheet.attached:
+    if sheet.has_parts:
         kind = f'multipart/mixed; boundary="{sheet.boundary}"'
-        coding = "8bit" if coding == "8bit" else "7bit"
+        is_plain = coding != "8bit" and all(map(bytes.isascii, sheet.enclosed))
+        coding = "7bit" if is_plain else "8bit"
     return [
         ("MIME-Version", "1.0"),
         ("Content-Type", kind),
@@ -15011,20 +15237,41 @@ def mime_fields(sheet: Sheet) -> list[tuple[str, str]]:
     ]
 
 
+# What a file is that was packed, by what mimetypes says of it.
+PACKED_TYPES = {
+    "gzip": "application/gzip",
+    "bzip2": "application/x-bzip2",
+    "xz": "application/x-xz",
+}
+
+
+def file_type(path: str, data: bytes) -> str:
+    """The Content-Type of a file, with a charset if it is text."""
+    from mimetypes import guess_type
+
+    kind, packed = guess_type(path)
+    if packed:
+        return PACKED_TYPES.get(packed, "application/octet-stream")
+    if kind and kind.startswith("text/"):
+        charset = text_form(data)[0].partition("charset=")[2]
+        return f"{kind}; charset={charset}" if charset else kind
+    return kind or "application/octet-stream"
+
+
 def attachment(path: str) -> bytes:
     """A file as a part: head and base64. Raises ProgramError."""
     from base64 import encodebytes
-    from mimetypes import guess_type
 
     try:
         with open(path, "rb") as file:
             data = file.read()
     except OSError as error:
         raise ProgramError(1, f"{path}: {error.strerror}") from None
-    kind = guess_type(path)[0] or "application/octet-stream"
+    kind = file_type(path, data)
     name = os.path.basename(path)
     shown = f'filename="{name}"'
-    if not name.isascii() or '"' in name or "\\" in name:
+    is_plain = name.isascii() and name.isprintable()
+    if not is_plain or '"' in name or "\\" in name:
         from urllib.parse import quote
 
         shown = f"filename*=utf-8''{quote(os_bytes(name))}"  # RFC 2231
@@ -15034,14 +15281,15 @@ def attachment(path: str) -> bytes:
 
 def mail_body(sheet: Sheet) -> bytes:
     """The text, with what is attached behind it. Raises ProgramError."""
-    if not sheet.attached:
+    if not sheet.has_parts:
         return coded_text(sheet.text)
     kind, coding = text_form(sheet.text)
     kind = sheet.own_type() or kind
     head = f"Content-Type: {kind}\nContent-Transfer-Encoding: {coding}\n\n"
     line = f"--{sheet.boundary}"
     parts = [os_bytes(f"{line}\n{head}") + coded_text(sheet.text)]
-    parts += [os_bytes(f"\n{line}\n") + attachment(path) for path in sheet.attached]
+    more = [*map(attachment, sheet.attached), *sheet.enclosed]
+    parts += [os_bytes(f"\n{line}\n") + part for part in more]
     return b"".join([*parts, os_bytes(f"\n{line}--\n")])
 
 
@@ -15061,12 +15309,14 @@ class Composer:
         self.reader = reader
         self.sheet = Sheet([])
         self.is_finished = False
+        self.answered: set[str] = set()  # fields that were asked for
 
     def ask_late(self) -> None:
-        """What askcc, askbcc and their like ask for behind the text."""
+        """What askcc, askbcc and their like ask for behind the text, once."""
         for variable, name in (("askcc", "Cc"), ("askbcc", "Bcc")):
-            if self.variables.has(variable):
+            if self.variables.has(variable) and name not in self.answered:
                 self.sheet.add(name, self.terminal.ask(f"{name}: "))
+                self.answered.add(name)
 
     def ask_first(self, sheet: Sheet) -> None:
         """The subject, where a person is to be asked for it."""
@@ -15099,8 +15349,7 @@ class Composer:
         try:
             body = mail_body(sheet)
             letter = self.letter(header, sheet.sender, body)
-            hand_over = self.hand_over if variables.get("sendmail") else self.submit
-            queue_id = hand_over(letter)
+            queue_id = self.dispatch(letter)
         except (MailError, ProgramError):
             self.rescue(bytes(header) + b"\n" + body)
             raise
@@ -15121,6 +15370,11 @@ class Composer:
         known["name"] = ""  # mailx leaves it to -r and the variable `from`
         header = complete_header(header, {**known, "address": str(sender)})
         return Letter(sender, recipients, header, [body])
+
+    def dispatch(self, letter: Letter) -> str:
+        """Sends a letter by whoever is to do that; its id. MailError."""
+        has_other = self.variables.get("sendmail")
+        return self.hand_over(letter) if has_other else self.submit(letter)
 
     def submit(self, letter: Letter) -> str:
         """Submits a letter by ourselves; its queue id. MailError."""
@@ -15282,7 +15536,7 @@ def escape_write(composer: Composer, rest: str) -> None:
 
 def escape_shell(composer: Composer, rest: str) -> None:
     """~!COMMAND runs it"""
-    run_shell(rest or os.environ.get("SHELL") or SHELL)
+    composer.terminal.run(rest, composer.variables)
     composer.terminal.say("!\n")
 
 
@@ -15352,7 +15606,7 @@ def escape_command(composer: Composer, rest: str) -> None:
     """~:COMMAND does a command of mail"""
     if composer.reader is None:
         raise ValueError("The ~: escape is only for who reads mail.")
-    composer.reader.obey(rest)
+    composer.reader.obey_aside(rest)
     composer.terminal.say("(continue)\n")
 
 
@@ -15533,7 +15787,10 @@ class MailSession:
         self.variables = variables
         self.commands = commands  # rows of (names, function, help)
         self.wants: list[bool] = []  # of `if`: whether its lines count
+        self.sources: list[str] = []  # files whose lines are being obeyed
         self.is_reading = True
+        self.own_path = ""  # the mailbox that mail is delivered to
+        self.previous = ""  # the folder before this one
 
     def find_command(self, word: str) -> object:
         """The command of a name or an unfinished one; next for none."""
@@ -15576,12 +15833,18 @@ class MailSession:
             self.terminal.complain(text)
 
     def source(self, path: str) -> None:
-        """Obeys the lines of a file. Raises OSError."""
+        """Obeys the lines of a file. Raises OSError, ValueError."""
+        if len(self.sources) >= MAX_DEPTH:
+            raise ValueError(f"{path}: too many files that name one another")
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             text = file.read(MAX_MAP).replace("\\\n", " ")
-        for line in text.split("\n"):
-            if line.strip() and not self.obey(line) and not self.is_ready:
-                return  # POSIX: an error ends a start-up file
+        self.sources.append(path)
+        try:
+            for line in text.split("\n"):
+                if line.strip() and not self.obey(line) and not self.is_ready:
+                    return  # POSIX: an error ends a start-up file
+        finally:
+            self.sources.pop()
 
     def source_if_there(self, path: str) -> None:
         """The same for a file that need not be there."""
@@ -15596,6 +15859,24 @@ class MailSession:
     def file_path(self, name: str) -> str:
         """A path that a person wrote."""
         return folder_path(name, self.variables, self.house.user.home)
+
+    def path_of(self, name: str) -> str:
+        """The file of a folder's name: `%`, `%user`, `#`, `&`, `+x`."""
+        if name == "%":
+            return self.own_path
+        if name[:1] == "%":
+            spool = self.house.settings.mail_spool_directory
+            return f"{spool}/{os.path.basename(name[1:])}"
+        if name == "#":
+            if not self.previous:
+                raise ValueError("No previous file")
+            return self.previous
+        return self.mbox_path() if name == "&" else self.file_path(name)
+
+    def mbox_path(self) -> str:
+        """Where mail goes that was read: MBOX, or ~/mbox."""
+        usual = os.path.join(self.house.user.home, "mbox")
+        return self.file_path(self.variables.get("MBOX", usual))
 
 
 # Letter behind a colon -> which messages it means.
@@ -15626,11 +15907,9 @@ class MailReader(MailSession):
 
     def __init__(self, session: MailSession, folder: Folder, commands: tuple) -> None:
         super().__init__(session.house, session.terminal, session.variables, commands)
-        self.own_path = folder.path
+        self.own_path = session.own_path or folder.path
         self.is_system = True  # whether the folder is where mail is delivered
-        self.previous = ""
         self.sought = ""  # what /TEXT looked for last
-        self.last_command = ""  # what `!` ran last
         self.is_over = False
         self.enter(folder)
 
@@ -15668,13 +15947,19 @@ class MailReader(MailSession):
 
     def shown_path(self) -> str:
         """The folder's name."""
-        return terminal_text(self.folder.path)
+        return terminal_text(self.folder.name)
+
+    def is_overtaken(self) -> bool:
+        """Whether the folder had to be read anew: its numbers are others."""
+        if not self.folder.is_changed():
+            return False
+        self.terminal.say("Another program has changed the folder: read anew\n")
+        self.enter(Folder(self.folder.path, self.house.user.home))
+        return True
 
     def look_for_mail(self) -> None:
         """Takes in what came since the last look."""
-        if self.folder.is_replaced():
-            self.terminal.say("Another program has changed the folder: read anew\n")
-            self.enter(Folder(self.folder.path, self.house.user.home))
+        self.is_overtaken()
         if self.folder.has_grown() and self.terminal.is_interactive:
             count = self.folder.take_new()
             if count:
@@ -15686,6 +15971,28 @@ class MailReader(MailSession):
     def read(self, number: int) -> tuple[bytes, Header]:
         """(From_ line, header with the body as its rest) of one message."""
         return self.folder.read(self.messages[number - 1])
+
+    def head(self, number: int) -> tuple[bytes, Header]:
+        """The same without what may be large."""
+        return self.folder.head(self.messages[number - 1])
+
+    def answered_header(self, number: int) -> Header:
+        """The header of a message that is answered.
+
+        Who has no From field is known by the envelope.
+        """
+        from_line, header = self.read(number)
+        words = os_text(from_line).split()
+        if " ".join(header.values("from")).strip() or len(words) < 2:
+            return header
+        return header.without("from").added("From", words[1])
+
+    def obey_aside(self, line: str) -> None:
+        """A command of somebody who writes a letter. Raises ValueError."""
+        word = split_command(line)[0]
+        if self.find_command(word) in NOT_WHILE_WRITING:
+            raise ValueError(f'"{word}": not while a letter is written')
+        self.obey(line)
 
     def is_gone(self, number: int) -> bool:
         """Whether a message is deleted."""
@@ -15704,14 +16011,14 @@ class MailReader(MailSession):
 
     def summary(self, number: int, indent: int = 0) -> str:
         """One line of the header list, as wide as the terminal at the most."""
+        import re
+
         message = self.messages[number - 1]
-        from_line, header = self.folder.read(message)
+        from_line, header = self.head(number)
         mark = ">" if number == self.dot else " "
-        words = os_text(from_line).split()
-        date = terminal_text(" ".join(words[-5:])[:16])
-        if len(words) > 4 and len(words[-3]) == 1:
-            date = terminal_text(os_text(from_line).strip()[-24:][:16])
-        size = message.end - message.start
+        found = re.search(rb"\w{3} \w{3} [ \d]\d \d\d:\d\d", from_line)
+        words = os_text(found[0] if found else from_line[-24:]).strip()
+        date, size = terminal_text(words[:16]), message.end - message.start
         name = columns(self.shown_name(header, from_line), 20)
         head = f"{mark}{message.flag}{number:3} "
         tail = f"  {date:16} {message.lines:3}/{size:<5} "
@@ -15823,14 +16130,13 @@ class MailReader(MailSession):
 
     def searched(self, number: int, name: str) -> str:
         """What a search looks at, in lower case."""
-        _, header = self.read(number)
         if name == "body":
-            return body_text(header).lower()
-        return decoded(" ".join(header.values(name))).lower()
+            return body_text(self.read(number)[1]).lower()
+        return decoded(" ".join(self.head(number)[1].values(name))).lower()
 
     def author(self, number: int) -> str:
         """Name and address of who wrote a message."""
-        from_line, header = self.read(number)
+        from_line, header = self.head(number)
         values = " ".join(header.values("from")) or os_text(from_line)
         return f"{decoded(values)} {sender_name(header, from_line)}"
 
@@ -15885,23 +16191,11 @@ class MailReader(MailSession):
         name = words.pop() if words else usual
         return self.numbers(" ".join(map(quoted_word, words))), self.path_of(name)
 
-    def path_of(self, name: str) -> str:
-        """The file of a folder's name: `%`, `%user`, `#`, `&`, `+x`."""
-        spool = self.house.settings.mail_spool_directory
-        if name == "%":
-            return self.own_path
-        if name[:1] == "%":
-            return f"{spool}/{os.path.basename(name[1:])}"
-        if name == "#":
-            if not self.previous:
-                raise ValueError("No previous file")
-            return self.previous
-        return self.mbox_path() if name == "&" else self.file_path(name)
-
-    def mbox_path(self) -> str:
-        """Where mail goes that was read: MBOX, or ~/mbox."""
-        usual = os.path.join(self.house.user.home, "mbox")
-        return self.file_path(self.variables.get("MBOX", usual))
+    def page(self, text: str) -> None:
+        """Prints, by the pager if that is more than `crt` lines."""
+        limit = self.variables.number("crt", self.terminal.rows)
+        limit = limit if self.variables.has("crt") else 0
+        self.terminal.page(text, self.variables.get("PAGER"), limit)
 
     def composer(self) -> Composer:
         """Who writes letters in this session."""
@@ -16029,13 +16323,8 @@ def show(reader: MailReader, rest: str, has_all: bool = False) -> None:
         status = message.next_status() if message.status else "R"
         first = f"Message {number:2}:\n{terminal_text(os_text(from_line))}\n"
         text = f"{first}{head}\nStatus: {status}\n\n{body}"
-        variables = reader.variables
-        limit = reader.variables.number("crt", reader.terminal.rows)
-        limit = limit if variables.has("crt") else 0
-        reader.terminal.page(text, variables.get("PAGER"), limit)
+        reader.page(text)
         reader.dot, reader.was_printed = number, True
-        if variables.has("page"):
-            reader.terminal.say("\f")
 
 
 def print_next(reader: MailReader, rest: str) -> None:
@@ -16141,7 +16430,7 @@ def date_of(reader: MailReader, number: int) -> tuple[float, int]:
     """When a message was written, by its Date; else where it stands."""
     from email.utils import mktime_tz, parsedate_tz  # only for sorting
 
-    value = (reader.read(number)[1].values("date") or [""])[0]
+    value = (reader.head(number)[1].values("date") or [""])[0]
     try:
         return float(mktime_tz(parsedate_tz(value))), number
     except (TypeError, ValueError, OverflowError):
@@ -16168,7 +16457,7 @@ def thread_parents(reader: MailReader, numbers: list[int]) -> dict[int, int]:
     known: dict[str, int] = {}
     chains: dict[int, list[str]] = {}
     for number in numbers:
-        header = reader.read(number)[1]
+        header = reader.head(number)[1]
         chain = header.values("references") + header.values("in-reply-to")
         chains[number] = " ".join(chain).split()
         for name in header.values("message-id")[:1]:
@@ -16235,6 +16524,8 @@ def undelete(reader: MailReader, rest: str) -> None:
         message = reader.messages[number - 1]
         message.state, message.was_read = "", True
         reader.dot = number
+    if reader.variables.has("autoprint"):
+        show(reader, str(reader.dot))
 
 
 def marker(state: str, **changes: object) -> object:
@@ -16316,7 +16607,8 @@ def author_name(reader: MailReader, rest: str) -> str:
     words = os_text(from_line).split()
     address = found[0] if found else words[1] if words[1:] else "unknown"
     name = safe_name(address.partition("@")[0]).lstrip("+%#&~|") or "unknown"
-    return f"{'+' if reader.variables.get('folder') else ''}{name}"
+    is_below = reader.variables.has("outfolder") and reader.variables.get("folder")
+    return f"{'+' if is_below else ''}{name}"
 
 
 def author_file(reader: MailReader, rest: str) -> str:
@@ -16334,13 +16626,13 @@ def copy_by_author(reader: MailReader, rest: str) -> None:
     copy(reader, author_file(reader, rest))
 
 
-def own_text(header: Header) -> str:
-    """The text of a message without what is attached."""
-    kind = " ".join(header.values("content-type")).lower()
-    if "multipart/" not in kind:
-        return body_text(header)
-    parts = [part for part in mail_parts(header) if part.is_shown and not part.name]
-    return "".join(part.text for part in parts)
+def free_name(name: str) -> str:
+    """`a-1.png` for `a.png`: a name that no file has yet."""
+    stem, ending = os.path.splitext(name)
+    number = 1
+    while os.path.lexists(f"{stem}-{number}{ending}"):
+        number += 1
+    return f"{stem}-{number}{ending}"
 
 
 def put_part(reader: MailReader, part: MailPart, name: str) -> None:
@@ -16360,8 +16652,14 @@ def offer_part(reader: MailReader, part: MailPart) -> None:
     """Asks where an attachment is to go, and writes it; never over a file."""
     prompt = f"Enter filename for part {part.number} ({terminal_text(part.kind)}): "
     name = reader.terminal.ask(prompt, part.name)
-    if name:
+    if not name:
+        return
+    try:
         put_part(reader, part, name)
+    except ValueError as error:
+        free = free_name(name)
+        reader.terminal.say(f"{terminal_text(f'{error}: written to {free}')}\n")
+        put_part(reader, part, free)
 
 
 def write_part(reader: MailReader, number: int, wanted: int, name: str) -> None:
@@ -16390,8 +16688,8 @@ def write(reader: MailReader, rest: str) -> None:
             if one.name:
                 offer_part(reader, one)
         reader.messages[number - 1].was_read = True
-    text = "".join(unquoted(own_text(header)) for header in texts)
-    return reader.append_to(path, text.encode("utf-8", "replace"), 0o666, words[-1])
+    text = b"".join(map(written_text, texts))
+    return reader.append_to(path, text, 0o666, words[-1])
 
 
 def send_sheet(reader: MailReader, sheet: Sheet) -> None:
@@ -16444,7 +16742,8 @@ def answer(reader: MailReader, number: int, fields: list, record: str = "") -> N
 def reply_to_all(reader: MailReader, rest: str, record: str = "") -> None:
     """Answers everybody."""
     number = reader.numbers(rest)[0]
-    answer(reader, number, reply_fields(reader.read(number)[1], reader), record)
+    fields = reply_fields(reader.answered_header(number), reader)
+    answer(reader, number, fields, record)
 
 
 def reply_to_author(
@@ -16454,7 +16753,7 @@ def reply_to_author(
     if reader.variables.has("flipr") and not is_flipped:
         return reply_to_all(reader, rest, record)
     numbers = reader.numbers(rest)
-    headers = [reader.read(number)[1] for number in numbers]
+    headers = [reader.answered_header(number) for number in numbers]
     people: list[str] = []
     for header in headers:
         name = "reply-to" if header.has("reply-to") else "from"
@@ -16492,9 +16791,11 @@ def forward(reader: MailReader, rest: str) -> None:
     _, header = reader.read(number)
     subject = decoded(" ".join(header.values("subject")[:1]))
     sheet = Sheet(split_addresses(words[-1]), f"Fwd: {subject}")
-    text = reader.message_text(number)
-    head = "-------- Original Message --------\n"
-    sheet.text = (head + text).encode("utf-8", "replace")
+    head = reader.message_text(number).partition("\n\n")[0]
+    text = f"-------- Original Message --------\n{head}\n\n{unquoted(own_text(header))}"
+    sheet.text = text.encode("utf-8", "replace")
+    parts = [] if is_plain(header) else mail_parts(header)
+    sheet.enclosed = [message_bytes(part.part) for part in parts if part.name]
     send_sheet(reader, sheet)
 
 
@@ -16511,7 +16812,8 @@ def resend(reader: MailReader, rest: str) -> None:
         found = [one for text in people for one in header_addresses(text)]
         found = [one.qualified(house.settings.local_origin) for one in found]
         sender = Address.parse(settings_address(house))
-        rest_of_it = header.rest
+        text = os_bytes(unquoted(os_text(header.rest)))
+        text = text[:-1] if text.endswith(b"\n\n") else text  # the mailbox's own
         fields = [
             ("Resent-From", str(sender)),
             ("Resent-To", ", ".join(map(str, found))),
@@ -16521,7 +16823,7 @@ def resend(reader: MailReader, rest: str) -> None:
             head = head.added(name, value)
         head = Header([*head.fields, *header.fields], b"")
         head = complete_header(head, message_origin(house, sender))
-        Submission(house).submit(Letter(sender, found, head, [rest_of_it]))
+        reader.composer().dispatch(Letter(sender, found, head, [text]))
 
 
 def pipe(reader: MailReader, rest: str) -> None:
@@ -16558,18 +16860,9 @@ edit, visual = edit_with("EDITOR", "ed"), edit_with("VISUAL", "vi")
 # Commands of the session
 
 
-def banged(text: str, last: str) -> str:
-    """A command with the one before it for each `!` without a backslash."""
-    parts = text.split("\\!")
-    return "!".join(part.replace("!", last) for part in parts)
-
-
 def shell(reader: MailReader, rest: str) -> None:
     """runs a command, or a shell"""
-    if rest and reader.variables.has("bang"):
-        rest = banged(rest, reader.last_command)
-    reader.last_command = rest or reader.last_command
-    run_shell(rest or os.environ.get("SHELL") or SHELL)
+    reader.terminal.run(rest, reader.variables)
     if rest:
         reader.terminal.say("!\n")
 
@@ -16599,9 +16892,11 @@ def set_variables(reader: MailReader, rest: str) -> None:
 def unset_variables(reader: MailReader, rest: str) -> None:
     """unset name ..."""
     for name in split_words(rest):
-        if not reader.variables.has(name):
-            raise ValueError(f'"{name}": undefined variable')
-        del reader.variables.values[name]
+        known = VARIABLE_NAMES.get(name, name)
+        if known in reader.variables.values:
+            del reader.variables.values[known]
+        elif reader.is_ready:  # in a start-up file it is as it is wanted
+            reader.tell(f'"{name}": undefined variable')
 
 
 def alias(reader: MailReader, rest: str) -> None:
@@ -16761,9 +17056,9 @@ def enter_folder(reader: MailReader, rest: str) -> None:
     folder = Folder(path, reader.house.user.home)
     before = reader.folder.path
     settle(reader)
-    if path == before:  # it was written meanwhile
+    if folder.path == before:  # it was written meanwhile
         folder = Folder(path, reader.house.user.home)
-    reader.previous, reader.is_system = before, path == reader.own_path
+    reader.previous, reader.is_system = before, folder.path == reader.own_path
     reader.enter(folder)
     reader.terminal.say(reader.banner() + "\n")
 
@@ -16801,8 +17096,16 @@ def take_news(reader: MailReader, _: str) -> None:
 
 def list_commands(reader: MailReader, _: str) -> None:
     """lists the names of the commands"""
-    names = [name for words, _, _ in reader.commands for name in words.split()]
-    reader.terminal.say("Commands are:\n" + ", ".join(names) + "\n")
+    import textwrap
+
+    text = ", ".join(command_names(reader))
+    rows = textwrap.wrap(text, reader.terminal.width - 1, break_on_hyphens=False)
+    reader.terminal.say("Commands are:\n" + "\n".join(rows) + "\n")
+
+
+def command_names(reader: MailReader) -> list[str]:
+    """The names of all commands, short ones too."""
+    return [name for words, _, _ in reader.commands for name in words.split()]
 
 
 def say_version(reader: MailReader, _: str) -> None:
@@ -16815,12 +17118,16 @@ def comment(_: MailReader, __: str) -> None:
 
 
 def give_help(reader: MailReader, rest: str) -> None:
-    """this list"""
-    rows = []
-    for names, _, summary in reader.commands:
-        if not rest or rest in names.split():
-            rows.append(f"{names:23} {summary}\n")
-    reader.terminal.say("".join(rows))
+    """this list; ? NAME tells of one command"""
+    wanted = reader.find_command(rest) if rest else None
+    if rest and not wanted:
+        raise ValueError(f'Unknown command: "{rest}"')
+    rows = [
+        f"{names:23} {summary}\n"
+        for names, command, summary in reader.commands
+        if wanted in (None, command)
+    ]
+    reader.page("".join(rows))
 
 
 def leave(reader: MailReader, _: str) -> None:
@@ -16834,13 +17141,36 @@ def quit_session(reader: MailReader, _: str) -> None:
     reader.is_over = True
 
 
+def fitting_names(reader: MailReader, before: str, word: str) -> list[str]:
+    """What Tab offers for a word: commands, files and folders, or people."""
+    import glob
+
+    command = reader.find_command(split_command(before)[0])
+    if not before.strip():
+        return command_names(reader)
+    if command not in TAKES_FILE:
+        return [*reader.variables.aliases]
+    found = [quoted_word(f"+{name}") for name in folder_names(reader)]
+    places = glob.glob(glob.escape(os.path.expanduser(word)) + "*")
+    if word.startswith("~"):
+        home = reader.house.user.home
+        places = [place.replace(home, "~", 1) for place in places]
+    slashes = ["/" * os.path.isdir(os.path.expanduser(place)) for place in places]
+    files = [quoted_word(place + slash) for place, slash in zip(places, slashes)]
+    return sorted(found + files)
+
+
 def take_command(reader: MailReader) -> None:
     """One prompt and one command."""
     reader.look_for_mail()
-    names = [name for words, _, _ in reader.commands for name in words.split()]
-    names += [f"+{name}" for name in folder_names(reader)] + [*reader.variables.aliases]
+
+    def names(before: str, word: str) -> list[str]:
+        return fitting_names(reader, before, word)
+
     line = reader.terminal.read_command(reader.variables.get("prompt"), names)
     is_person = reader.terminal.is_interactive
+    if line is not None and reader.is_overtaken():
+        return  # its numbers may mean others now
     if line is not None:
         reader.obey(os_text(line))
     elif is_person and reader.variables.has("ignoreeof"):
@@ -16956,6 +17286,14 @@ MAIL_COMMANDS = (
     ("version", say_version, "says which program this is"),
     ("#", comment, "a remark"),
     ("? hel help", give_help, "this list"),
+)
+# Commands whose last word is a file.
+TAKES_FILE = frozenset((copy, enter_folder, save, source, write))
+# What may not be done in the middle of a letter: it would begin another one,
+# or change what its escapes mean.
+NOT_WHILE_WRITING = frozenset(
+    (enter_folder, follow_up, follow_up_to_author, forward, leave, mail)
+    + (quit_session, reply, reply_to_author, take_news)
 )
 # What a start-up file may say.
 START_COMMANDS = frozenset(
@@ -18574,11 +18912,9 @@ def cmd_postalias(args: list[str], environ: dict) -> int:
     return code
 
 
-def mailbox_path(house: House, options: dict, environ: dict, words: list[str]) -> str:
-    """Which mailbox to read: -f FILE, -u USER, $MAIL, or one's own."""
+def mailbox_path(house: House, options: dict, environ: dict) -> str:
+    """The mailbox that mail is delivered to: of -u USER, $MAIL, one's own."""
     settings = house.settings
-    if "-f" in options:
-        return words[0] if words else os.path.join(house.user.home, "mbox")
     if "-u" in options:
         user = house.users.lookup(options["-u"][-1])
         if user is None:
@@ -18679,7 +19015,8 @@ def send_mail(house: House, session: MailSession, options: dict, words: list) ->
     terminal, sheet = session.terminal, new_sheet(house, session, options, words)
     composer = Composer(house, terminal, session.variables, None)
     try:
-        composer.ask_first(sheet)
+        if "-s" not in options:
+            composer.ask_first(sheet)
         write_letter(composer, sheet)
     except (Killed, KeyboardInterrupt):
         return 1
@@ -18705,9 +19042,12 @@ def send_mail(house: House, session: MailSession, options: dict, words: list) ->
 def read_mail(house: House, session: MailSession, options: dict, words: list) -> int:
     """mail without recipients: reads a mailbox."""
     name = options.get("-u", [house.user.name])[-1]
-    path = mailbox_path(house, options, os.environ, words)
-    if "-f" in options and words:
-        path = folder_path(path, session.variables, house.user.home)
+    session.own_path = path = mailbox_path(house, options, os.environ)
+    if "-f" in options:
+        try:
+            path = session.path_of(words[0] if words else "&")
+        except ValueError as error:
+            raise ProgramError(1, str(error)) from None
     try:
         is_empty = os.stat(path).st_size == 0
     except FileNotFoundError:
@@ -18723,7 +19063,7 @@ def read_mail(house: House, session: MailSession, options: dict, words: list) ->
         return 1
     folder = Folder(path, house.user.home, "-R" in options)
     reader = MailReader(session, folder, MAIL_COMMANDS)
-    reader.is_system = "-f" not in options
+    reader.is_system = folder.path == os.path.abspath(session.own_path)
     if "-H" in options:
         for number in reader.every():
             reader.terminal.say(reader.painted(number) + "\n")

@@ -8994,7 +8994,8 @@ class FakeTerminal:
         self.shown = ""
         self.complaints = []
 
-    rows, width = 24, 80
+    rows, width, last_command = 24, 80, ""
+    run = minimta.Terminal.run
 
     def say(self, text):
         self.shown += text
@@ -9495,6 +9496,378 @@ class TestMboxOrder:
         assert (tmp_path / "box").exists()
 
 
+ATTACHED_PDF = """\
+From eve@far.example  Wed Feb 19 05:10:01 2025
+Subject: s
+MIME-Version: 1.0
+Content-Type: application/pdf; name="a.pdf"
+Content-Transfer-Encoding: base64
+Content-Disposition: attachment; filename="a.pdf"
+
+JVBERg==
+
+"""
+
+
+def pictures(*names):
+    """A message with a text and these attachments, each its own name."""
+    parts = "".join(
+        f"--B\nContent-Type: image/png\nContent-Disposition: attachment; "
+        f'filename="{name}"\n\n{name}-{number}\n'
+        for number, name in enumerate(names)
+    )
+    head = "MIME-Version: 1.0\nContent-Type: multipart/mixed; boundary=B\n\n"
+    first = mail("s").partition("Subject")[0]
+    return f"{first}{head}--B\n\nthe text\n{parts}--B--\n\n"
+
+
+# What is appended while a session goes on: nothing of it may be lost.
+APPENDED_ROWS = {
+    "a message": mail("new"),
+    "no date": "From weird@x.example with no date\nSubject: new\n\ntext\n\n",
+    "half of one": "second half of the last one\n\n",
+    "a half, a message": "second half\n\n" + mail("new"),
+}
+
+# From_ lines, and the date that the list shows.
+DATE_ROWS = [
+    ("From a@x  Wed Feb 19 05:10:01 2025", "Wed Feb 19 05:10"),
+    ("From a@x Wed Feb 19 05:10:01 EST 2025", "Wed Feb 19 05:10"),
+    ("From a@x Wed Feb 19 05:10:01 2025 -0500", "Wed Feb 19 05:10"),
+    ("From a@x Wed Feb  9 05:10:01 -0500 2025", "Wed Feb  9 05:10"),
+    ("From a@x Wed Feb  9 05:10 2025", "Wed Feb  9 05:10"),
+]
+
+ALTERNATIVES = "MIME-Version: 1.0\nContent-Type: multipart/alternative; boundary=B\n\n"
+PLAIN_PART = "--B\nContent-Type: text/plain\n\n{}\n"
+HTML_PART = "--B\nContent-Type: text/html\n\n<p>{}</p>\n"
+ICS_PART = "--B\nContent-Type: application/ics; name=a.ics\n\nBEGIN\n"
+# Forms of one text -> what is in what is shown, what is not.
+FORM_ROWS = [
+    (PLAIN_PART.format("plain") + HTML_PART.format("html"), "plain", "html"),
+    (PLAIN_PART.format("") + HTML_PART.format("html"), "html", "plain"),
+    (PLAIN_PART.format(" ") + HTML_PART.format("html"), "html", "plain"),
+    (HTML_PART.format("html") + ICS_PART, "html", "BEGIN"),
+]
+
+# HTML, and what is left of it.
+HTML_ROWS = [
+    ("<pre>a\n  b   c</pre>", "a\n  b   c\n"),
+    ("<ol><li>x<li>y</ol><ul><li>z</ul>", "1. x\n2. y\n\n* z\n"),
+    ("<div style='display: none'>spy<b>s</b></div><p>text", "text\n"),
+    ("<p hidden>spy</p>text", "text\n"),
+    ("a <img src=x alt='a picture'> b", "a [a picture] b\n"),
+    ("<img src=x>", "\n"),
+    ("<title>unclosed <body>Hello</body>", "Hello"),
+    ("word " * 40, ("word " * 15).strip() + "\n"),
+]
+
+
+class TestMailKeepsUp:
+    """The mailbox changes under a session."""
+
+    @pytest.mark.parametrize("text", APPENDED_ROWS.values(), ids=APPENDED_ROWS)
+    @pytest.mark.parametrize("end", ["\n\n", "\n", ""])
+    def test_what_came_meanwhile_is_kept(self, session, tmp_path, text, end):
+        box = tmp_path / "box"
+        reader = session(texts=[mail("a"), mail("b").rstrip("\n") + end])
+
+        lines = ["q", "d 2", "d 1"]
+
+        def typed(prompt, names):
+            if lines == ["q"]:
+                with open(box, "a") as file:
+                    file.write(text)
+            return lines.pop().encode()
+
+        reader.terminal.read_command = typed
+        minimta.run_session(reader)
+        left = box.read_text()
+        assert "Subject: a" not in left
+        assert text.strip() in left
+        found = minimta.Folder(str(box))
+        assert len(found.messages) in (1, 2)
+        os.close(found.fd)
+
+    def test_a_message_that_grew_is_not_deleted(self, session, tmp_path):
+        reader = session(texts=[mail("a"), mail("b", "first half").rstrip("\n")])
+        reader.terminal.is_interactive = True
+        reader.obey("d 2")
+        with open(tmp_path / "box", "a") as file:
+            file.write("\nsecond half\n\n")
+        reader.look_for_mail()
+        reader.obey("q")
+        text = (tmp_path / "box").read_text()
+        assert "first half\nsecond half\n" in text
+
+    def test_another_reader_that_only_reads_is_noticed(self, session, tmp_path):
+        reader = session()
+        other = minimta.MailReader(
+            reader, minimta.Folder(str(tmp_path / "box")), minimta.MAIL_COMMANDS
+        )
+        other.obey("p 4")
+        other.obey("q")
+        os.close(other.folder.fd)
+        reader.terminal.shown = ""
+        reader.terminal.lines += ["p 5", "p 5", "x"]
+        minimta.run_session(reader)
+        shown = reader.terminal.shown
+        said = "Another program has changed the folder: read anew\n"
+        assert shown.count(said) == 1
+        assert shown.index(said) < shown.index("Subject: s5\n")
+        os.close(reader.folder.fd)
+
+    def test_what_was_typed_for_the_old_list_is_not_done(self, session, tmp_path):
+        reader = session()
+        box = tmp_path / "box"
+
+        lines = ["q", "d 2"]
+
+        def typed(prompt, names):
+            if len(lines) == 2:  # while the person types, the first one goes
+                box.write_text("".join(mail(f"s{n}") for n in range(2, 6)))
+            return lines.pop().encode()
+
+        reader.terminal.read_command = typed
+        minimta.run_session(reader)
+        assert re.findall("Subject: (.*)", box.read_text()) == ["s2", "s3", "s4", "s5"]
+        os.close(reader.folder.fd)
+
+    def test_cd_does_not_lose_a_relative_folder(self, session, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        reader = session()
+        reader.enter(minimta.Folder("box"))
+        reader.terminal.lines += ["d 1", "cd /", "q"]
+        minimta.run_session(reader)
+        assert '"box": 5 messages' in reader.terminal.shown
+        assert "s1" not in (tmp_path / "box").read_text()
+        os.close(reader.folder.fd)
+
+    def test_a_letter_does_not_settle_the_mailbox(self, session, tmp_path):
+        reader = session()
+        reader.terminal.is_interactive = True
+        reader.obey("d 1")
+        for word in ("q", "quit", "x", "file /dev/null", "r", "m bob"):
+            reader.terminal.lines = [f"~:{word}", "~x"]
+            reader.terminal.shown = ""
+            reader.obey("m bob")
+            assert "not while a letter is written" in reader.terminal.shown
+        assert (reader.is_over, "s1" in (tmp_path / "box").read_text()) == (False, True)
+
+    def test_the_list_reads_no_large_body(self, session):
+        reader = session(texts=[mail("big", "x" * 3_000_000), mail("b")])
+        asked = []
+        read_at = reader.folder.read_at
+        reader.folder.read_at = lambda start, size: (
+            asked.append(size) or read_at(start, size)
+        )
+        for line in ("h", "f *", "thread", "sort", "f /b", "f eve"):
+            reader.obey(line)
+        assert max(asked) <= minimta.HEAD_PIECE
+
+    @pytest.mark.parametrize(("line", "date"), DATE_ROWS)
+    def test_the_list_shows_the_date(self, session, line, date):
+        reader = session(texts=[f"{line}\nSubject: s\n\ntext\n\n"])
+        assert f"  {date}   " in reader.summary(1)
+
+
+class TestMailWrites:
+    """write, forward and resend: what leaves a mailbox is as it came."""
+
+    def test_one_attachment_is_what_is_written(self, session, tmp_path):
+        session(texts=[ATTACHED_PDF]).obey(f"w 1 {tmp_path}/out")
+        assert (tmp_path / "out").read_bytes() == b"%PDF"
+
+    def test_bytes_stay_as_they_are(self, session, tmp_path):
+        text = mail("s", "\x1b[1mbold\x1b[m \f \b", ">From here", "grüße")
+        session(texts=[text]).obey(f"w 1 {tmp_path}/out")
+        wanted = "\x1b[1mbold\x1b[m \f \b\nFrom here\ngrüße\n\n"
+        assert (tmp_path / "out").read_bytes() == wanted.encode()
+
+    def test_all_of_a_long_text_is_written(self, session, tmp_path):
+        lines = ["x" * 79] * 250_000
+        session(texts=[mail("s", *lines)]).obey(f"w 1 {tmp_path}/out")
+        assert (tmp_path / "out").stat().st_size == 80 * 250_000 + 1
+
+    def test_attachments_of_one_name_are_all_written(
+        self, session, tmp_path, monkeypatch
+    ):
+        monkeypatch.chdir(tmp_path)
+        reader = session(texts=[pictures("a.png", "a.png", "a.png")])
+        reader.obey("w 1 out")
+        found = {path.name: path.read_text() for path in tmp_path.glob("a*.png")}
+        assert found == {
+            "a.png": "a.png-0",
+            "a-1.png": "a.png-1",
+            "a-2.png": "a.png-2",
+        }
+        assert "a.png: File exists: written to a-1.png\n" in reader.terminal.shown
+        assert (tmp_path / "out").read_text() == "the text"
+
+    def test_what_is_attached_is_forwarded(self, session, quiet):
+        reader = session(texts=[pictures("a.png")])
+        reader.terminal.lines = ["see below"]
+        reader.obey("fwd 1 bob")
+        quiet.run()
+        sent = email.message_from_string(quiet.box("bob")[0])
+        kinds = [part.get_content_type() for part in sent.walk()]
+        assert kinds == ["multipart/mixed", "text/plain", "image/png"]
+        assert sent.get_payload(1).get_payload() == "a.png-0"
+        assert sent.get_payload(1).get_filename() == "a.png"
+        assert "the text" in sent.get_payload(0).get_payload()
+
+    def test_a_resent_message_is_as_it_was(self, session, quiet):
+        text = mail("s", ">From here", ">>From there", "", "end").replace(
+            "Subject", "From: eve@far.example\nSubject"
+        )
+        session(texts=[text]).obey("resend 1 bob")
+        quiet.run()
+        sent = email.message_from_string(quiet.box("bob")[0])
+        assert sent.get_payload() == text.partition("\n\n")[2]
+
+    def test_resend_goes_by_the_program_that_is_set(self, session, tmp_path):
+        own = tmp_path / "own"
+        own.write_text(f"#!/bin/sh\necho $* >{tmp_path}/args; cat >{tmp_path}/sent\n")
+        own.chmod(0o755)
+        reader = session()
+        reader.obey(f"set sendmail={own}")
+        reader.obey("resend 1 bob")
+        assert (tmp_path / "args").read_text().endswith("-- bob@host.example\n")
+        assert "Subject: s1\n" in (tmp_path / "sent").read_text()
+
+    @pytest.mark.parametrize("line", ["", "From:\n", "From: \n"])
+    def test_who_has_no_from_is_answered_by_the_envelope(self, session, line):
+        reader = session(texts=[mail("s").replace("Subject", f"{line}Subject")])
+        fields = minimta.reply_fields(reader.answered_header(1), reader)
+        assert dict(fields)["To"] == "eve@far.example"
+
+
+class TestMailForms:
+    """Which form of a text is shown, and what becomes of HTML."""
+
+    @pytest.mark.parametrize(("parts", "wanted", "unwanted"), FORM_ROWS)
+    def test_a_form_that_has_text_is_shown(self, parts, wanted, unwanted):
+        header = minimta.Header.parse(f"{ALTERNATIVES}{parts}--B--\n".encode())
+        text = minimta.body_text(header)
+        assert (wanted in text, unwanted in text) == (True, False)
+
+    @pytest.mark.parametrize(("html", "wanted"), HTML_ROWS)
+    def test_html_is_made_text(self, html, wanted):
+        assert minimta.html_text(html).startswith(wanted)
+
+    def test_html_is_not_wider_than_a_terminal(self):
+        text = minimta.html_text(f"<p>{'word ' * 200}<p>{'x' * 200}")
+        widths = [len(line) for line in text.splitlines()]
+        assert sorted(widths)[-2] <= 76
+        assert max(widths) == 200
+
+
+class TestMailHabits:
+    """Small things that fingers and start-up files count on."""
+
+    def test_a_file_that_names_itself_is_a_mistake(self, session, tmp_path):
+        (tmp_path / "loop").write_text(f"source {tmp_path}/loop\n")
+        reader = session()
+        reader.obey(f"source {tmp_path}/loop")
+        assert "too many files that name one another\n" in reader.terminal.shown
+        assert reader.obey("d 1")
+
+    def test_unset_of_asksub_is_unset(self, session):
+        reader = session()
+        reader.obey("set asksub")
+        reader.obey("unset asksub color")
+        assert not reader.variables.has("ask")
+
+    def test_autoprint_prints_what_is_undeleted(self, session):
+        reader = session()
+        reader.obey("set autoprint")
+        reader.obey("d 2")
+        reader.terminal.shown = ""
+        reader.obey("u 2")
+        assert "Subject: s2\n" in reader.terminal.shown
+
+    @pytest.mark.parametrize(
+        ("more", "there"), [("", "eve"), ("outfolder", "Mail/eve")]
+    )
+    def test_outfolder_says_where_copies_go(
+        self, session, tmp_path, monkeypatch, more, there
+    ):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "Mail").mkdir()
+        reader = session()
+        reader.obey(f"set folder={tmp_path}/Mail {more}")
+        reader.obey("Copy 2")
+        assert (tmp_path / there).exists()
+
+    @pytest.mark.parametrize(
+        ("word", "shown"),
+        [
+            ("delete", "d delete "),
+            ("dele", "d delete "),
+            ("d", "d delete "),
+            ("xyzzy", 'Unknown command: "xyzzy"\n'),
+        ],
+    )
+    def test_help_tells_of_one_command(self, session, word, shown):
+        reader = session()
+        reader.obey(f"? {word}")
+        assert reader.terminal.shown.startswith(shown)
+        assert reader.terminal.shown.count("\n") == 1
+
+    def test_the_list_of_commands_fits(self, session):
+        reader = session()
+        reader.obey("list")
+        assert max(map(len, reader.terminal.shown.splitlines())) < 80
+
+    @pytest.mark.parametrize(
+        ("before", "word", "wanted"),
+        [
+            ("", "ali", "alias"),
+            ("m ", "fri", "friends"),
+            ("s 1 ", "bo", "box"),
+            ("s 1 ", "DIR/bo", "DIR/box"),
+            ("file ", "+pri", "'+private stuff'"),
+            ("w 1 ", "Ma", "Mail/"),
+        ],
+    )
+    def test_tab_offers_what_fits(
+        self, session, tmp_path, monkeypatch, before, word, wanted
+    ):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "Mail").mkdir()
+        (tmp_path / "Mail/private stuff").touch()
+        reader = session()
+        reader.obey(f"set folder={tmp_path}/Mail")
+        reader.obey("alias friends a@x b@x")
+        word, wanted = (text.replace("DIR", str(tmp_path)) for text in (word, wanted))
+        assert wanted in minimta.fitting_names(reader, before, word)
+
+    @pytest.mark.parametrize(
+        ("name", "text", "kind"),
+        [
+            ("x.tar.gz", b"\x1f\x8b", "application/gzip"),
+            ("notes.txt.gz", b"\x1f\x8b", "application/gzip"),
+            ("a.txt.Z", b"\x1f\x9d", "application/octet-stream"),
+            ("utf.txt", "ü".encode(), "text/plain; charset=utf-8"),
+            ("plain.txt", b"a", "text/plain; charset=us-ascii"),
+            ("a.png", b"x", "image/png"),
+            ("nothing", b"x", "application/octet-stream"),
+        ],
+    )
+    def test_an_attachment_has_its_type(self, tmp_path, name, text, kind):
+        (tmp_path / name).write_bytes(text)
+        part = minimta.attachment(str(tmp_path / name)).decode()
+        assert part.startswith(f"Content-Type: {kind}\n")
+
+    def test_a_files_name_is_no_header(self, tmp_path):
+        path = tmp_path / "a\nBcc: evil@x.example"
+        path.write_text("x")
+        head = minimta.attachment(str(path)).decode().partition("\n\n")[0]
+        assert [line.partition(":")[0] for line in head.split("\n")] == [
+            *("Content-Type", "Content-Disposition", "Content-Transfer-Encoding")
+        ]
+
+
 # What is typed -> text, subject, recipients, what is shown.
 ESCAPE_ROWS = [
     (["a", "."], "a\n", {}, "EOT\n"),
@@ -9550,6 +9923,13 @@ class TestComposer:
             return minimta.Composer(quiet.house, terminal, variables, reader)
 
         return make
+
+    def test_bang_counts_in_a_letter(self, composer, tmp_path):
+        one = composer(f"~!echo one >>{tmp_path}/ran", "~!!", "~x")
+        one.variables.set("bang")
+        with pytest.raises(minimta.Killed):
+            minimta.write_letter(one, minimta.Sheet(["a@x"]))
+        assert (tmp_path / "ran").read_text() == "one\none\n"
 
     @pytest.mark.parametrize(("lines", "text", "rows", "shown"), ESCAPE_ROWS)
     def test_an_escape_does_its_work(
@@ -22842,7 +23222,7 @@ class TestMailStart:
         instance.make_mailbox("payam", mail("a"))
         instance.write("etc/mail.rc", "set one=1\nnosuch x\nset two=2\n")
         rc = instance.home("payam") / ".mailrc"
-        rc.write_text("set three=3\nunset four\nset five=5\n")
+        rc.write_text("set three=3\nunalias four\nset five=5\n")
         return instance
 
     def test_an_error_ends_its_start_up_file_and_is_told(self, wrong):
@@ -23899,6 +24279,27 @@ class TestMailAtPrompt:
             assert '"a"' in result.out
             assert "\x1b" not in result.out
 
+    def test_an_interrupt_is_the_editors(self, instance):
+        editor = instance.home("payam") / "editor"
+        editor.write_text(
+            "#!/bin/sh\ntrap 'echo caught' INT\necho ready\n"
+            'until read line; do :; done\necho "$line" >"$1"\n'
+        )
+        editor.chmod(0o755)
+        words = ("mail", "-s", "x", "user1")
+        person = Terminal(instance, *words, env={"EDITOR": str(editor)})
+        person.type("~e\n")
+        person.expect("ready\n")
+        person.interrupt()
+        shown = person.expect("caught\n")
+        person.type("what was edited\n")
+        shown += person.expect("(continue)\n")
+        person.type("~p\n")
+        shown += person.expect("\n\nwhat was edited\n(continue)\n")
+        assert "Interrupt" not in shown
+        person.type("~x\n")
+        assert person.close() == 1
+
     def test_two_readers_move_a_message_to_mbox_once(self, instance):
         for path in (instance.make_mailbox("payam", mail("a") + mail("b")),):
             first = Terminal(instance, "mail", "-N", "-S", "nohold")
@@ -23908,7 +24309,6 @@ class TestMailAtPrompt:
             other = instance.run("mail", "-N", "-Snohold", stdin="p 1\n", user="payam")
             assert other.code == 0, other
             first.type("q\n")
-            first.expect(f"{path}: another program changed it: x leaves it so\n")
             first.expect("Another program has changed the folder: read anew\n& ")
             first.type("q\n")
             first.expect(f"Held 1 message in {path}\n")

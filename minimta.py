@@ -1002,7 +1002,7 @@ class AddressScanner:
         """Ends the address; nothing but a comment may follow."""
         if self.angle is None:
             raise bad_address(self.text, "unbalanced angle bracket")
-        self.found.append("".join(self.angle).strip())
+        self.found.append(self.joined(self.angle))
         self.angle, self.plain = None, []
         end = self.place
         while end < len(self.text) and self.text[end] not in ",;(":
@@ -1024,11 +1024,18 @@ class AddressScanner:
             return self.keep(char)
         if self.angle is not None:
             raise bad_address(self.text, "unbalanced angle bracket")
-        text = "".join(self.plain).strip()
+        text = self.joined(self.plain)
         if text:
             self.found.append(text)
         self.angle, self.plain = None, []
         return None
+
+    def joined(self, pieces: list[str]) -> str:
+        """What was kept, without blanks round an @ (RFC 5322 section 4.4)."""
+        text = "".join(pieces).strip()
+        if "@" not in text or '"' in text or " " not in text:
+            return text
+        return "@".join(part.strip() for part in text.split("@"))
 
 
 def magic_words(local: str) -> tuple[str, int]:
@@ -1334,15 +1341,24 @@ def encoded_word(text: str, used: int = 0) -> str:
     return "\n ".join(f"=?utf-8?B?{word}?=" for word in coded)
 
 
+def any_text(data: bytes) -> str:
+    """Bytes of which nobody said what they are: UTF-8, else Latin-1."""
+    try:
+        return data.decode()
+    except ValueError:
+        return data.decode("latin-1")
+
+
 def display_name(text: str) -> str:
     """`text` as the phrase before an address: bare, quoted, or RFC 2047.
 
     >>> display_name("J. Doe")
     '"J. Doe"'
     """
+    text = any_text(os_bytes(text))
     clean = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     if not clean.isascii():
-        return encoded_word(clean)
+        return encoded_word(clean, len("Resent-From: "))
     if all(is_atom_char(c) and c != "." or c == " " for c in clean):
         return clean
     return quoted(clean)
@@ -1487,10 +1503,11 @@ def complete_header(header: Header, origin: dict) -> Header:
         header = header.added(f"{prefix}Message-ID", message_id)
     if not header.has(f"{prefix}date".lower()):
         header = header.added(f"{prefix}Date", rfc_date(origin["now"]))
-    if not header.has("from"):
+    if not header.has(f"{prefix}from".lower()):
         name = display_name(origin["name"])
         address = origin["address"]
-        header = header.added("From", f"{name} <{address}>" if name else address)
+        shown = f"{name} <{address}>" if name else address
+        header = header.added(f"{prefix}From", shown)
     return header
 
 
@@ -1725,6 +1742,19 @@ def split_key(line: str) -> tuple[str, str]:
     return name.lower(), line[colon + 1 :].strip()
 
 
+def trailing_comment(text: str) -> list[tuple[int, str]]:
+    """(line, reason) of the first comment behind an alias, if there is one.
+
+    Sendmail and Postfix take its words for recipients.
+    """
+    why = "what stands behind # is a comment here, but not for other mail systems"
+    for number, line in enumerate(text.split("\n"), 1):
+        bare = strip_comment(line) if "#" in line else line
+        if bare != line and bare.strip():
+            return [(number, why)]
+    return []
+
+
 class AliasTable:
     """An aliases file as name -> (line, targets), with what is wrong in it.
 
@@ -1743,6 +1773,7 @@ class AliasTable:
         """The table of an aliases file's text."""
         table = cls()
         text = text.removeprefix("\ufeff")  # what Windows editors put there
+        table.warnings += trailing_comment(text)
         # A backslash at a line's end continues it too, says sendmail.
         for line, entry in logical_lines(text.replace("\\\n", "\n ")):
             try:
@@ -2213,12 +2244,12 @@ class QueueEntry:
         when = asctime(self.envelope.arrived)[:20]
         row = "%-10s%1s %7d %20.20s %s\n"
         lines = [row % (self.queue_id, flag, self.size, when, sender)]
-        last = None
+        last = ""
         for recipient in self.pending:
-            reason = self.reasons.get(recipient, "")
-            if reason and reason != last:
-                shown = f"({printable(reason)})"
-                lines.append(" " * max(0, 76 - len(reason)) + shown + "\n")
+            reason = printable(self.reasons.get(recipient, ""))
+            if reason != last:
+                reason = reason or "reason unavailable"
+                lines.append(" " * max(0, 76 - len(reason)) + f"({reason})\n")
             last = reason
             lines.append(" " * 41 + printable(recipient) + "\n")
         if is_long and self.tries:
@@ -2276,10 +2307,9 @@ class Trace:
                 continue
         return [a for a in found if a.destination != "more"]
 
-    @property
-    def is_settled(self) -> bool:
-        """Whether each recipient had an attempt, or is done with."""
-        tried = {attempt.recipient for attempt in self.attempts}
+    def is_settled(self, since: float = 0.0) -> bool:
+        """Whether each recipient had an attempt since, or is done with."""
+        tried = {a.recipient for a in self.attempts if a.is_final or a.when >= since}
         return self.state == "done" or tried >= set(self.values("recipient"))
 
     def __str__(self) -> str:
@@ -2386,6 +2416,7 @@ ACTIONS = {
     "remove": ("removed", "Deleted"),
     "requeue": ("requeued", "Requeued"),
     "bounce": ("expired", "Force-expired"),
+    "expire": ("expired", "Force-expired"),  # but what is on hold stays there
     "run": ("due now", "Due now"),
 }
 # Other names for them, as other mail systems have them.
@@ -2673,6 +2704,7 @@ class Reply(Value):
 OK = Reply(250, "2.0.0", "Ok")
 SENDER_OK = Reply(250, "2.1.0", "Ok")
 RECIPIENT_OK = Reply(250, "2.1.5", "Ok")
+QUEUE_IS_RUN = Reply(250, "2.0.0", "Ok: queue is run")
 SEND_MESSAGE = Reply(354, "", "End data with <CR><LF>.<CR><LF>", action="data")
 BYE = Reply(221, "2.0.0", "Bye", action="close")
 CANNOT_VERIFY = Reply(252, "2.0.0", "Send some mail, I will try my best")
@@ -3207,8 +3239,12 @@ class Session:
 
     def help(self, _: str) -> Reply:
         """HELP: the commands."""
-        words = (os_text(verb) for verb in self.COMMANDS if not verb.startswith(b"X"))
-        return Reply(214, "2.0.0", "Commands: " + " ".join(words))
+        hidden = {b"EXPN"}
+        hidden |= set() if self.offers_tls else {b"STARTTLS"}
+        hidden |= set() if self.offers_auth else {b"AUTH"}
+        verbs = [v for v in self.COMMANDS if v not in hidden and v[:1] != b"X"]
+        words = " ".join(map(os_text, verbs))
+        return Reply(214, "2.0.0", f"Commands: {words}")
 
     def expn(self, _: str) -> Reply:
         """EXPN and what else is known but not offered."""
@@ -3228,8 +3264,8 @@ class Session:
         return Reply(0, "", "", action="health")
 
     def flush_queue(self, _: str) -> Reply:
-        """XFLUSH: tries everything now."""
-        return Reply(250, "2.0.0", "Ok: queue is run", action="flush")
+        """XFLUSH: tries everything now, of a user what the user sent."""
+        return Reply(0, "", "", action="flush")
 
     def act(self, text: str) -> Reply:
         """XDO: a queue command on one message."""
@@ -5115,6 +5151,28 @@ def from_files(environ: dict) -> dict:
     return found
 
 
+HOSTS_SIZE = 1 << 20  # characters of /etc/hosts that are read
+
+
+def full_name(host: str, path: str) -> str:
+    """A host's name with its domain, as a hosts file has it, or as it is.
+
+    As `hostname -f` tells it, but without asking a name server.
+    """
+    if "." in host:
+        return host
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            text = file.read(HOSTS_SIZE)
+    except OSError:
+        return host
+    for line in text.split("\n"):
+        names = line.partition("#")[0].split()[1:]
+        if host in names:
+            return next((n for n in names if n.startswith(f"{host}.")), host)
+    return host
+
+
 def read_settings(environ: dict, path: str = "") -> Settings:
     """The settings of this process. Raises ProgramError EX_CONFIG."""
     root = find_root(environ)
@@ -5129,7 +5187,7 @@ def read_settings(environ: dict, path: str = "") -> Settings:
     except OSError as error:
         why = f"{name}: {error.strerror}: make it readable"
         raise ProgramError(EX_CONFIG, why) from None
-    host = os.uname().nodename or "localhost"
+    host = full_name(os.uname().nodename or "localhost", f"{root}/etc/hosts")
     return Settings.parse(text, from_files(environ), host, root, name)
 
 
@@ -5298,6 +5356,7 @@ CREW = 8  # threads of the SMTP server that write messages
 SPARES = 64  # files that are kept to be written over
 SPARE_SIZE = 1 << 16  # bytes of the largest of them
 MAX_ENVELOPE = 1 << 24  # bytes: 10,000 recipients and more
+MAX_DROP = 1 << 40  # bytes of a drop that is only listed: any size
 
 
 def storage_error(error: OSError) -> MailError:
@@ -5548,6 +5607,81 @@ OUT_OF_PLACE = {
     ("release", "queue"): "it is not on hold",
     ("run", "hold"): "it is on hold: release it first",
 }
+
+
+class Maildrop:
+    """Where a user without rights leaves mail while no daemon is up.
+
+    Write-only and sticky: files are made under a dot name, and renamed when
+    they are complete. The runner trusts nothing in them but the owner.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.directory = f"{directory}/maildrop"
+
+    def sync(self) -> None:
+        """Makes a new name durable; nobody may open the directory to fsync."""
+        os.sync()
+
+    def take_spare(self, path: str) -> bool:
+        """There are none here."""
+        return False
+
+    def path(self, folder: str, name: str = "") -> str:
+        """incoming/ID is a dot name, queue/ID the name without the dot."""
+        if not name:
+            return self.directory
+        return f"{self.directory}/{'.' if folder == 'incoming' else ''}{name}"
+
+    def create(self, envelope: Envelope) -> Draft:
+        """A draft in the maildrop. Raises MailError."""
+        name = new_id(time.time(), int.from_bytes(os.urandom(2), "big"))
+        try:
+            return Draft(self, name, envelope)
+        except FileExistsError as error:
+            raise storage_error(error) from None
+
+    def names(self) -> list[str]:
+        """What is complete there; [] where one may not look."""
+        try:
+            found = sorted(filter(is_id, os.listdir(self.directory)))
+        except OSError:
+            return []
+        return [name for name in found if len(name) == 10]  # no report's id
+
+    def entries(self) -> object:
+        """Each drop that may be read as a QueueEntry."""
+        for name in self.names():
+            try:
+                uid, file = self.take(name, MAX_DROP)
+                with file:
+                    entry = QueueEntry(name, file.size, file.envelope)
+            except (OSError, ValueError):
+                continue  # whatever a user wrote there
+            entry.envelope.origin = f"uid {uid}"
+            entry.state, entry.due = "maildrop", entry.envelope.arrived
+            yield entry
+
+    def free(self) -> int:
+        """Not known; a full disk shows in writing."""
+        return sys.maxsize
+
+    def take(self, name: str, limit: int) -> tuple[int, QueueFile]:
+        """(its owner's uid, the file) of one drop. Raises ValueError, OSError.
+
+        Hostile until shown otherwise: no link, no device, one name, complete.
+        """
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(f"{self.directory}/{name}", flags)
+        seen = os.fstat(fd)
+        regular = stat.S_ISREG(seen.st_mode)
+        try:
+            if not regular or seen.st_nlink != 1 or seen.st_size > limit:
+                raise ValueError("not a regular file of one name and a sane size")
+            return seen.st_uid, QueueFile(name, fd)
+        except ValueError:
+            os.close(fd)
+            raise
 
 
 class Spool:
@@ -5825,10 +5959,10 @@ class Spool:
                 sync_folder(self.path("hold"))
                 sync_folder(self.path("queue"))
             else:
-                if action == "bounce":
+                if action in ("bounce", "expire"):
                     os.fchmod(fd, 0o700)
                 os.utime(fd)
-                if folder == "hold" and action != "run":
+                if folder == "hold" and action not in ("run", "expire"):
                     os.rename(kept, self.path("queue", queue_id))
         finally:
             os.close(fd)
@@ -5849,78 +5983,30 @@ class Spool:
         return seen.f_bavail * seen.f_frsize
 
     def entries(self) -> object:
-        """Every message as a QueueEntry, oldest first."""
-        for folder in ("queue", "hold"):
-            for queue_id in self.ids(folder):
-                try:
-                    with self.open(queue_id, folder) as message:
-                        entry = QueueEntry(queue_id, message.size, message.envelope)
-                except (OSError, ValueError):
-                    continue  # delivered meanwhile
-                seen = message.seen
-                entry.due, entry.is_given_up = seen.st_mtime, is_given_up(seen)
-                entry.note(self.journal(queue_id))
-                if folder == "hold":
-                    entry.state = folder
-                yield entry
+        """Every message as a QueueEntry: Postfix's order, then oldest first.
 
-
-class Maildrop:
-    """Where a user without rights leaves mail while no daemon is up.
-
-    Write-only and sticky: files are made under a dot name, and renamed when
-    they are complete. The runner trusts nothing in them but the owner.
-    """
-
-    def __init__(self, directory: str) -> None:
-        self.directory = f"{directory}/maildrop"
-
-    def sync(self) -> None:
-        """Makes a new name durable; nobody may open the directory to fsync."""
-        os.sync()
-
-    def take_spare(self, path: str) -> bool:
-        """There are none here."""
-        return False
-
-    def path(self, folder: str, name: str = "") -> str:
-        """incoming/ID is a dot name, queue/ID the name without the dot."""
-        if not name:
-            return self.directory
-        return f"{self.directory}/{'.' if folder == 'incoming' else ''}{name}"
-
-    def create(self, envelope: Envelope) -> Draft:
-        """A draft in the maildrop. Raises MailError."""
-        name = new_id(time.time(), int.from_bytes(os.urandom(2), "big"))
-        try:
-            return Draft(self, name, envelope)
-        except FileExistsError as error:
-            raise storage_error(error) from None
-
-    def entries(self) -> list:
-        """Nothing: who may only write here sees no queue."""
-        return []
-
-    def free(self) -> int:
-        """Not known; a full disk shows in writing."""
-        return sys.maxsize
-
-    def take(self, name: str, limit: int) -> tuple[int, QueueFile]:
-        """(its owner's uid, the file) of one drop. Raises ValueError, OSError.
-
-        Hostile until shown otherwise: no link, no device, one name, complete.
+        What users left in the maildrop, as far as it may be read; what was
+        not tried yet; what is deferred; what is on hold.
         """
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        fd = os.open(f"{self.directory}/{name}", flags)
-        seen = os.fstat(fd)
-        regular = stat.S_ISREG(seen.st_mode)
-        try:
-            if not regular or seen.st_nlink != 1 or seen.st_size > limit:
-                raise ValueError("not a regular file of one name and a sane size")
-            return seen.st_uid, QueueFile(name, fd)
-        except ValueError:
-            os.close(fd)
-            raise
+        yield from Maildrop(self.directory).entries()
+        tried = set(os.listdir(self.path("journal")))
+        ids = self.ids()
+        places = [("queue", name) for name in ids if name not in tried]
+        places += [("queue", name) for name in ids if name in tried]
+        places += [("hold", name) for name in self.ids("hold")]
+        for folder, queue_id in places:
+            try:
+                with self.open(queue_id, folder) as message:
+                    entry = QueueEntry(queue_id, message.size, message.envelope)
+            except (OSError, ValueError):
+                continue  # delivered meanwhile
+            seen = message.seen
+            entry.due, entry.is_given_up = seen.st_mtime, is_given_up(seen)
+            if queue_id in tried:
+                entry.note(self.journal(queue_id))
+            if folder == "hold":
+                entry.state = folder
+            yield entry
 
 
 def tabbed(line: str) -> str:
@@ -6166,6 +6252,18 @@ class AliasDatabase:
                 return value
             self.refresh()
         raise MailError("4.3.0", f"{self.path}: alias database keeps changing")
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether others than root and ourselves may write the aliases.
+
+        Then they are names only: no command, file or list that stands there.
+        """
+        try:
+            seen = os.stat(self.path)
+        except OSError:
+            return False
+        return bool(seen.st_mode & 0o022) or seen.st_uid not in (0, os.geteuid())
 
     @property
     def is_by_name(self) -> bool:
@@ -7111,6 +7209,12 @@ HEAD_PIECE = 1 << 14  # bytes that are read to find the end of a header
 MARKS = {"saved": "*", "deleted": "*", "held": "H", "mbox": "M"}
 
 
+def count_lines(view: object, start: int, end: int) -> int:
+    """LFs in a part of a file; a block at a time."""
+    places = range(start, end, SEARCH)
+    return sum(view[at : min(at + SEARCH, end)].count(b"\n") for at in places)
+
+
 class FolderMessage:
     """One message of a folder: where it is, and what its reader did with it.
 
@@ -7189,12 +7293,6 @@ class FolderMessage:
     def is_changed(self) -> bool:
         """Whether the file has something else than it will have."""
         return bool(self.state) or self.written != (self.next_status(), self.flags)
-
-
-def count_lines(view: object, start: int, end: int) -> int:
-    """LFs in a part of a file; a block at a time."""
-    places = range(start, end, SEARCH)
-    return sum(view[at : min(at + SEARCH, end)].count(b"\n") for at in places)
 
 
 def find_starts(view: object, start: int) -> object:
@@ -9094,7 +9192,8 @@ class Router:
             if source and source.problem:
                 trail.draw(source.problem)
         changes = {"recipient": address, "rights": None, "reader": None}
-        changes.update(sender=sender, may_run=True)
+        is_plain = source is None or not set("|/:") & set(value)
+        changes.update(sender=sender, may_run=is_plain or not source.is_shared)
         yield from self.expand_targets(value, trail.then("alias", name, **changes))
 
     def list_owner(self, name: str) -> str:
@@ -9196,6 +9295,10 @@ class Router:
     def expand_include(self, target: Target, trail: Trail) -> object:
         """Destinations of the lines of an :include: file."""
         path = target.text
+        if trail.steps[-1][0] == "alias" and not trail.may_run:
+            why = "mail to list is restricted: others may write the aliases"
+            yield self.failed(trail, trail.recipient, "5.7.1", why)
+            return
         if self.files is None:
             yield self.drawn(Destination("include", path, path), trail)
             return
@@ -11352,13 +11455,8 @@ class Pickup:
         """Copies what users left in maildrop/ into the queue."""
         import errno
 
-        try:
-            names = [name for name in os.listdir(self.drop.directory) if is_id(name)]
-        except OSError:
-            return
-        names = [name for name in names if len(name) == 10]  # no report's id
         short = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
-        for name in sorted(names)[:1000]:
+        for name in self.drop.names()[:1000]:
             try:
                 self.take(name)
             except MailError as error:
@@ -11988,6 +12086,18 @@ class Desk:
         self.passwords = Passwords(settings.smtpd_sasl_password_file)
 
 
+# What the header of a message from this host has, and has not.
+COMPLETE_FIELDS = (b"\nfrom:", b"\ndate:", b"\nmessage-id:")
+SECRET_FIELDS = (b"\nbcc:", b"\nreturn-path:", b"\ncontent-length:")
+
+
+def unique_word(now: float) -> str:
+    """The left side of a Message-ID."""
+    t = time.gmtime(now)
+    stamp = time.strftime("%Y%m%d%H%M%S", t)  # digits only: no locale in them
+    return f"{stamp}.{os.urandom(6).hex().upper()}"
+
+
 class Arrival:
     """A message on its way from the wire into the spool.
 
@@ -12034,9 +12144,34 @@ class Arrival:
             who = session.who
             self.desk.log.accepted(draft.queue_id, session.client, envelope, who)
             draft.write(session.received(draft.queue_id, self.now))
-            self.text = bytearray(begin_body(bytes(self.text)))
+            text = bytes(self.text)
+            if session.client.is_local:
+                text = self.completed(text, envelope)
+            self.text = bytearray(begin_body(text))
         self.last = self.text[-1:] or self.last
         self.draft.write(self.text)
+
+    def completed(self, text: bytes, envelope: Envelope) -> bytes:
+        """Local mail with what its header lacks, and without its secrets.
+
+        sendmail sees to that itself: a look tells; -bs has it done here.
+        """
+        head = b"\n" + text[: text.find(b"\n\n") + 1 or len(text)].lower()
+        is_whole = all(name in head for name in COMPLETE_FIELDS)
+        is_open = b"\n\n" not in text and self.is_full  # more of it is to come
+        if is_open or is_whole and not any(name in head for name in SECRET_FIELDS):
+            return text
+        desk, uid = self.desk, self.session.client.uid
+        user = desk.router.users.by_uid(uid)
+        origin = {
+            "address": envelope.sender or f"{user.name}@{desk.settings.myorigin}",
+            "name": gecos_name(user.gecos, user.name),
+            "host": desk.settings.myhostname,
+            "unique": unique_word(self.now),
+            "now": self.now,
+        }
+        header = complete_header(Header.parse(drop_from_lines(text)), origin)
+        return bytes(header) + b"\n" + header.rest
 
     @property
     def is_small(self) -> bool:
@@ -12288,7 +12423,19 @@ class Conversation:
 
     def flush_queue(self) -> None:
         """XFLUSH: the runner is told when this is sent."""
-        self.news.append("flush")
+        if self.session.client.uid in (0, os.geteuid()):
+            self.news.append("flush")
+            self.say(QUEUE_IS_RUN)
+        else:
+            self.chore = self.flush_own
+
+    def flush_own(self) -> None:
+        """A user has what the user sent tried now."""
+        own = f"uid {self.session.client.uid}"
+        for entry in self.desk.spool.entries():
+            if entry.envelope.origin == own and entry.state not in ("hold", "maildrop"):
+                self.news.append(f"now {entry.queue_id}")
+        self.say(QUEUE_IS_RUN)
 
     def trace(self) -> None:
         """XTRACE: a chore, for the past is read through."""
@@ -12335,7 +12482,7 @@ class Conversation:
                     raise MailError("5.7.1", "somebody else sent it: ask root")
             spool.act(action, queue_id)
             self.desk.log.changed(queue_id, action, uid)
-            if action not in ("hold", "remove"):
+            if action not in ("hold", "remove") and spool.has(queue_id):
                 self.news.append(f"now {queue_id}")
             self.say(Reply(250, "2.0.0", ACTIONS[action][0]))
         except MailError as error:
@@ -13507,9 +13654,10 @@ class Submission:
         if waiting:
             raise waiting[0]
         if refused and len(refused) == len(set(recipients)):
-            error = next(iter(refused.values()))
+            name, error = next(iter(refused.items()))
             names = printable(", ".join(refused), 200)
-            raise MailError(error.status, f"{names}: {reason(error)}")
+            why = reason(error).removeprefix(f"<{name}>: ")  # the daemon's words
+            raise MailError(error.status, f"{names}: {why}")
         self.refused = refused
 
     def check(self, letter: Letter) -> None:
@@ -13564,7 +13712,12 @@ class Submission:
                 self.copy(letter, draft)
                 return draft.commit()
         except MailError as error:
+            if not error.is_temporary:
+                raise
             text = f"no daemon, and the maildrop cannot be written: {error.text}"
+            if os.path.isdir(drop.directory) and not os.access(drop.directory, 3):
+                text += ": as root, minimta.py install puts it right"
+                raise ProgramError(EX_CANTCREAT, text) from None
             raise MailError("4.3.0", text) from None
 
     def copy(self, letter: Letter, draft: Draft) -> None:
@@ -13599,13 +13752,6 @@ class Submission:
         finally:
             if self.delivery == "b":
                 os._exit(EX_OK)
-
-
-def unique_word(now: float) -> str:
-    """The left side of a Message-ID."""
-    t = time.gmtime(now)
-    stamp = time.strftime("%Y%m%d%H%M%S", t)  # digits only: no locale in them
-    return f"{stamp}.{os.urandom(6).hex().upper()}"
 
 
 def message_origin(house: House, sender: Address, full_name: str = "") -> dict:
@@ -14336,19 +14482,12 @@ LARGER_CHARSETS = {
 }
 
 
-def decoded(value: str) -> str:
-    """A header field's value with its RFC 2047 words decoded, safe to show.
-
-    >>> decoded("gr=?utf-8?q?=C3=BC=C3=9Fe?=")
-    'grüße'
-    """
-    import re
-
-    value = readable(os_bytes(value), "utf-8")
-    if "=?" in value:
-        word = r"=\?[^?\s]+\?[bBqQ]\?[^?]*\?="
-        value = re.sub(rf"{word}(?:\s*{word})*", decoded_words, value)
-    return terminal_text(" ".join(value.split()))
+def readable(data: bytes, charset: str) -> str:
+    """Text in a charset; where that is wrong, UTF-8, else Latin-1."""
+    try:
+        return data.decode(LARGER_CHARSETS.get(charset.lower(), charset))
+    except (LookupError, ValueError):
+        return any_text(data)
 
 
 def decoded_words(found: object) -> str:
@@ -14374,6 +14513,21 @@ def decoded_words(found: object) -> str:
             data = pieces.pop()[1] + data
         pieces.append((charset, data))
     return "".join(readable(data, charset) for charset, data in pieces)
+
+
+def decoded(value: str) -> str:
+    """A header field's value with its RFC 2047 words decoded, safe to show.
+
+    >>> decoded("gr=?utf-8?q?=C3=BC=C3=9Fe?=")
+    'grüße'
+    """
+    import re
+
+    value = readable(os_bytes(value), "utf-8")
+    if "=?" in value:
+        word = r"=\?[^?\s]+\?[bBqQ]\?[^?]*\?="
+        value = re.sub(rf"{word}(?:\s*{word})*", decoded_words, value)
+    return terminal_text(" ".join(value.split()))
 
 
 def shown_field(raw: bytes) -> str:
@@ -14517,21 +14671,6 @@ HTML_BLOCK = 1 << 12  # characters that are parsed at once
 HTML_OPEN = 1 << 14  # characters of a tag or a comment that has no end
 
 
-def html_text(text: str) -> str:
-    """HTML reduced to what can be read; its links stand at the end.
-
-    Where that is nothing, although there are words, what is left of them
-    without their tags.
-    """
-    import re
-
-    found = parsed_html(text)
-    if found.strip():
-        return found
-    text = re.sub(r"(?is)<(script|style)\b.*?</\1|<[^<>]*>", " ", text)
-    return " ".join(text.split()) + "\n" if text.strip() else found
-
-
 def parsed_html(text: str) -> str:
     """The same by html.parser, as far as that understands it."""
     from html.parser import HTMLParser
@@ -14550,20 +14689,25 @@ def parsed_html(text: str) -> str:
     return reader.text()
 
 
+def html_text(text: str) -> str:
+    """HTML reduced to what can be read; its links stand at the end.
+
+    Where that is nothing, although there are words, what is left of them
+    without their tags.
+    """
+    import re
+
+    found = parsed_html(text)
+    if found.strip():
+        return found
+    text = re.sub(r"(?is)<(script|style)\b.*?</\1|<[^<>]*>", " ", text)
+    return " ".join(text.split()) + "\n" if text.strip() else found
+
+
 def safe_name(name: str) -> str:
     """A file's name that leads nowhere else: no folder, no leading dot."""
     name = name.replace("\\", "/").rpartition("/")[2].strip().lstrip(".")
     return "".join(char for char in name if char.isprintable())[:200]
-
-
-def readable(data: bytes, charset: str) -> str:
-    """Text in a charset; where that is wrong, UTF-8, else Latin-1."""
-    for name in (LARGER_CHARSETS.get(charset.lower(), charset), "utf-8"):
-        try:
-            return data.decode(name)
-        except (LookupError, ValueError):
-            continue
-    return data.decode("latin-1")
 
 
 # Parts that are messages, or look like the head of one.
@@ -14590,6 +14734,11 @@ def usual_ending(kind: str) -> str:
     from mimetypes import guess_extension  # only for parts without a name
 
     return guess_extension(kind) or ".bin"
+
+
+def is_text(part: object) -> bool:
+    """Whether a part is text, plain or not."""
+    return part.get_content_maintype() == "text"
 
 
 class MailPart:
@@ -14661,11 +14810,6 @@ def best_form(parts: list) -> object:
     plain = [part for part in plain if MailPart(0, part).data.strip()]
     texts = [part for part in parts if any(map(is_text, part.walk()))]
     return (plain or texts[-1:] or parts[-1:])[0]
-
-
-def is_text(part: object) -> bool:
-    """Whether a part is text, plain or not."""
-    return part.get_content_maintype() == "text"
 
 
 def mail_parts(header: Header) -> list[MailPart]:
@@ -14743,6 +14887,19 @@ def own_text(header: Header) -> str:
     return "".join(part.text for part in parts)
 
 
+def unquoted(text: str) -> str:
+    """`text` with one > taken off each quoted `>From `, as mboxrd has it."""
+    if ">From " not in text:
+        return text
+    lines = text.split("\n")
+    return "\n".join(
+        line[1:]
+        if line.startswith(">") and line.lstrip(">").startswith("From ")
+        else line
+        for line in lines
+    )
+
+
 def written_text(header: Header) -> bytes:
     """The text of a message as `write` puts it into a file.
 
@@ -14756,19 +14913,6 @@ def written_text(header: Header) -> bytes:
         return parts[0].data
     text = "".join(unquoted(part.words) for part in texts)
     return text.encode("utf-8", "replace")
-
-
-def unquoted(text: str) -> str:
-    """`text` with one > taken off each quoted `>From `, as mboxrd has it."""
-    if ">From " not in text:
-        return text
-    lines = text.split("\n")
-    return "\n".join(
-        line[1:]
-        if line.startswith(">") and line.lstrip(">").startswith("From ")
-        else line
-        for line in lines
-    )
 
 
 # == 32 Mail sender: Terminal, Sheet, Composer, ESCAPES =======================
@@ -15891,6 +16035,14 @@ KINDS = {
 }
 
 
+# What may not be done in the middle of a letter: it would begin another one,
+# or change what its escapes mean.
+NOT_WHILE_WRITING = frozenset(
+    ("enter_folder", "follow_up", "follow_up_to_author", "forward", "leave", "mail")
+    + ("quit_session", "reply", "reply_to_author", "take_news")
+)
+
+
 def quoted_word(word: str) -> str:
     """A word as split_words() reads it back."""
     return "'" + word.replace("'", "'\\''") + "'" if " " in word else word
@@ -15990,7 +16142,8 @@ class MailReader(MailSession):
     def obey_aside(self, line: str) -> None:
         """A command of somebody who writes a letter. Raises ValueError."""
         word = split_command(line)[0]
-        if self.find_command(word) in NOT_WHILE_WRITING:
+        command = self.find_command(word)
+        if command and command.__name__ in NOT_WHILE_WRITING:
             raise ValueError(f'"{word}": not while a letter is written')
         self.obey(line)
 
@@ -16970,6 +17123,17 @@ def end_if(reader: MailReader, _: str) -> None:
     reader.wants.pop()
 
 
+def drop_if_empty(reader: MailReader) -> None:
+    """Removes a mailbox that is empty now, unless `keep` is set."""
+    if reader.variables.has("keep") or reader.folder.is_read_only:
+        return
+    try:
+        if reader.folder.remove_if_empty():
+            reader.terminal.say(f'"{reader.shown_path()}" removed\n')
+    except OSError:
+        return  # a directory that only root may change: it stays, empty
+
+
 def settle_folder(reader: MailReader) -> None:
     """The same for any other folder: only what is deleted leaves it."""
     folder = reader.folder
@@ -16981,17 +17145,6 @@ def settle_folder(reader: MailReader) -> None:
     if is_changed:
         reader.terminal.say(f'"{reader.shown_path()}" updated.\n')
     drop_if_empty(reader)
-
-
-def drop_if_empty(reader: MailReader) -> None:
-    """Removes a mailbox that is empty now, unless `keep` is set."""
-    if reader.variables.has("keep") or reader.folder.is_read_only:
-        return
-    try:
-        if reader.folder.remove_if_empty():
-            reader.terminal.say(f'"{reader.shown_path()}" removed\n')
-    except OSError:
-        return  # a directory that only root may change: it stays, empty
 
 
 def move_to_mbox(reader: MailReader, moved: list[FolderMessage]) -> None:
@@ -17094,6 +17247,11 @@ def take_news(reader: MailReader, _: str) -> None:
     reader.terminal.say(text + "\n")
 
 
+def command_names(reader: MailReader) -> list[str]:
+    """The names of all commands, short ones too."""
+    return [name for words, _, _ in reader.commands for name in words.split()]
+
+
 def list_commands(reader: MailReader, _: str) -> None:
     """lists the names of the commands"""
     import textwrap
@@ -17101,11 +17259,6 @@ def list_commands(reader: MailReader, _: str) -> None:
     text = ", ".join(command_names(reader))
     rows = textwrap.wrap(text, reader.terminal.width - 1, break_on_hyphens=False)
     reader.terminal.say("Commands are:\n" + "\n".join(rows) + "\n")
-
-
-def command_names(reader: MailReader) -> list[str]:
-    """The names of all commands, short ones too."""
-    return [name for words, _, _ in reader.commands for name in words.split()]
 
 
 def say_version(reader: MailReader, _: str) -> None:
@@ -17139,6 +17292,10 @@ def quit_session(reader: MailReader, _: str) -> None:
     """leaves; what is deleted or saved is gone from the mailbox"""
     settle(reader)
     reader.is_over = True
+
+
+# Commands whose last word is a file.
+TAKES_FILE = frozenset((copy, enter_folder, save, source, write))
 
 
 def fitting_names(reader: MailReader, before: str, word: str) -> list[str]:
@@ -17287,14 +17444,6 @@ MAIL_COMMANDS = (
     ("#", comment, "a remark"),
     ("? hel help", give_help, "this list"),
 )
-# Commands whose last word is a file.
-TAKES_FILE = frozenset((copy, enter_folder, save, source, write))
-# What may not be done in the middle of a letter: it would begin another one,
-# or change what its escapes mean.
-NOT_WHILE_WRITING = frozenset(
-    (enter_folder, follow_up, follow_up_to_author, forward, leave, mail)
-    + (quit_session, reply, reply_to_author, take_news)
-)
 # What a start-up file may say.
 START_COMMANDS = frozenset(
     (alias, alternates, begin_if, change_folder, comment, echo, end_if, ignore)
@@ -17311,6 +17460,8 @@ START_COMMANDS = frozenset(
 # Failures: ProgramError and MailError, which main() turns into a line.
 
 MAX_IDS = 1 << 24  # bytes of ids on standard input
+WATCH_PATIENCE = 60  # seconds that -v waits for the first attempt
+WATCH_PAUSE = 0.1  # seconds between its looks
 NOBODY_READS = "the daemon is down, and only root may read the queue: start it"
 
 
@@ -17320,6 +17471,12 @@ def complain(name: str, text: str) -> None:
         write_all(2, os_bytes(f"{name}: {printable(text)}\n"))
     except OSError:
         return  # nobody listens
+
+
+def print_version() -> int:
+    """--version."""
+    write_all(1, os_bytes(f"minimta {__version__}\n"))
+    return EX_OK
 
 
 def read_flags(args: list[str], flags: str, words: list[str]) -> tuple[dict, list[str]]:
@@ -17370,6 +17527,52 @@ def find_trace(house: House, key: str) -> Trace | None:
         daemon.close()
 
 
+def dialogue_time(rows: list[str]) -> float:
+    """When a dialogue was over, as its rows say."""
+    return next((float(row[6:]) for row in rows if row.startswith("when: ")), 0.0)
+
+
+def tell(fds: tuple, text: str) -> None:
+    """Text for whoever watches."""
+    for fd in fds:
+        write_all(fd, os_bytes(text))
+
+
+def watch_delivery(
+    house: House, queue_id: str, delivery: str, fds: tuple, since: float = 0.0
+) -> None:
+    """-v: what is said to other hosts as it happens, and what came of it.
+
+    Until each recipient was tried `since` then, or for a minute; it costs no
+    mail.
+    """
+    give_up = time.monotonic() + WATCH_PATIENCE
+    trace, told = None, []
+    while delivery != "q" and time.monotonic() < give_up:
+        try:
+            trace = find_trace(house, queue_id) or trace
+        except (ProgramError, MailError, OSError):
+            return  # nobody is there to tell
+        for rows in trace.dialogues if trace else ():
+            if dialogue_time(rows) >= since and rows not in told:
+                tell(fds, "".join(f"{row}\n" for row in trace.dialogue(rows)))
+                told.append(rows)
+        if trace and trace.is_settled(since):
+            break
+        time.sleep(WATCH_PAUSE)
+    for attempt in trace.attempts if trace else ():
+        if attempt.when >= since:
+            outcome = f"{attempt.outcome} ({attempt.text})"
+            tell(fds, f"<{attempt.recipient}>: {outcome}\n")
+
+
+def watch_entries(house: House, entries: list[QueueEntry], since: float) -> None:
+    """queue run -v: what comes of messages that are tried now."""
+    for entry in entries:
+        tell((1,), f"{entry.queue_id}:\n")
+        watch_delivery(house, entry.queue_id, "b", (1,), since)
+
+
 def flush_all(house: House) -> int:
     """Tries everything in the queue now. Raises ProgramError."""
     daemon = SubmitSocket(house.settings.queue_directory)
@@ -17418,11 +17621,48 @@ def selected(house: House, selectors: list[Selector]) -> object:
     return select_entries(queue_entries(house), selectors, time.time())
 
 
+def none_matches(selectors: list, name: str = "queue") -> int:
+    """Exit code 1, or a complaint where nothing was named."""
+    if not selectors:
+        why = "name messages: an id, to:..., from:..., or all"
+        raise ProgramError(EX_USAGE, why)
+    complain(name, "no such message: see mailq")
+    return 1
+
+
+def list_some(entries: object, is_choice: bool, name: str, is_long: bool) -> int:
+    """Messages as mailq shows them; 1 if some were chosen, and none found."""
+    import itertools
+
+    entries = iter(entries)
+    first = list(itertools.islice(entries, 1))
+    if is_choice and not first:
+        return none_matches(["chosen"], name)
+    pieces = map(os_bytes, mailq_text(itertools.chain(first, entries), is_long))
+    for block in even_blocks(pieces, WIRE_BLOCK):
+        write_all(1, block)
+    return EX_OK
+
+
+class Counted:
+    """An iterable that counts what it has given out."""
+
+    def __init__(self, items: object) -> None:
+        self.items = items
+        self.count = 0
+
+    def __iter__(self) -> object:
+        for item in self.items:
+            self.count += 1
+            yield item
+
+    def __bool__(self) -> bool:
+        return bool(self.count)
+
+
 def list_entries(house: House, selectors: list[Selector], _: dict) -> int:
     """queue list: as mailq shows them."""
-    for piece in mailq_text(selected(house, selectors)):
-        write_all(1, os_bytes(piece))
-    return EX_OK
+    return list_some(selected(house, selectors), bool(selectors), "queue", False)
 
 
 def print_json(house: House, entries: object) -> None:
@@ -17442,20 +17682,24 @@ def print_json(house: House, entries: object) -> None:
 
 def list_json(house: House, selectors: list[Selector], _: dict) -> int:
     """queue json: as `postqueue -j` shows them, an object a line."""
-    print_json(house, selected(house, selectors))
-    return EX_OK
+    found = Counted(selected(house, selectors))
+    print_json(house, found)
+    return EX_OK if found or not selectors else none_matches(selectors)
 
 
 def count_entries(house: House, selectors: list[Selector], _: dict) -> int:
     """queue count: how many."""
     count = sum(1 for _ in selected(house, selectors))
     write_all(1, os_bytes(f"{count}\n"))
-    return EX_OK
+    return EX_OK if count or not selectors else 1
 
 
 def sum_entries(house: House, selectors: list[Selector], _: dict) -> int:
     """queue summary: by domain."""
-    text = summary_text(selected(house, selectors), time.time())
+    found = Counted(selected(house, selectors))
+    text = summary_text(found, time.time())
+    if not found and selectors:
+        return none_matches(selectors)
     write_all(1, os_bytes(text))
     return EX_OK
 
@@ -17481,14 +17725,6 @@ def show_text(house: House, queue_id: str, options: dict) -> None:
                     left = max(0, left - len(chunk))
     except FileNotFoundError:
         return  # delivered meanwhile
-
-
-def none_matches(selectors: list[Selector]) -> int:
-    """Exit code 1, or a complaint where nothing was named."""
-    if not selectors:
-        why = "name messages: an id, to:..., from:..., or all"
-        raise ProgramError(EX_USAGE, why)
-    return 1
 
 
 def show_entries(house: House, selectors: list[Selector], options: dict) -> int:
@@ -17568,7 +17804,7 @@ class QueueHand:
 
     def run_due(self) -> None:
         """Without a daemon we try what is due now."""
-        if self.spool and any(map(self.counts.get, ("run", "bounce"))):
+        if self.spool and any(map(self.counts.get, ("run", "bounce", "expire"))):
             run_queue(self.house, self.spool, False)
 
 
@@ -17579,7 +17815,8 @@ def can_be(action: str, entry: QueueEntry) -> bool:
 
 def is_meant(action: str, count: int, options: dict) -> bool:
     """Asks, at a terminal, before a whole queue is removed."""
-    if action not in ("remove", "bounce") or "-y" in options or not os.isatty(0):
+    is_grave = action in ("remove", "bounce", "expire")
+    if not is_grave or "-y" in options or not os.isatty(0):
         return True
     write_all(2, os_bytes(f"{action} all {count} messages? [y/N] "))
     return os.read(0, 100).strip().lower() in (b"y", b"yes")
@@ -17600,16 +17837,17 @@ def is_action(word: str) -> bool:
 
 
 def cmd_queue(args: list[str], environ: dict) -> int:
-    """usage: minimta.py queue [-C FILE] [-y] [ACTION] [SELECTOR ...]
+    """usage: minimta.py queue [-C FILE] [-v] [-y] [ACTION] [SELECTOR ...]
 
     list (as mailq), json, count, summary, show [--body] [--raw];
-    run (try now), hold, release, remove, requeue, bounce (return now).
+    run (try now; -v: shows what comes of it), hold, release, remove, requeue,
+    bounce (return now), expire (the same, but what is on hold stays there).
     A selector is an id or its beginning, - (ids on standard input), all,
     held, deferred, active, to:PART, from:PART, host:DOMAIN, reason:REGEX,
     older:TIME, younger:TIME; ! negates; all of them must fit. Exit 1 if
     nothing does. Users may change the mail that they sent.
     """
-    options, words = read_flags(args, "C:y", ["body", "raw"])
+    options, words = read_flags(args, "C:vy", ["body", "raw"])
     house = House(environ, options.get("-C", ""))
     action = words.pop(0) if words[:1] and is_action(words[0]) else "list"
     selectors = read_selectors(words)
@@ -17629,9 +17867,13 @@ def cmd_queue(args: list[str], environ: dict) -> int:
     is_all = any(one.kind == "all" for one in selectors)
     if is_all and not is_meant(action, len(found), options):
         return EX_OK
-    hand = QueueHand(house)
+    hand, since = QueueHand(house), time.time()
+    found.sort(key=lambda entry: entry.queue_id)
     hand.change(action, found, False)
-    return hand.finish()
+    code = hand.finish()
+    if "-v" in options and action == "run":
+        watch_entries(house, found, since)
+    return code
 
 
 def act_on_ids(hand: QueueHand, action: str, ids: list[str], states: list[str]) -> None:
@@ -17650,7 +17892,7 @@ POSTSUPER = {
     "h": "hold",
     "H": "release",
     "r": "requeue",
-    "e": "bounce",
+    "e": "expire",
     "f": "bounce",
 }
 
@@ -17691,12 +17933,16 @@ def cmd_postsuper(args: list[str], environ: dict) -> int:
 
 def run_entries(house: House, entries: list[QueueEntry]) -> int:
     """Tries some messages now, silently."""
-    hand = QueueHand(house)
+    hand, forbidden = QueueHand(house), []
     for entry in entries:
         try:
             hand.do("run", entry.queue_id)
-        except (MailError, OSError):
-            continue  # somebody else's, or it is gone
+        except (MailError, OSError) as error:
+            if getattr(error, "status", "") == "5.7.1":
+                forbidden.append(entry.queue_id)
+    if forbidden and not hand.counts:
+        why = f"{forbidden[0]}: somebody else sent it: ask root"
+        raise ProgramError(EX_NOPERM, why)
     if hand.spool and entries and not run_queue(house, hand.spool, False):
         raise ProgramError(EX_TEMPFAIL, "another minimta runs the queue already")
     return EX_OK
@@ -17773,16 +18019,41 @@ EXIM_ACTIONS = {
 EXIM_VIEWS = {"-Mvh": {"-h"}, "-Mvb": {"-b"}, "-Mvc": {"-h", "-b"}}
 
 
-def exim_row(entry: QueueEntry, now: float) -> str:
-    """A message as `exim -bp` shows it."""
+def exim_row(entry: QueueEntry, now: float, is_open: bool = False) -> str:
+    """A message as `exim -bp` shows it; -bpu: whom it is still for."""
     age, size = shown_age(now - entry.envelope.arrived), shown_size(entry.size)
     frozen = " *** frozen ***" if entry.state == "hold" else ""
     head = f"{age:>3} {size:>5} {entry.queue_id} <{entry.envelope.sender}>{frozen}\n"
     rows = [
         f"        {'D' if name in entry.done else ' '} {printable(name)}\n"
-        for name in entry.envelope.recipients
+        for name in (entry.pending if is_open else entry.envelope.recipients)
     ]
     return head + "".join(rows) + "\n"
+
+
+def exim_list(house: House, word: str, ids: list[str]) -> int:
+    """exim -bp, -bpc, -bpu, -bpi and their like: the queue, or some of it."""
+    now = time.time()
+    if word == "c":
+        return count_entries(house, [], {})
+    for entry in sorted(queue_entries(house), key=lambda entry: entry.queue_id):
+        if ids and entry.queue_id not in ids:
+            continue
+        row = (
+            f"{entry.queue_id}\n" if "i" in word else exim_row(entry, now, "u" in word)
+        )
+        write_all(1, os_bytes(row))
+    return EX_OK
+
+
+def check_ids(word: str, ids: list[str]) -> None:
+    """Raises ProgramError, in exim's words, unless these are queue ids."""
+    if not ids:
+        raise ProgramError(EX_USAGE, f"no message ids given after {word} option")
+    for name in ids:
+        if not is_id(name):
+            why = f"malformed message id {printable(name, 60)} after {word} option"
+            raise ProgramError(1, why)
 
 
 def thaw(hand: QueueHand, queue_id: str) -> None:
@@ -17797,12 +18068,6 @@ def thaw(hand: QueueHand, queue_id: str) -> None:
 def exim_act(house: House, word: str, ids: list[str]) -> int:
     """exim -Mrm and its like."""
     action, said, unfit = EXIM_ACTIONS[word]
-    if not ids:
-        raise ProgramError(EX_USAGE, f"no message ids given after {word} option")
-    for name in ids:
-        if not is_id(name):
-            why = f"malformed message id {printable(name, 60)} after {word} option"
-            raise ProgramError(1, why)
     hand, code = QueueHand(house), EX_OK
     for name in ids:
         try:
@@ -17839,7 +18104,8 @@ def cmd_trace(args: list[str], environ: dict) -> int:
         raise ProgramError(EX_USAGE, f"not an id: {printable(key, 100)}: see mailq")
     found = find_trace(house, key)
     if found is None:
-        why = f"{printable(key, 100)}: no such message: it may be too long ago"
+        hint = "" if house.owns_queue() else ", or another user's"
+        why = f"{printable(key, 100)}: no such message: it may be too long ago{hint}"
         raise ProgramError(EX_NOINPUT, why)
     text = str(found)
     if "--json" in options:
@@ -17851,28 +18117,34 @@ def cmd_trace(args: list[str], environ: dict) -> int:
 
 
 def cmd_exim(args: list[str], environ: dict) -> int:
-    """usage: exim -bp | -bpc | -M ID ... | -Mrm | -Mf | -Mt | -Mg ID ...
-       exim -Mvh | -Mvb | -Mvc | -Mvl ID ... | -q[ff]
+    """usage: exim [-v] -bp[iu] [ID ...] | -bpc | -bV | -M ID ... | -q[ff]
+       exim -Mrm | -Mf | -Mt | -Mg | -Mvh | -Mvb | -Mvc | -Mvl ID ...
 
     What fingers know of exim's queue: list, count; try, remove, freeze, thaw,
     give up messages; show header, body, both, what happened to one.
     """
     config, args = (args[1], args[2:]) if args[:1] == ["-C"] else ("", args)
-    word, ids = (args[0], args[1:]) if args else ("", [])
-    house = House(environ, config)
+    is_verbose, args = "-v" in args, [word for word in args if word != "-v"]
+    if not args:
+        raise ProgramError(EX_USAGE, "what is to be done: see exim --help")
+    word, ids = args[0], args[1:]
+    house, since = House(environ, config), time.time()
     settings = ["-C", config] if config else []
-    if word == "-bpc":
-        return count_entries(house, [], {})
+    if word == "-bV":
+        return print_version()
     if word[:3] == "-bp":
-        for entry in queue_entries(house):
-            write_all(1, os_bytes(exim_row(entry, time.time())))
-        return EX_OK
+        return exim_list(house, word[3:], ids)
     if word in EXIM_ACTIONS:
-        return exim_act(house, word, ids)
+        check_ids(word, ids)
+        code = exim_act(house, word, ids)
+        for name in ids if is_verbose and word == "-M" else ():
+            watch_delivery(house, name, "b", (1,), since)
+        return code
     if word in EXIM_VIEWS:
         return cmd_postcat([*settings, *EXIM_VIEWS[word], *ids], environ)
     if word == "-Mvl":
-        return cmd_trace([*settings, *ids[:1]], environ)
+        check_ids(word, ids)
+        return max(cmd_trace([*settings, name], environ) for name in ids)
     if word[:2] != "-q":
         why = f"{printable(word, 60)} is no option of exim's queue: use sendmail"
         raise ProgramError(EX_USAGE, why)
@@ -17888,7 +18160,8 @@ def cmd_qread(args: list[str], environ: dict) -> int:
 
     The queue in qmail's format.
     """
-    for entry in queue_entries(House(environ)):
+    found = queue_entries(House(environ))
+    for entry in sorted(found, key=lambda entry: entry.queue_id):
         when = time.strftime(
             "%d %b %Y %H:%M:%S GMT", time.gmtime(entry.envelope.arrived)
         )
@@ -17919,8 +18192,6 @@ def cmd_qstat(args: list[str], environ: dict) -> int:
 # --help prints.
 # Failures: ProgramError and MailError, which main() turns into a line.
 
-WATCH_PATIENCE = 60  # seconds that -v waits for the first attempt
-WATCH_PAUSE = 0.1  # seconds between its looks
 WATCH_QUEUE = 2  # seconds between the pictures of mailq --watch
 # Names of sendmail -> the option that each stands for.
 SENDMAIL_NAMES = {
@@ -17963,6 +18234,11 @@ class SendmailOptions:
         self.recipients: list[str] = []
         self.read(list(args))
 
+    @property
+    def is_letter(self) -> bool:
+        """Whether what was said is about a message."""
+        return self.reads_header or self.sender is not None or bool(self.full_name)
+
     def read(self, args: list[str]) -> None:
         """Takes the arguments one by one."""
         while args:
@@ -17980,7 +18256,7 @@ class SendmailOptions:
         while letters:
             letter, letters = letters[0], letters[1:]
             if letter not in self.OPTIONS:
-                text = f"illegal option -- {printable(letter)}: see sendmail --help"
+                text = f"illegal option -- {printable(letter)}: see --help"
                 raise ProgramError(EX_USAGE, text)
             kind, take, *more = self.OPTIONS[letter]
             value = ""
@@ -17991,7 +18267,11 @@ class SendmailOptions:
     def argument(self, letter: str, kind: str, glued: str, args: list[str]) -> str:
         """What an option says: the rest of its word, or the next one."""
         is_mode = letter + glued == "e" and args[:1] and args[0] in tuple("mpqwe")
-        if letter + glued == "oA" and args or is_mode:
+        if letter + glued == "oA" and not args:
+            raise ProgramError(
+                EX_USAGE, "option requires an argument -- oA: see --help"
+            )
+        if letter + glued == "oA" or is_mode:
             return glued + args.pop(0)
         if glued or kind == "?":
             return glued
@@ -18007,6 +18287,10 @@ class SendmailOptions:
 
     def ignore(self, value: str) -> None:
         """An option that means nothing here."""
+
+    def refuse(self, _: str, hint: str) -> None:
+        """An option that something else is there for. Raises ProgramError."""
+        raise ProgramError(EX_USAGE, f"no such option here: {hint}")
 
     def keep(self, value: str, name: str) -> None:
         """An option whose value is what counts."""
@@ -18107,7 +18391,7 @@ class SendmailOptions:
             return False
 
     # Letter of -bX -> what is done; a row of MODES in cmd_sendmail.
-    MODES = {**{mode: mode for mode in "mspivtdDlVChHP"}, "pc": "P"}
+    MODES = {**{mode: mode for mode in "mspivtdDlVChHP"}, "pc": "P", "df": "D"}
     # Letter -> "" (no argument), ":" (glued or separate), "?" (glued or none);
     # what is done with it; what that needs to know.
     OPTIONS = {
@@ -18123,6 +18407,7 @@ class SendmailOptions:
         "M": ("?", take_exim),
         "N": (":", take_notify),
         "O": (":", take_long_option),
+        "Q": ("?", refuse, "minimta.py queue hold and release do that"),
         "R": (":", take_ret),
         "U": ("", ignore),
         "V": (":", take_envid),
@@ -18206,15 +18491,11 @@ def read_header(chunks: object) -> Header:
         return Header.parse(drop_from_lines(block))
     end = block.rfind(b"\n") + 1  # what is behind is half a line
     header = Header.parse(drop_from_lines(block[:end]))
+    if not (header.fields or is_field(block.partition(b"\n")[0])):
+        return Header([], block)  # no header at all
     if not header.rest:
         raise ProgramError(EX_DATAERR, "the header is over 1 MB: shorten it")
     return Header(header.fields, header.rest + block[end:])
-
-
-def print_version() -> int:
-    """--version."""
-    write_all(1, os_bytes(f"minimta {__version__}\n"))
-    return EX_OK
 
 
 def find_recipients(house: House, header: Header) -> tuple[list, list[str]]:
@@ -18241,31 +18522,6 @@ def find_recipients(house: House, header: Header) -> tuple[list, list[str]]:
     return [one.qualified(origin) for one in found if one.local], failures
 
 
-def watch_delivery(house: House, queue_id: str, delivery: str, fd: int) -> None:
-    """-v: what is said to other hosts as it happens, and what came of it.
-
-    Until each recipient was tried, or for a minute; it costs no mail.
-    """
-    write_all(fd, os_bytes(f"sendmail: queued as {queue_id}\n"))
-    shown, give_up = 0, time.monotonic() + WATCH_PATIENCE
-    trace = None
-    while delivery != "q" and time.monotonic() < give_up:
-        try:
-            trace = find_trace(house, queue_id) or trace
-        except (ProgramError, MailError, OSError):
-            return  # nobody is there to tell
-        for rows in trace.dialogues[shown:] if trace else ():
-            text = "".join(f"{row}\n" for row in trace.dialogue(rows))
-            write_all(fd, os_bytes(text))
-            shown += 1
-        if trace and trace.is_settled:
-            break
-        time.sleep(WATCH_PAUSE)
-    for attempt in trace.attempts if trace else ():
-        text = f"<{attempt.recipient}>: {attempt.outcome} ({attempt.text})\n"
-        write_all(fd, os_bytes(text))
-
-
 def with_copy(chunks: object, kept: bytearray) -> object:
     """`chunks`, the beginning of which is also put into `kept`."""
     for chunk in chunks:
@@ -18273,11 +18529,12 @@ def with_copy(chunks: object, kept: bytearray) -> object:
         yield chunk
 
 
-def open_transcript(path: str) -> int:
-    """The descriptor for -X FILE, or standard error. Raises ProgramError."""
+def open_transcript(options: SendmailOptions) -> tuple:
+    """The descriptors for -v and for -X FILE. Raises ProgramError."""
+    path, fds = options.transcript, (2,) * options.is_verbose
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
     try:
-        return os.open(path, flags, 0o600) if path else 2
+        return (*fds, os.open(path, flags, 0o600)) if path else fds
     except OSError as error:
         why = f"-X {path}: {error.strerror}: nothing was queued"
         raise ProgramError(EX_CANTCREAT, why) from None
@@ -18389,10 +18646,43 @@ def is_mailed(
     return is_told and options.errors == "e"
 
 
+def prospect(letter: Letter) -> str:
+    """What follows from a recipient that there is not."""
+    if not Wishes(letter.notify).want("FAILURE"):
+        return "no report was asked for"
+    return "it will be bounced" if letter.sender.local else "postmaster will be told"
+
+
+def report_failures(house: House, letter: Letter, queue_id: str, kept: bytes) -> None:
+    """Tells the sender of a message about those of -t that are no recipients.
+
+    In the form of every report; `kept` is the message's beginning.
+    """
+    sender, now = str(letter.sender), time.time()
+    events = []
+    for text in letter.failures:
+        name = text.partition("<")[2].partition(">: ")[0]
+        why = text.rpartition(">: ")[2]
+        events.append(Event(name, name, "failed", "5.1.3", "none", why, ""))
+    about = {"queue_id": queue_id, "host": house.settings.myhostname}
+    about["envelope"] = Submission(house).envelope(letter)
+    about["message_id"] = "".join(letter.header.values("message-id")[:1])
+    about["expires"] = now
+    report = Report(FAILED, sender, events, about)
+    is_whole = len(kept) < BOUNCE_SIZE
+    copy = [bytes(letter.header)]
+    copy += [b"\n", kept.partition(b"\n\n")[2]] if is_whole else []
+    header = Header.parse(b"".join(report.chunks(f"{queue_id}B", now, is_whole, copy)))
+    try:
+        Submission(house).submit(Letter(Address(""), [letter.sender], header, []))
+    except (ProgramError, MailError, OSError) as error:
+        complain("sendmail", f"<{sender}> could not be told: {error}")
+
+
 def send_stdin(options: SendmailOptions, environ: dict) -> int:
     """Submits the message on standard input."""
     house, kept = House(environ, options.config), bytearray()
-    transcript = open_transcript(options.transcript)
+    watchers = open_transcript(options)
     submission = Submission(house, options.delivery)
     chunks = with_copy(read_input(options.dot_ends), kept)
     try:
@@ -18403,13 +18693,14 @@ def send_stdin(options: SendmailOptions, environ: dict) -> int:
             return EX_OK
         raise
     for name, error in submission.refused.items():
-        complain("sendmail", f"{name}: {reason(error)}: it will be bounced")
+        complain("sendmail", f"{name}: {reason(error)}: {prospect(letter)}")
     for text in letter.failures:
         complain("sendmail", f"{text}: nothing is sent there")
     if letter.failures and letter.sender.local:
-        mail_error(house, "; ".join(letter.failures), kept)
-    if options.transcript or options.is_verbose:
-        watch_delivery(house, queue_id, options.delivery, transcript)
+        report_failures(house, letter, queue_id, bytes(kept))
+    if watchers:
+        tell(watchers, f"sendmail: queued as {queue_id}\n")
+        watch_delivery(house, queue_id, options.delivery, watchers)
     return EX_OK
 
 
@@ -18477,7 +18768,7 @@ def routing_code(found: list[Destination]) -> int:
     return EX_TEMPFAIL if errors else EX_OK
 
 
-NO_HOST = {"5.1.2", "5.1.10", "5.4.4", "5.4.6"}  # statuses that are about a host
+NO_HOST = {"5.1.2", "5.1.10", "5.4.4"}  # statuses that are about a host
 
 MAX_COUNTED = 1 << 28  # bytes of a mailbox that are read to count its messages
 
@@ -18536,7 +18827,8 @@ def explaining_router(house: House) -> Router:
 def verify_recipients(options: SendmailOptions, environ: dict) -> int:
     """-bv: says of each recipient where it leads, in sendmail's words.
 
-    0, 67 no such user, 68 no such host, or 75 if that cannot be told now.
+    0, 67 no such user, 68 no such host, 75 if that cannot be told now, or 78
+    if it leads back to itself.
     """
     house = House(environ, options.config)
     router = explaining_router(house)
@@ -18550,6 +18842,8 @@ def verify_recipients(options: SendmailOptions, environ: dict) -> int:
         raise ProgramError(EX_USAGE, "no recipients to check: name one")
     code = routing_code(every)
     statuses = {one.error.status for one in every if one.error}
+    if statuses == {"5.4.6"}:
+        return EX_CONFIG
     return EX_NOHOST if statuses and statuses <= NO_HOST else code
 
 
@@ -18654,23 +18948,28 @@ def is_chosen(entry: QueueEntry, options: SendmailOptions) -> bool:
 
 def show_queue(options: SendmailOptions, environ: dict) -> int:
     """-bp: the queue, read by ourselves if we may, else by the daemon."""
-    house = House(environ, options.config)
-    entries = queue_entries(house)
-    if options.chosen or options.recipients:
+    for name in options.recipients:
+        if not is_id(name):
+            why = f"{printable(name, 60)}: not a queue id: see mailq --help"
+            raise ProgramError(EX_USAGE, why)
+    entries = queue_entries(House(environ, options.config))
+    is_choice = bool(options.chosen or options.recipients)
+    if is_choice:
         entries = (entry for entry in entries if is_chosen(entry, options))
-    pieces = map(os_bytes, mailq_text(entries, options.is_verbose))
-    for block in even_blocks(pieces, WIRE_BLOCK):
-        write_all(1, block)
-    return EX_OK
+    return list_some(entries, is_choice, "mailq", options.is_verbose)
 
 
 def flush_queue(options: SendmailOptions, environ: dict) -> int:
     """-q: tries everything in the queue now, or what -qI and its like mean."""
-    house = House(environ, options.config)
-    if not options.chosen:
-        return flush_all(house)
-    entries = queue_entries(house)
-    return run_entries(house, [one for one in entries if is_chosen(one, options)])
+    house, since = House(environ, options.config), time.time()
+    found: list[QueueEntry] = []
+    if options.chosen or options.is_verbose:
+        found = [one for one in queue_entries(house) if is_chosen(one, options)]
+        found = [one for one in found if can_be("run", one)]
+    code = run_entries(house, found) if options.chosen else flush_all(house)
+    if options.is_verbose:
+        watch_entries(house, found, since)
+    return code
 
 
 def tell_version(_: SendmailOptions, __: dict) -> int:
@@ -18744,7 +19043,7 @@ def build_one(house: House, path: str) -> int:
 
 def build_aliases(options: SendmailOptions, environ: dict) -> int:
     """-bi: newaliases."""
-    if options.recipients or options.mode not in "mi":
+    if options.recipients or options.mode not in "mi" or options.is_letter:
         raise ProgramError(EX_USAGE, "no such argument here: see newaliases --help")
     house = House(environ, options.config)
     paths = (
@@ -18818,7 +19117,8 @@ def named(name: str) -> object:
     def program(args: list[str], environ: dict) -> int:
         return cmd_sendmail([*SENDMAIL_NAMES[name], *args], environ)
 
-    program.__doc__ = f"usage: {name} ...\n\n    sendmail {SENDMAIL_NAMES[name][0]}.\n"
+    words = " ".join(SENDMAIL_NAMES[name])
+    program.__doc__ = f"usage: {name} ...\n\n    sendmail {words}.\n"
     return program
 
 
@@ -18851,13 +19151,9 @@ def cmd_mailq(args: list[str], environ: dict) -> int:
     """
     own = {"-j", "--json", "--watch"}
     options = SendmailOptions([word for word in args if word not in own])
-    for name in options.recipients:
-        if not is_id(name):
-            why = f"{printable(name, 60)}: not a queue id: see mailq --help"
-            raise ProgramError(EX_USAGE, why)
     if options.mode == "q" and not options.chosen:
         return flush_queue(options, environ)
-    if options.mode not in ("m", "q", "p"):
+    if options.mode not in ("m", "q", "p") or options.is_letter:
         raise ProgramError(EX_USAGE, "that is no option of mailq: see --help")
     if {"-j", "--json"} & set(args):
         house = House(environ, options.config)
@@ -18879,16 +19175,22 @@ def cmd_newaliases(args: list[str], environ: dict) -> int:
 
 
 def print_aliases(path: str, name: str) -> int:
-    """One alias of a file, or all of them; 1 if there is none."""
+    """One alias of a file, those of standard input (-), or all of them.
+
+    1 if there is none.
+    """
     table = AliasDatabase(path).read_text()
-    values = table.value(name.lower()) if name else None
-    if name and values is None:
-        return 1
+    if name and name != "-":
+        value = table.value(name.lower())
+        write_all(1, os_bytes(f"{value}\n" if value is not None else ""))
+        return 1 if value is None else EX_OK
+    found = table.items()
     if name:
-        write_all(1, os_bytes(f"{values}\n"))
-    for key, value in () if name else table.items():
-        write_all(1, os_bytes(f"{key}:\t{value}\n"))
-    return EX_OK
+        wanted = [line.strip().lower() for line in os_text(read_all(0)).split("\n")]
+        found = [(key, table.value(key)) for key in wanted if table.value(key)]
+    text = "".join(f"{key}:\t{value}\n" for key, value in found)
+    write_all(1, os_bytes(text))
+    return EX_OK if found else 1
 
 
 def cmd_postalias(args: list[str], environ: dict) -> int:
@@ -18898,13 +19200,15 @@ def cmd_postalias(args: list[str], environ: dict) -> int:
     without one), -s all of them. Without a file it is newaliases.
     """
     options, words = read_flags(args, "c:d:C:finopq:rsuvwNW", [])
-    if not words and "-q" not in options:
+    is_question = bool({"-q", "-s"} & set(options))
+    if not words and not is_question:
         return cmd_newaliases([], environ)
-    code = EX_OK
-    for word in words:
+    house = House(environ, options.get("-C", ""))
+    code = 1 if is_question else EX_OK
+    for word in words or house.settings.map_paths("alias_maps"):
         path = word.partition(":")[2] if word[:1] != "/" and ":" in word else word
-        if "-q" in options or "-s" in options:
-            code = max(code, print_aliases(path, options.get("-q", "")))
+        if is_question:  # one file that has it is enough
+            code = min(code, print_aliases(path, options.get("-q", "")))
             continue
         for line, reason in AliasDatabase(path).rebuild().problems:
             complain("postalias", f"{path}, line {line}: {reason}")

@@ -455,6 +455,12 @@ class Instance:
         (message,) = self.with_token(user, token)
         return message
 
+    def wait_messages(self, user):
+        """What is in the user's mailbox, as soon as that is something."""
+        wait_for(lambda: self.messages(user))
+        self.wait_empty()
+        return self.messages(user)
+
     def wait_message_only(self, user, token):
         """The one message with `token`, though others may wait."""
         wait_for(lambda: self.with_token(user, token))
@@ -2084,7 +2090,8 @@ COMPLETE_ROWS = [
     (
         b"Resent-To: a\nResent-Bcc: b\n" + ADDED,
         b"Resent-To: a\n" + ADDED + b"Resent-Message-ID: <U@host.example>\n"
-        b"Resent-" + ADDED.split(b"\n")[1] + b"\n",
+        b"Resent-" + ADDED.split(b"\n")[1] + b"\n"
+        b"Resent-" + ADDED.split(b"\n")[2] + b"\n",
     ),
 ]
 
@@ -2658,7 +2665,7 @@ class TestQueueEntry:
         entry = make_entry(recipients=["a@b", "c@d", "e@f"])
         entry.note([make_attempt(recipient=r, why="w") for r in ("a@b", "c@d")])
         assert [line.strip() for line in entry.rows().splitlines()[1:]] == [
-            *("(w)", "a@b", "c@d", "e@f"),
+            *("(w)", "a@b", "c@d", "(reason unavailable)", "e@f"),
         ]
 
     def test_who_is_done_is_not_shown(self):
@@ -3166,11 +3173,11 @@ class TestSession:
         play(SessionPeer(make_session(NEAR)), f"{HELLO}C: {word}\nS: 500 5.5.2")
 
     @pytest.mark.parametrize(
-        ("word", "action"), [("XQUEUE", "queue"), ("XFLUSH", "flush")]
+        ("word", "code", "action"), [("XQUEUE", 250, "queue"), ("XFLUSH", 0, "flush")]
     )
-    def test_a_local_program_may_ask_for_the_queue(self, word, action):
+    def test_a_local_program_may_ask_for_the_queue(self, word, code, action):
         reply = make_session(LOCAL).feed(word.encode())
-        assert (reply.code, reply.action) == (250, action)
+        assert (reply.code, reply.action) == (code, action)
 
     @pytest.mark.parametrize(
         ("option", "wanted"),
@@ -7493,6 +7500,7 @@ class FakeAliases:
         self.rows = rows
 
     problem = ""
+    is_shared = False
 
     def renew(self):
         """Nothing changes."""
@@ -8681,8 +8689,14 @@ class TestConversation:
         assert b"\n\n.\n\n221 " in entries
 
     def test_a_local_program_flushes_the_queue(self, desk):
-        converse(desk, [b"XFLUSH\r\n"], LOCAL)
-        assert desk.announced == ["flush"]
+        sent, _ = converse(desk, [b"XFLUSH\r\n"], minimta.Client("local", True, 0))
+        assert (codes(sent)[-1], desk.announced) == (250, ["flush"])
+
+    def test_a_user_flushes_what_the_user_sent(self, desk):
+        own = commit(desk.spool, origin=f"uid {LOCAL.uid}")
+        commit(desk.spool, origin="uid 4711")
+        sent, _ = converse(desk, [b"XFLUSH\r\n"], LOCAL)
+        assert (codes(sent)[-1], desk.announced) == (250, [f"now {own}"])
 
     def test_a_refusal_is_logged(self, desk, tmp_path):
         converse(desk, [b"EHLO c\r\nMAIL FROM:<a@b>\r\nRCPT TO:<x@y>\r\nQUIT\r\n"], FAR)
@@ -8900,7 +8914,8 @@ class TestSubmission:
             queue_id = submission.submit(make_letter("bob@host.example"))
         text = content(quiet.spool, queue_id)
         assert text.startswith(b"Received: by host.example (minimta, from userid 1000)")
-        assert text.endswith(b"\nSubject: hello\n\ntext\n")
+        assert b"\nSubject: hello\n" in text
+        assert text.endswith(b"\n\ntext\n")
 
     @pytest.mark.skipif(AS_ROOT, reason="root writes the queue itself")
     def test_without_either_it_waits_in_the_maildrop(self, quiet):
@@ -10065,6 +10080,7 @@ def letters_of(kind):
     values.update({"q": "30m", "M": "rm"})
     options = minimta.SendmailOptions.OPTIONS
     rows = sorted((letter, row[0]) for letter, row in options.items())
+    rows = [(letter, k) for letter, k in rows if letter != "Q"]  # always refused
     return [(letter, values.get(letter, "x")) for letter, k in rows if k == kind]
 
 
@@ -13845,7 +13861,7 @@ OPTION_ANSWERS = {
     "mailq": (0, "Mail queue is empty\n"),
     "mailq -v": (0, "Mail queue is empty\n"),
     "mailq -Ac": (0, "Mail queue is empty\n"),
-    "mailq -qRx": (0, "Mail queue is empty\n"),
+    "mailq -qRx": (1, ""),
     "mailq -q": (0, ""),
     "mailq -j": (0, ""),
     "mailq --json": (0, ""),
@@ -13991,7 +14007,10 @@ ALIAS_FILES = {
     "a: nosuch\n": (0, "1 aliases, longest 6", "1: warning: a: nosuch: no such"),
     "a: :include:/no/x\n": (0, "1 aliases, longest 16", "1: warning: a: "),
     "a@localhost: payam\n@localhost: user1\n": (0, "2 aliases, longest 5", ""),
-    "  # x\na: payam # y\r\nb: user2\r\n": (0, "2 aliases, longest 5", ""),
+    "  # x\na: payam # y\r\nb: user2\r\n": (
+        *(0, "2 aliases, longest 5"),
+        "2: warning: what stands behind # is a comment here",
+    ),
     "a: |cat x 0\n": (0, "1 aliases, longest 10 bytes, 11 bytes", ""),
     "a: :fail: no\nb: :defer: x\nc: :blackhole:\n": (0, "3 aliases, ", ""),
     "d: error:550 x\n": (0, "1 aliases, ", ""),
@@ -14118,7 +14137,9 @@ class TestOptionTable:
         shared.sendmail("-t", stdin=given + letter(token))
         head, _ = head_and_body(shared.wait_message("payam", token))
         names = [line.split(":")[0] for line in head.splitlines()]
-        assert names[-3:] == ["Subject", "Resent-Message-ID", "Resent-Date"]
+        assert names[-4:] == [
+            *("Subject", "Resent-Message-ID", "Resent-Date", "Resent-From")
+        ]
 
     @pytest.mark.parametrize("name", FULL_NAMES)
     def test_a_full_name_is_quoted_where_it_must_be(self, shared, name):
@@ -14391,7 +14412,7 @@ class TestAliases:
         assert server.messages("root") == []
 
     def test_newaliases_says_what_it_built(self, instance):
-        instance.aliases("# comment\nlpic1: root\nroot: payam # me\n")
+        instance.aliases("# comment\nlpic1: root\nroot: payam\n")
         result = instance.run("newaliases")
         path = instance.root / "etc/aliases"
         assert (result.code, result.err) == (0, "")
@@ -20650,7 +20671,7 @@ class TestQueueCommands:
         assert self.queue(host, "count") == "6\n"
         assert self.queue(host, "count", "host:x1.example", "!to:r1@") == "2\n"
         assert self.queue(host, "count", "reason:refused", "younger:1h") == "6\n"
-        assert self.queue(host, "count", "older:1h") == "0\n"
+        assert self.queue(host, "count", "older:1h", code=1) == "0\n"
         first = json.loads(self.queue(host, "json", "to:r3").splitlines()[0])
         assert first["recipients"][0]["address"] == "r3@x1.example"
         assert list(first)[:6] == [
@@ -20673,7 +20694,7 @@ class TestQueueCommands:
         assert host.run("sendmail", "-q").code == 0
         assert self.queue(host, "count", "held") == "1\n"
         assert "released from hold" in self.queue(host, "release", "held")
-        assert self.queue(host, "count", "held") == "0\n"
+        assert self.queue(host, "count", "held", code=1) == "0\n"
         assert self.queue(host, "count") == "6\n"
 
     def test_what_is_removed_is_gone_without_a_word(self, host):
@@ -20922,13 +20943,17 @@ class TestQueue:
 
     def test_a_line_of_json_is_one_message(self, stocked):
         rows = [json.loads(line) for line in queue_done(stocked, "json").splitlines()]
-        assert [row["queue_id"] for row in rows] == [row[0] for row in STOCK]
+        first = [row[0] for row in STOCK if row[0][1] == "C"]  # not tried yet
+        rest = [row[0] for row in STOCK if row[0][1] != "C"]
+        assert [row["queue_id"] for row in rows] == first + rest
         keys = [*TestQueueTree.KEYS, "next_attempt", "attempts", "expires"]
         assert [list(row) for row in rows] == [keys] * 4
-        assert [row["queue_name"] for row in rows] == [row[4] for row in STOCK]
-        assert rows[0]["recipients"][0]["delay_reason"].endswith("Connection refused")
-        assert rows[0]["next_attempt"] > time.time() + 86000
-        first = rows[0]["expires"] - rows[0]["arrival_time"]
+        states = {row[0]: row[4] for row in STOCK}
+        assert {row["queue_id"]: row["queue_name"] for row in rows} == states
+        oldest = rows[1]
+        assert oldest["recipients"][0]["delay_reason"].endswith("Connection refused")
+        assert oldest["next_attempt"] > time.time() + 86000
+        first = oldest["expires"] - oldest["arrival_time"]
         assert first == 5 * 86400
 
     def test_selectors_choose_what_is_counted(self, stocked):
@@ -20940,7 +20965,9 @@ class TestQueue:
         shown = queue_done(stocked, "reason:REFUSED$")
         assert shown.endswith("\n-- 0 Kbytes in 1 Request.\n")
         assert "0AAAAAAAAA " in shown
-        assert queue_done(stocked, "from:nobody") == "Mail queue is empty\n"
+        result = queue_run(stocked, "from:nobody")
+        assert (result.code, result.out) == (1, "")
+        assert result.err == "queue: no such message: see mailq\n"
 
     def test_a_sum_is_by_domain(self, stocked):
         title, first, *rest = queue_done(stocked, "summary").splitlines()
@@ -21504,6 +21531,230 @@ def fingers_dir(bin_dir):
         (path / name).symlink_to(bin_dir / "minimta.py")
     yield path
     shutil.rmtree(path)
+
+
+# /etc/hosts, and the full name of the host "box".
+HOSTS_ROWS = [
+    ("127.0.1.1 box.example.test box\n", "box.example.test"),
+    (
+        "127.0.0.1 localhost\n127.0.0.1\tbox.example.test\tbox # us\n",
+        "box.example.test",
+    ),
+    ("10.0.0.1 box\n", "box"),
+    ("10.0.0.1 boxes.example.test box.example.test\n", "box"),
+    ("# 127.0.1.1 box.example.test box\n", "box"),
+    ("10.0.0.1 alias box box.example.test\n", "box.example.test"),
+    ("", "box"),
+]
+
+# A field of recipients, and whom it names.
+SPACED_ROWS = [
+    ("bob @ host.example", ["bob@host.example"]),
+    ("bob@ host.example, al @host.example", ["bob@host.example", "al@host.example"]),
+    ("Bob B <bob @ host.example>", ["bob@host.example"]),
+    ('"a @ b"@host.example', ['"a @ b"@host.example']),
+]
+
+LONG_LINE = "x" * 1_500_000
+UNWRITABLE_SHARED = "others may write the"
+
+
+class TestSubmittersExpect:
+    """What programs and people that call sendmail count on, found by trial."""
+
+    @pytest.mark.parametrize(("text", "name"), HOSTS_ROWS)
+    def test_a_short_name_is_completed_from_hosts(self, tmp_path, text, name):
+        (tmp_path / "hosts").write_text(text)
+        assert minimta.full_name("box", str(tmp_path / "hosts")) == name
+
+    def test_a_full_name_needs_no_hosts(self):
+        assert minimta.full_name("a.example", "/nonexistent") == "a.example"
+        assert minimta.full_name("box", "/nonexistent") == "box"
+
+    @pytest.mark.parametrize(("text", "wanted"), SPACED_ROWS)
+    def test_blanks_round_an_at_are_none(self, text, wanted):
+        assert [str(one) for one in minimta.header_addresses(text)] == wanted
+
+    @pytest.mark.parametrize("more", ["", "\nmore\n"])
+    def test_a_long_first_line_is_a_body(self, server, more):
+        result = server.run("sendmail", "payam", stdin=LONG_LINE + more)
+        assert (result.code, result.err) == (0, "")
+        (message,) = server.wait_messages("payam")
+        assert f"\n\n{LONG_LINE}" in message
+
+    def test_a_long_first_field_is_a_header(self, instance):
+        result = instance.run("sendmail", "payam", stdin=f"Subject: {LONG_LINE}\n\nx\n")
+        assert_one_clear_line(result, 65)
+
+    @pytest.mark.parametrize(
+        "value", ["|cat >{top}/ran", "{top}/ran", ":include:{top}/l"]
+    )
+    def test_aliases_that_others_may_write_are_names_only(self, server, value):
+        top = server.home("payam")
+        (top / "l").write_text(f"{top}/ran\n")
+        path = server.root / "etc/aliases"
+        path.write_text(f'evil: "{value.format(top=top)}"\ngood: payam\n')
+        path.chmod(0o666)
+        server.run("newaliases")
+        result = server.run("sendmail", "evil", "good", stdin=letter("x"))
+        assert result.code == 0
+        server.wait_messages("payam")
+        wait_for(lambda: UNWRITABLE_SHARED in server.log())
+        wait_for(lambda: server.mailq() == "Mail queue is empty\n")
+        assert not (top / "ran").exists()
+        path.chmod(0o644)
+        assert "Mail queue" in server.mailq()
+
+    def test_who_is_no_recipient_is_reported_to_the_sender(self, server):
+        text = "To: payam, foo@\nSubject: s\nBcc: user1\n\nhi\n"
+        result = server.run("sendmail", "-t", "-f", "user2", stdin=text, user="payam")
+        assert result.code == 0
+        assert "foo@" in result.err
+        server.wait_messages("payam")
+        (message,) = server.wait_messages("user2")
+        report = email.message_from_string(message.partition("\n")[2])
+        assert report.get_content_type() == "multipart/report"
+        assert report["Subject"] == "Undelivered Mail Returned to Sender"
+        fields = report.get_payload(1).get_payload(1)
+        assert fields["Final-Recipient"] == "rfc822; foo@"
+        assert fields["Action"] == "failed"
+        assert report.get_payload(2).get_payload(0)["Subject"] == "s"
+        assert "Bcc" not in message
+        first = server.messages("payam")[0]
+        own = email.message_from_string(first.partition("\n")[2])
+        assert report["References"] == own["Message-ID"]
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["-N", "never"], "no report was asked for"),
+            (["-N", "success"], "no report was asked for"),
+            (["-N", "failure"], "it will be bounced"),
+            (["-f", "<>"], "postmaster will be told"),
+            ([], "it will be bounced"),
+        ],
+    )
+    def test_what_follows_is_foretold(self, shared, words, said):
+        result = shared.run(
+            "sendmail", *words, "payam", "nosuch", stdin=letter(new_token())
+        )
+        assert result.code == 0
+        assert result.err.endswith(f": User unknown: {said}\n")
+
+    def test_bs_completes_a_header_and_keeps_its_secrets(self, shared):
+        token = new_token()
+        text = "HELO x\nMAIL FROM:<user1>\nRCPT TO:<payam>\nDATA\nBcc: user2\n"
+        text += f"Subject: {token}\nDate: d\n\nbody\n.\nQUIT\n"
+        assert shared.run("sendmail", "-bs", stdin=text, user="user1").code == 0
+        head, _ = head_and_body(shared.wait_message("payam", token))
+        names = [line.split(":")[0] for line in head.splitlines()]
+        assert names[-4:] == ["Subject", "Date", "Message-ID", "From"]
+        assert "Bcc" not in names
+
+    def test_bs_gives_a_header_to_what_has_none(self, shared):
+        token = new_token()
+        text = "HELO x\nMAIL FROM:<user1>\nRCPT TO:<payam>\nDATA\n"
+        text += f"{token} is no field\n.\nQUIT\n"
+        assert shared.run("sendmail", "-bs", stdin=text, user="user1").code == 0
+        head, body = head_and_body(shared.wait_message("payam", token))
+        assert "\nFrom: " in head
+        assert body.strip() == f"{token} is no field"
+
+    def test_bs_helps_with_what_there_is(self, instance):
+        out = instance.run("sendmail", "-bs", stdin="HELP\nQUIT\n").out
+        assert "BDAT" in out
+        assert not {"STARTTLS", "AUTH", "EXPN"} & set(out.split())
+
+    @pytest.mark.parametrize(
+        ("line", "code"),
+        [
+            ("newaliases -oA", 64),
+            ("sendmail -bi -oA", 64),
+            ("newaliases -t", 64),
+            ("newaliases -f x", 64),
+            ("mailq -t", 64),
+            ("sendmail -bp junk", 64),
+            ("sendmail -Q", 64),
+            ("mailq 0123456789", 1),
+            ("queue list to:nobody", 1),
+            ("queue json to:nobody", 1),
+            ("queue summary to:nobody", 1),
+            ("exim", 64),
+        ],
+    )
+    def test_what_names_nothing_is_a_mistake(self, instance, line, code):
+        result = instance.run("minimta.py", *line.split(), user="root")
+        assert_one_clear_line(result, code)
+        assert result.out == ""
+
+    def test_an_alias_that_leads_to_itself_is_a_matter_of_settings(self, instance):
+        instance.aliases("a: b\nb: a\n")
+        result = instance.run("sendmail", "-bv", "a")
+        assert (result.code, "alias database loop" in result.out) == (78, True)
+
+    def test_exim_knows_its_version_and_its_switches(self, stocked):
+        def exim(*words):
+            return stocked.run("minimta.py", "exim", *words, user="root")
+
+        assert exim("-bV").out.startswith("minimta ")
+        assert exim("-bpi").out.split()[0] == "0AAAAAAAAA"
+        assert "0B" not in exim("-bp", "0AAAAAAAAA").out
+        assert exim("-Mvl", "0AAAAAAAAA", "0BBBBBBBBB").out.count("recipient  <") == 3
+        shown = exim("-v", "-M", "0AAAAAAAAA")
+        assert shown.code == 0
+        assert "<a@one.example>: deferred (" in shown.out
+
+    def test_run_v_shows_what_comes_of_it(self, stocked):
+        out = queue_done(stocked, "run", "-v", "0AAAAAAAAA")
+        assert out.count("<a@one.example>: deferred (") == 1
+
+    def test_q_v_shows_what_comes_of_it(self, stocked):
+        out = stocked.run("sendmail", "-q", "-v", user="root").out
+        assert "0AAAAAAAAA:\n" in out
+        assert out.count("<a@one.example>: deferred (") == 1
+
+    def test_postsuper_e_leaves_on_hold_what_is_on_hold(self, stocked):
+        def postsuper(*words):
+            return stocked.run("minimta.py", "postsuper", *words, user="root")
+
+        assert postsuper("-e", "0DDDDDDDDD").code == 0
+        assert re.search(r"(?m)^0DDDDDDDDD!#", stocked.mailq())
+        assert postsuper("-f", "0DDDDDDDDD").code == 0
+        wait_for(lambda: not re.search(r"(?m)^0DDDDDDDDD\W", stocked.mailq()))
+
+    def test_what_is_not_tried_yet_comes_first(self, stocked):
+        ids = re.findall(r"(?m)^(0\w)\w{8}", stocked.mailq())
+        assert ids == ["0C", "0A", "0B", "0D"]
+
+    def test_postalias_asks_the_files_there_are(self, instance):
+        instance.aliases("a: payam\nb: user1, user2\n")
+        run = instance.run
+        assert run("minimta.py", "postalias", "-q", "a").out == "payam\n"
+        assert run("minimta.py", "postalias", "-q", "nosuch").code == 1
+        result = run("minimta.py", "postalias", "-q", "-", stdin="b\nnosuch\na\n")
+        assert result.out == "b:\tuser1, user2\na:\tpayam\n"
+
+    def test_a_transcript_does_not_silence_v(self, instance, tmp_path):
+        path = instance.home("payam") / "transcript"
+        words = ("-odi", "-X", path, "-v", "payam")
+        result = instance.run("sendmail", *words, stdin=letter("x"), user="payam")
+        assert "queued as" in result.err
+        assert path.read_text() == result.err
+
+    def test_bytes_of_latin_1_in_a_name_are_read(self, shared):
+        token = new_token()
+        words = ("-F", b"J\xf6rg".decode(errors="surrogateescape"), "payam")
+        shared.run("sendmail", *words, stdin=letter(token))
+        head, _ = head_and_body(shared.wait_message("payam", token))
+        assert minimta.encoded_word("Jörg") in head
+
+    def test_no_line_of_a_coded_name_is_too_long(self):
+        for prefix in ("", "Resent-"):
+            header = minimta.Header.parse(b"Resent-To: a\n" if prefix else b"")
+            origin = {**ORIGIN, "name": "ü" * 60}
+            text = bytes(minimta.complete_header(header, origin)).decode()
+            lines = text[text.index(f"{prefix}From") :].splitlines()
+            assert max(map(len, lines[:-1])) <= 76
 
 
 class TestFingers:
@@ -25371,6 +25622,42 @@ class TestPrivileges:
         host.start()
         message = host.wait_message("user1", "dropped")
         assert fields(message, "Return-Path") == [f"<payam@{HOST}>"]
+
+    def test_too_big_is_too_big_for_a_user_without_a_daemon(self, host, public_bin):
+        assert host.stop() == 0
+        host.configure(message_size_limit=10000)
+        text = letter("x") + "text\n" * 5000
+        result = self.as_user(host, public_bin, "sendmail", "user1", stdin=text)
+        assert_one_clear_line(result, 65)
+        assert "exceeds" in result.err
+
+    def test_a_maildrop_that_may_not_be_written_is_named(self, host, public_bin):
+        assert host.stop() == 0
+        (host.queue / "maildrop").chmod(0o700)
+        text = letter("x")
+        result = self.as_user(host, public_bin, "sendmail", "user1", stdin=text)
+        assert_one_clear_line(result, 73)
+
+    def test_a_user_has_own_mail_tried(self, host, public_bin):
+        words = ("sendmail", "a@x.example")
+        self.as_user(host, public_bin, *words, stdin=letter("own"))
+        host.sendmail("b@x.example", stdin=letter("root's"))
+        wait_for(lambda: host.log().count("status=deferred") == 2)
+        assert self.as_user(host, public_bin, "sendmail", "-q").code == 0
+        wait_for(lambda: host.log().count("status=deferred") == 3)
+        tried = re.findall(r"to=<(\w)@x.example>", host.log())
+        assert sorted(tried) == ["a", "a", "b"]
+        result = self.as_user(host, public_bin, "sendmail", "-qRb@")
+        assert_one_clear_line(result, 77)
+
+    def test_root_sees_the_maildrop_while_no_daemon_is_up(self, host, public_bin):
+        assert host.stop() == 0
+        self.as_user(host, public_bin, "sendmail", "user1", stdin=letter("x"))
+        shown = host.run("mailq", user="root").out
+        shape = rf"(?m)^\w{{10}}  +\d+ .{{20}} payam@{HOST}\n +user1@"
+        assert re.search(shape, shown), shown
+        (row,) = json_lines(host.run("mailq", "--json", user="root").out)
+        assert row["queue_name"] == "maildrop"
 
     def test_roots_sendmail_q_empties_the_maildrop(self, host, public_bin):
         assert host.stop() == 0

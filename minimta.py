@@ -7199,7 +7199,7 @@ class MaildirBox:
             raise self.failure(error) from None
 
 
-# == 20 Folders: Folder, FolderMessage ========================================
+# == 20 Folders: Folder, MaildirFolder, FolderMessage =========================
 # A mailbox as mail(1) reads and rewrites it; the mail stays in the file.
 # Failures: ProgramError, in the words of Heirloom mailx.
 
@@ -7224,7 +7224,7 @@ class FolderMessage:
 
     __slots__ = (
         *("start", "end", "lines", "status", "flags", "written"),
-        *("state", "was_read", "was_touched"),
+        *("state", "was_read", "was_touched", "place"),
     )
 
     def __init__(
@@ -7239,6 +7239,7 @@ class FolderMessage:
         self.state = ""
         self.was_read = False
         self.was_touched = False
+        self.place = ""  # its file, where each has one
 
     @classmethod
     def found(cls, view: object, start: int, end: int) -> FolderMessage:
@@ -7318,6 +7319,16 @@ def find_starts(view: object, start: int) -> object:
         place = view.find(b"\nFrom ", begin)
         if place < 0:
             return
+
+
+def with_status(first: bytes, header: Header, message: FolderMessage) -> bytes:
+    """A message's text with its new Status, an empty line behind it."""
+    header, body = header.without("status", "x-status"), header.rest
+    header = header.added("Status", message.next_status())
+    if message.flags:
+        header = header.added("X-Status", message.flags)
+    text = first + b"\n" + bytes(header) + b"\n" + body
+    return text if text.endswith(b"\n\n") else text.rstrip(b"\n") + b"\n\n"
 
 
 def lock_patiently(lock: MailboxLock) -> None:
@@ -7471,14 +7482,8 @@ class Folder:
         return first, Header.parse(rest)
 
     def rewritten(self, message: FolderMessage) -> bytes:
-        """The message's text with its new Status, an empty line behind it."""
-        first, header = self.read(message)
-        header, body = header.without("status", "x-status"), header.rest
-        header = header.added("Status", message.next_status())
-        if message.flags:
-            header = header.added("X-Status", message.flags)
-        text = first + b"\n" + bytes(header) + b"\n" + body
-        return text if text.endswith(b"\n\n") else text.rstrip(b"\n") + b"\n\n"
+        """The message's text with its new Status."""
+        return with_status(*self.read(message), message)
 
     def write(self) -> int:
         """Drops what is deleted or saved, writes each Status; how many stay.
@@ -7698,6 +7703,149 @@ class Folder:
             return end if is_whole else new_end
         is_grown = size >= new_end and self.read_at(end, 5) != b"From "
         return new_end if is_grown else min(size, end)
+
+
+def maildir_age(name: str) -> tuple:
+    """What a Maildir is sorted by: seconds that begin a name, the name."""
+    base = name.rpartition("/")[2]
+    seconds = base.partition(".")[0]
+    is_number = seconds.isascii() and seconds.isdigit()
+    return int(seconds) if is_number else 0, base
+
+
+def maildir_name(message: FolderMessage) -> str:
+    """`cur/NAME:2,FLAGS` for what a message is now; flags of others stay."""
+    base, _, before = message.place.rpartition("/")[2].partition(":2,")
+    letters = set(before) - set("SRF")
+    letters |= set() if message.is_unread else {"S"}
+    letters |= {new for old, new in (("A", "R"), ("F", "F")) if old in message.flags}
+    return f"cur/{base}:2,{''.join(sorted(letters))}"
+
+
+class MaildirFolder:
+    """A Maildir as mail(1) reads it: what Folder is for an mbox.
+
+    A message is a file, so nothing has to be written anew: what is deleted is
+    unlinked, and what was read gets its flags by a new name in cur/. Source:
+    Bernstein's maildir(5); flags S (seen), R (replied), F (flagged).
+    """
+
+    size = 1  # for those who ask where the first change is
+
+    def __init__(self, path: str, is_read_only: bool = False) -> None:
+        self.name = path
+        self.path = os.path.abspath(path)
+        self.is_read_only = is_read_only
+        self.messages: list[FolderMessage] = []
+        self.take_new()
+
+    def names(self) -> list[str]:
+        """The messages there are, `new/NAME` or `cur/NAME`, oldest first."""
+        found = []
+        for folder in ("new", "cur"):
+            try:
+                names = os.listdir(f"{self.path}/{folder}")
+            except OSError as error:
+                why = f"{self.name}: {error.strerror}: not a Maildir"
+                raise ProgramError(1, why) from None
+            found += [f"{folder}/{name}" for name in names if name[0] != "."]
+        return sorted(found, key=maildir_age)
+
+    def unknown(self) -> list[str]:
+        """Those that came since the last look."""
+        known = {message.place for message in self.messages}
+        return [name for name in self.names() if name not in known]
+
+    def take_new(self) -> int:
+        """Takes in what has come; how many. Raises ProgramError."""
+        count = len(self.messages)
+        for name in self.unknown():
+            try:
+                text = self.text_of(name)
+            except OSError:
+                continue  # another reader was faster, or it is no mail
+            letters = name.rpartition(":2,")[2] if ":2," in name else ""
+            status = "RO" if "S" in letters else "O" if name[0] == "c" else ""
+            flags = "A" * ("R" in letters) + "F" * ("F" in letters)
+            one = FolderMessage(0, len(text), text.count(b"\n"), status, flags)
+            one.place = name
+            self.messages.append(one)
+        return len(self.messages) - count
+
+    def has_grown(self) -> bool:
+        """Whether mail has come since it was last looked at."""
+        return bool(self.unknown())
+
+    def is_changed(self) -> bool:
+        """Whether another reader has moved or deleted what is known here."""
+        return not {one.place for one in self.messages} <= set(self.names())
+
+    def check_unchanged(self) -> None:
+        """Nothing: each message is looked for by itself."""
+
+    def text_of(self, name: str) -> bytes:
+        """A message's file, with a From_ line. Raises OSError."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with open(os.open(f"{self.path}/{name}", flags), "rb") as file:
+            seen = os.fstat(file.fileno())
+            if not stat.S_ISREG(seen.st_mode):
+                raise OSError(22, "not a regular file")
+            when, text = asctime(seen.st_mtime), file.read()
+        header = Header.parse(text)
+        sender = "".join(header.values("return-path")[:1]).strip("<> ")
+        first = os_bytes(f"From {sender or 'MAILER-DAEMON'}  {when}\n")
+        return first + b"".join(mbox_quoted([text]))
+
+    def read(self, message: FolderMessage) -> tuple[bytes, Header]:
+        """(From_ line, header with the body as its rest) of one message."""
+        try:
+            text = self.text_of(message.place)
+        except OSError as error:
+            why = f"{message.place}: {error.strerror}: another program has it"
+            raise ValueError(why) from None
+        first, _, rest = text.partition(b"\n")
+        return first, Header.parse(rest.replace(b"\r\n", b"\n"))
+
+    head = read
+
+    def rewritten(self, message: FolderMessage) -> bytes:
+        """The message's text as an mbox has it, with its Status."""
+        return with_status(*self.read(message), message)
+
+    def first_change(self) -> int:
+        """0 if anything is to be done at the end, else `size`."""
+        return 1 - any(message.is_changed for message in self.messages)
+
+    def write(self) -> int:
+        """Does with each file what was decided; how many messages stay."""
+        kept = 0
+        for message in self.messages:
+            path = f"{self.path}/{message.place}"
+            try:
+                if message.state:
+                    os.unlink(path)
+                    continue
+                kept += 1
+                if message.is_changed:
+                    os.rename(path, f"{self.path}/{maildir_name(message)}")
+            except FileNotFoundError:
+                continue  # another reader was faster
+            except OSError as error:
+                raise ProgramError(EX_IOERR, f"{path}: {error.strerror}") from None
+        for folder in ("new", "cur"):
+            sync_folder(f"{self.path}/{folder}")
+        return kept
+
+    def remove_if_empty(self) -> bool:
+        """Never: a Maildir stays."""
+        return False
+
+
+def open_folder(path: str, home: str = "", is_read_only: bool = False) -> object:
+    """An mbox file or a Maildir. Raises ProgramError."""
+    if os.path.isdir(path):
+        return MaildirFolder(path, is_read_only)
+    return Folder(path, home, is_read_only)
 
 
 # == 21 Commands: Command, verdict, command_environment =======================
@@ -16106,7 +16254,7 @@ class MailReader(MailSession):
         if not self.folder.is_changed():
             return False
         self.terminal.say("Another program has changed the folder: read anew\n")
-        self.enter(Folder(self.folder.path, self.house.user.home))
+        self.enter(open_folder(self.folder.path, self.house.user.home))
         return True
 
     def look_for_mail(self) -> None:
@@ -17206,11 +17354,11 @@ def enter_folder(reader: MailReader, rest: str) -> None:
         reader.terminal.say(reader.banner() + "\n")
         return
     path = reader.path_of(names[0])
-    folder = Folder(path, reader.house.user.home)
+    folder = open_folder(path, reader.house.user.home)
     before = reader.folder.path
     settle(reader)
     if folder.path == before:  # it was written meanwhile
-        folder = Folder(path, reader.house.user.home)
+        folder = open_folder(path, reader.house.user.home)
     reader.previous, reader.is_system = before, folder.path == reader.own_path
     reader.enter(folder)
     reader.terminal.say(reader.banner() + "\n")
@@ -19224,11 +19372,13 @@ def mailbox_path(house: House, options: dict, environ: dict) -> str:
         if user is None:
             name = printable(options["-u"][-1], 60)
             raise ProgramError(1, f'"{name}" is not a user of this system')
-        return f"{settings.mail_spool_directory}/{user.name}"
-    chosen = environ.get("MAIL", "")
-    if chosen and (not settings.root or chosen.startswith(settings.root + "/")):
-        return chosen
-    return f"{settings.mail_spool_directory}/{house.user.name}"
+    else:
+        user, chosen = house.user, environ.get("MAIL", "")
+        if chosen and (not settings.root or chosen.startswith(settings.root + "/")):
+            return chosen
+    if settings.home_mailbox:
+        return f"{user.home}/{settings.home_mailbox.rstrip('/')}"
+    return f"{settings.mail_spool_directory}/{user.name}"
 
 
 def start_session(
@@ -19343,6 +19493,13 @@ def send_mail(house: House, session: MailSession, options: dict, words: list) ->
     return EX_OK
 
 
+def has_mail(path: str) -> bool:
+    """Whether there is anything in a mailbox. Raises OSError."""
+    if os.path.isdir(path):
+        return any(os.listdir(f"{path}/{name}") for name in ("new", "cur"))
+    return bool(os.stat(path).st_size)
+
+
 def read_mail(house: House, session: MailSession, options: dict, words: list) -> int:
     """mail without recipients: reads a mailbox."""
     name = options.get("-u", [house.user.name])[-1]
@@ -19353,7 +19510,7 @@ def read_mail(house: House, session: MailSession, options: dict, words: list) ->
         except ValueError as error:
             raise ProgramError(1, str(error)) from None
     try:
-        is_empty = os.stat(path).st_size == 0
+        is_empty = not has_mail(path)
     except FileNotFoundError:
         is_empty = True
         if "-f" in options and "-e" not in options:
@@ -19365,7 +19522,7 @@ def read_mail(house: House, session: MailSession, options: dict, words: list) ->
     if is_empty and "-f" not in options:
         write_all(2, os_bytes(f"No mail for {printable(name)}\n"))
         return 1
-    folder = Folder(path, house.user.home, "-R" in options)
+    folder = open_folder(path, house.user.home, "-R" in options)
     reader = MailReader(session, folder, MAIL_COMMANDS)
     reader.is_system = folder.path == os.path.abspath(session.own_path)
     if "-H" in options:

@@ -6716,7 +6716,7 @@ class TestRedelivery:
             assert mailbox.find({QUEUE_ID}) == {}
 
 
-# == 20 Folders: Folder, FolderMessage ========================================
+# == 20 Folders: Folder, MaildirFolder, FolderMessage =========================
 
 
 def mail(subject, *lines, status=""):
@@ -6757,6 +6757,131 @@ FOLDER_ROWS = [
     # the last message lost its end
     (mail("a") + mail("b")[:-3], 2),
 ]
+
+
+MAILDIR = {
+    "new/1700000003.Q1.host": "c",
+    "new/1700000002.Q2.host": "b",
+    "cur/1700000001.Q3.host:2,S": "a",
+    "cur/1700000004.Q4.host:2,FRS": "d",
+    "cur/1700000005.Q5.host:2,": "e",
+}
+
+
+class TestMaildirFolder:
+    """mail(1) on a Maildir."""
+
+    @pytest.fixture
+    def maildir(self, tmp_path):
+        """A Maildir with MAILDIR in it."""
+        for name in ("new", "cur", "tmp"):
+            (tmp_path / "Maildir" / name).mkdir(parents=True)
+        for name, subject in MAILDIR.items():
+            text = f"Return-Path: <eve@far.example>\nSubject: {subject}\n\ntext\n"
+            (tmp_path / "Maildir" / name).write_text(text)
+        return tmp_path / "Maildir"
+
+    @pytest.fixture
+    def reader(self, session, maildir):
+        """A session on it."""
+        made = session()
+        made.enter(minimta.open_folder(str(maildir)))
+        made.own_path = made.folder.path
+        return made
+
+    def names(self, maildir):
+        """What is in it."""
+        found = [p.relative_to(maildir) for p in maildir.glob("*/*")]
+        return sorted(map(str, found))
+
+    def test_messages_are_in_the_order_of_time_with_their_flags(self, reader):
+        assert reader.banner().endswith('Maildir": 5 messages 2 new 3 unread')
+        rows = [reader.summary(n) for n in reader.every()]
+        assert [row[:5] for row in rows] == [
+            "    1",
+            ">N  2",
+            " N  3",
+            " F  4",
+            " U  5",
+        ]
+        assert [row[-2] for row in rows] == list("abcde")
+
+    def test_quit_does_what_was_decided(self, reader, maildir):
+        reader.obey("d 1 2")
+        reader.obey("p 3")
+        reader.obey("unflag 4")
+        reader.obey("q")
+        assert self.names(maildir) == [
+            *("cur/1700000003.Q1.host:2,S", "cur/1700000004.Q4.host:2,RS"),
+            "cur/1700000005.Q5.host:2,",
+        ]
+
+    def test_what_was_not_read_is_old_then(self, reader, maildir):
+        reader.obey("q")
+        assert "cur/1700000003.Q1.host:2," in self.names(maildir)
+        assert minimta.open_folder(str(maildir)).messages[1].flag == "U"
+
+    def test_exit_changes_nothing(self, reader, maildir):
+        reader.obey("d *")
+        reader.obey("x")
+        assert self.names(maildir) == sorted(MAILDIR)
+
+    def test_a_message_is_shown_and_saved_as_in_an_mbox(self, reader, tmp_path):
+        path = tmp_path / "Maildir/new/1700000002.Q2.host"
+        path.write_text("Return-Path: <a@b>\nSubject: b\n\nFrom here\n")
+        reader.obey("p 2")
+        assert "\nSubject: b\nStatus: R\n\nFrom here\n" in reader.terminal.shown
+        reader.obey(f"s 2 {tmp_path}/saved")
+        text = (tmp_path / "saved").read_text()
+        assert text.startswith("From a@b  ")
+        assert text.endswith("\n\n>From here\n\n")
+
+    def test_new_mail_is_noticed(self, reader, maildir):
+        assert not reader.folder.has_grown()
+        (maildir / "new/1700000009.x").write_text("Subject: new\n\n")
+        assert (reader.folder.has_grown(), reader.folder.take_new()) == (True, 1)
+        assert "new" in reader.summary(6)
+
+    def test_what_another_reader_took_is_noticed(self, reader, maildir):
+        (maildir / "new/1700000003.Q1.host").rename(
+            maildir / "cur/1700000003.Q1.host:2,S"
+        )
+        assert reader.is_overtaken()
+        assert reader.messages[2].flag == " "
+
+    def test_what_is_gone_meanwhile_stops_nothing(self, reader, maildir):
+        (maildir / "new/1700000003.Q1.host").unlink()
+        reader.obey("p 3")
+        assert "another program has it" in reader.terminal.shown
+        reader.obey("d 1")
+        reader.obey("q")
+        assert "cur/1700000001.Q3.host:2,S" not in self.names(maildir)
+
+    def test_links_and_devices_are_no_mail(self, reader, maildir):
+        (maildir / "new/1700000010.x").symlink_to("/etc/passwd")
+        os.mkfifo(maildir / "new/1700000011.x")
+        reader.obey("inc")
+        assert len(reader.messages) == 5
+
+    def test_a_directory_that_is_none_is_refused(self, tmp_path):
+        with pytest.raises(minimta.ProgramError, match="not a Maildir"):
+            minimta.open_folder(str(tmp_path))
+
+    @pytest.mark.parametrize("name", ["Maildir/", "Mailbox"])
+    def test_mail_reads_where_mail_is_delivered(self, instance, name):
+        instance.configure(home_mailbox=name)
+        for word in ("one", "two"):
+            words = ("sendmail", "-odi", "payam")
+            assert instance.run(*words, stdin=letter(word)).code == 0
+        assert instance.run("mail", "-e", user="payam").code == 0
+        result = instance.run("mail", stdin="d 1\nq\n", user="payam")
+        assert (result.code, result.err) == (0, "")
+        assert "2 messages 2 new" in result.out
+        result = instance.run("mail", "-H", user="payam")
+        assert (result.code, result.out.count("\n")) == (0, 1)
+        instance.run("mail", stdin="d *\nq\n", user="payam")
+        assert instance.run("mail", "-e", user="payam").code == 1
+        assert instance.run("mail", user="payam").err == "No mail for payam\n"
 
 
 class TestFolder:

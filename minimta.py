@@ -15585,6 +15585,12 @@ def mail_body(sheet: Sheet) -> bytes:
     return b"".join([*parts, os_bytes(f"\n{line}--\n")])
 
 
+def is_place(name: str, variables: Variables) -> bool:
+    """Whether a recipient is a file or a command: only with `expandaddr`."""
+    starts = ("|", "/", "+", "./", "~/")
+    return name.startswith(starts) and variables.has("expandaddr")
+
+
 class Composer:
     """Makes a message out of what is typed, and submits it.
 
@@ -15634,14 +15640,19 @@ class Composer:
             sheet.add(name, variables.get(f"auto{name.lower()}"))
         if variables.get("replyto") and not sheet.has_field("reply-to"):
             sheet.set_field("Reply-To", variables.get("replyto"))
+        places: list[str] = []
         for name, people in sheet.people.items():
-            sheet.people[name] = variables.expand(people)
+            found = variables.expand(people)
+            places += [one for one in found if is_place(one, variables)]
+            sheet.people[name] = [one for one in found if one not in places]
         sheet.sender = sheet.sender or variables.get("from")
         header = self.header(sheet)
         try:
             body = mail_body(sheet)
             letter = self.letter(header, sheet.sender, body)
-            queue_id = self.dispatch(letter)
+            is_all = places and not letter.recipients
+            queue_id = "" if is_all else self.dispatch(letter)
+            self.put(places, bytes(letter.header) + b"\n" + body)
         except (MailError, ProgramError):
             self.rescue(bytes(header) + b"\n" + body)
             raise
@@ -15662,6 +15673,18 @@ class Composer:
         known["name"] = ""  # mailx leaves it to -r and the variable `from`
         header = complete_header(header, {**known, "address": str(sender)})
         return Letter(sender, recipients, header, [body])
+
+    def put(self, places: list[str], text: bytes) -> None:
+        """A letter for files and commands. Raises MailError."""
+        for name in places:
+            if name.startswith("|"):
+                run_shell(name[1:], self.as_mail(text))
+                continue
+            path = folder_path(name, self.variables, self.house.user.home)
+            try:
+                append_mail(path, self.as_mail(text))
+            except OSError as error:
+                raise MailError("4.3.0", f"{path}: {error.strerror}") from None
 
     def dispatch(self, letter: Letter) -> str:
         """Sends a letter by whoever is to do that; its id. MailError."""
@@ -19420,10 +19443,14 @@ def add_header(sheet: Sheet, text: str) -> None:
 
 def people_of(house: House, session: MailSession, words: list[str]) -> list[str]:
     """Recipients as To: names them: aliases expanded. Raises ProgramError."""
-    every = [one for word in words for one in split_addresses(word) or [word]]
+    every, variables = [], session.variables
+    for word in words:
+        is_whole = is_place(word, variables)
+        every += [word] if is_whole else split_addresses(word) or [word]
     found = []
-    for text in session.variables.expand(every):
-        found += [text] if read_recipients(house, [text]) else []
+    for text in variables.expand(every):
+        is_one = is_place(text, variables) or read_recipients(house, [text])
+        found += [text] if is_one else []
     return found
 
 
@@ -19500,6 +19527,17 @@ def has_mail(path: str) -> bool:
     return bool(os.stat(path).st_size)
 
 
+def is_mailbox(path: str) -> bool:
+    """Whether a file begins as an mbox does, or is a Maildir."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(1 << 12).lstrip(b"\r\n").startswith(b"From ")
+    except IsADirectoryError:
+        return True
+    except OSError:
+        return True  # it is not for us to say
+
+
 def read_mail(house: House, session: MailSession, options: dict, words: list) -> int:
     """mail without recipients: reads a mailbox."""
     name = options.get("-u", [house.user.name])[-1]
@@ -19518,7 +19556,7 @@ def read_mail(house: House, session: MailSession, options: dict, words: list) ->
     except OSError as error:
         raise ProgramError(1, f"{path}: {error.strerror}") from None
     if "-e" in options:
-        return 1 if is_empty else EX_OK
+        return 1 if is_empty or not is_mailbox(path) else EX_OK
     if is_empty and "-f" not in options:
         write_all(2, os_bytes(f"No mail for {printable(name)}\n"))
         return 1

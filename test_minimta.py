@@ -9585,6 +9585,48 @@ class TestMailShows:
         assert (tmp_path / "ran").read_text() == "ls\ncat\n"
 
 
+class TestPlaces:
+    """expandaddr: letters to files and commands."""
+
+    def test_a_letter_goes_to_all_of_them(self, instance):
+        home = instance.home("payam")
+        (home / "Mail").mkdir()
+        words = ("-Sexpandaddr", f"-Sfolder={home}/Mail", "-s", "hello")
+        places = (f"|cat >{home}/piped", f"{home}/file", "+below", "~/near", "user1")
+        result = instance.run("mail", *words, *places, stdin="text\n", user="payam")
+        assert (result.code, result.err) == (0, "")
+        for name in ("piped", "file", "Mail/below", "near"):
+            (message,) = read_mbox((home / name).read_bytes())
+            assert "\nSubject: hello\n" in message
+            assert message.endswith("\n\ntext\n\n") or name == "piped"
+            assert re.findall("(?m)^To: (.*)", message) == ["user1"]
+        assert instance.run("sendmail", "-q").code == 0
+        (message,) = instance.wait_messages("user1")
+        assert "\ntext\n" in message
+
+    def test_nothing_is_sent_where_only_files_are_meant(self, instance):
+        path = instance.home("payam") / "file"
+        words = ("mail", "-Sexpandaddr", "-s", "hello", path)
+        assert instance.run(*words, stdin="text\n", user="payam").code == 0
+        assert "\n\ntext\n" in path.read_text()
+        assert instance.mailq() == "Mail queue is empty\n"
+
+    def test_without_it_they_are_no_recipients(self, instance):
+        path = instance.home("payam") / "file"
+        for word in (f"|cat >{path}", path):
+            result = instance.run("mail", "-s", "x", word, stdin="x\n", user="payam")
+            assert result.code
+            assert not path.exists()
+
+    @pytest.mark.parametrize(
+        ("text", "code"), [(mail("a"), 0), ("", 1), ("rubbish\n", 1), (b"\0\0", 1)]
+    )
+    def test_e_tells_whether_there_is_mail(self, instance, text, code):
+        path = instance.home("payam") / "box"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        assert instance.run("mail", "-e", "-f", path, user="payam").code == code
+
+
 class TestMboxOrder:
     """append and keep: where read mail goes, and mailboxes that are empty."""
 

@@ -1886,6 +1886,7 @@ class AliasTable:
 
 SENT, DEFERRED, BOUNCED = "sent", "deferred", "bounced"
 ID_LETTERS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # no I L O U: said aloud
+ID_SET, REPORT_SET = frozenset(ID_LETTERS), frozenset("BDS0123456789")
 ID_BITS = 50  # 41 of milliseconds, 9 of chance: ten letters until the year 2039
 
 
@@ -1903,11 +1904,8 @@ def is_id(name: str) -> bool:
     number.
     """
     head, tail = name[:10], name[10:]
-    return (
-        len(head) == 10
-        and all(c in ID_LETTERS for c in head)
-        and (all(c in "BDS0123456789" for c in tail) and len(tail) < 30)
-    )
+    is_head = len(head) == 10 and ID_SET.issuperset(head)
+    return is_head and len(tail) < 30 and REPORT_SET.issuperset(tail)
 
 
 def parent_id(report_id: str) -> str:
@@ -2079,9 +2077,11 @@ class Envelope:
         pairs = []
         for line in os_text(block[:end]).split("\n"):
             name, colon, value = line.partition(": ")
-            if not colon and not line.endswith(":"):
-                raise ValueError(f"not an envelope line: {printable(line, 60)}")
-            pairs.append((name.rstrip(":"), value))
+            if not colon:
+                if not line.endswith(":"):
+                    raise ValueError(f"not an envelope line: {printable(line, 60)}")
+                name = line[:-1]
+            pairs.append((name, value))
         return pairs
 
     @classmethod
@@ -5351,6 +5351,7 @@ HISTORY = ("now", "before")  # files in trace/
 MAX_HISTORY = 1 << 22  # bytes of each of them, about
 MAX_RECORD = 1 << 15  # characters of what is told of one message at once
 BLOCK = 1 << 18  # bytes read or written at once
+JOURNAL_PIECE = 1 << 12  # bytes that most journals are shorter than
 OLD_DRAFT = HOUR  # seconds until what was never finished is swept away
 CREW = 8  # threads of the SMTP server that write messages
 SPARES = 64  # files that are kept to be written over
@@ -5568,7 +5569,8 @@ class QueueFile:
     def __init__(self, queue_id: str, fd: int) -> None:
         self.queue_id = queue_id
         self.fd = fd
-        self.first = os.read(fd, BLOCK >> 2)  # most messages whole
+        self.seen = os.fstat(fd)
+        self.first = os.read(fd, min(self.seen.st_size, BLOCK >> 2))  # most whole
         while b"\n\n" not in self.first and len(self.first) < MAX_ENVELOPE:
             more = os.read(fd, BLOCK)
             if not more:
@@ -5576,7 +5578,6 @@ class QueueFile:
             self.first += more
         self.envelope = Envelope.parse(self.first)
         self.start = self.first.index(b"\n\n") + 2
-        self.seen = os.fstat(fd)
         self.size = self.seen.st_size - self.start
 
     def __enter__(self) -> QueueFile:
@@ -5880,9 +5881,12 @@ class Spool:
         except FileNotFoundError:
             return []
         try:
-            return parse_journal(b"".join(iter(lambda: os.read(fd, BLOCK), b"")))
+            text = os.read(fd, JOURNAL_PIECE)
+            if len(text) == JOURNAL_PIECE:
+                text += b"".join(iter(lambda: os.read(fd, BLOCK), b""))
         finally:
             os.close(fd)
+        return parse_journal(text)
 
     def note(self, queue_id: str, attempts: list[Attempt]) -> None:
         """Appends to the journal; durably, where to repeat were to double."""
@@ -7206,6 +7210,7 @@ class MaildirBox:
 
 MAX_FROM_LINE = 1000  # bytes of a From_ line that are looked at
 HEAD_PIECE = 1 << 14  # bytes that are read to find the end of a header
+SEEN_AT_ONCE = 1 << 24  # bytes of a folder that are in memory while it is read
 MARKS = {"saved": "*", "deleted": "*", "held": "H", "mbox": "M"}
 
 
@@ -7294,6 +7299,18 @@ class FolderMessage:
     def is_changed(self) -> bool:
         """Whether the file has something else than it will have."""
         return bool(self.state) or self.written != (self.next_status(), self.flags)
+
+
+def forget(view: object, end: int) -> int:
+    """Gives back the memory of a mapped file's beginning; returns `end`.
+
+    What was looked at would be in memory as a whole, a mailbox of 1 GB too.
+    """
+    import mmap
+
+    if hasattr(view, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
+        view.madvise(mmap.MADV_DONTNEED, 0, end - end % mmap.PAGESIZE)
+    return end
 
 
 def find_starts(view: object, start: int) -> object:
@@ -7392,13 +7409,18 @@ class Folder:
         size = seen.st_size
         if size > self.size:
             with mmap.mmap(self.fd, size, access=mmap.ACCESS_READ) as view:
-                starts = list(find_starts(view, self.size))
-                first = starts[0] if starts else size
-                if not self.messages and (not starts or view[:first].strip()):
+                starts = find_starts(view, self.size)
+                start = next(starts, size)
+                if not self.messages and (start == size or view[:start].strip()):
                     raise ProgramError(1, f"{self.name}: not a mailbox")
-                self.take_rest(view, first)
-                for start, end in zip(starts, [*starts[1:], size]):
+                self.take_rest(view, start)
+                forgotten = start
+                while start < size:
+                    end = next(starts, size)
                     self.messages.append(FolderMessage.found(view, start, end))
+                    start = end
+                    if start - forgotten > SEEN_AT_ONCE:
+                        forgotten = forget(view, start)
         self.note_size(size)
         self.looked_at = seen.st_ino, size, seen.st_ctime_ns
 

@@ -14667,18 +14667,21 @@ def decoded_words(found: object) -> str:
     have a language behind a star (RFC 2231 section 5).
     """
     import binascii
+    import codecs
     import re
 
     pieces: list[tuple[str, bytes]] = []
-    for name, coding, text in re.findall(r"=\?([^?]+)\?(.)\?([^?]*)\?=", found[0]):
+    for one in re.finditer(r"=\?([^?]+)\?(.)\?([^?]*)\?=", found[0]):
+        charset, coding, text = one.groups()
+        charset = charset.partition("*")[0].lower()
         try:
+            codecs.lookup(LARGER_CHARSETS.get(charset, charset))
             if coding in "qQ":
                 data = binascii.a2b_qp(text, header=True)
             else:
                 data = binascii.a2b_base64(text + "==")
-        except ValueError:
-            return found[0]
-        charset = name.partition("*")[0].lower()
+        except (LookupError, ValueError):  # it stays as it came
+            charset, data = "utf-8", os_bytes(f"{one[0]} ")
         if pieces and pieces[-1][0] == charset:
             data = pieces.pop()[1] + data
         pieces.append((charset, data))

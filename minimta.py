@@ -7214,12 +7214,6 @@ SEEN_AT_ONCE = 1 << 24  # bytes of a folder that are in memory while it is read
 MARKS = {"saved": "*", "deleted": "*", "held": "H", "mbox": "M"}
 
 
-def count_lines(view: object, start: int, end: int) -> int:
-    """LFs in a part of a file; a block at a time."""
-    places = range(start, end, SEARCH)
-    return sum(view[at : min(at + SEARCH, end)].count(b"\n") for at in places)
-
-
 class FolderMessage:
     """One message of a folder: where it is, and what its reader did with it.
 
@@ -7228,16 +7222,13 @@ class FolderMessage:
     """
 
     __slots__ = (
-        *("start", "end", "lines", "status", "flags", "written"),
+        *("start", "end", "status", "flags", "written"),
         *("state", "was_read", "was_touched", "place"),
     )
 
-    def __init__(
-        self, start: int, end: int, lines: int, status: str, flags: str = ""
-    ) -> None:
+    def __init__(self, start: int, end: int, status: str, flags: str = "") -> None:
         self.start = start
         self.end = end
-        self.lines = lines
         self.status = status
         self.flags = flags
         self.written = status, flags  # as the file has them
@@ -7256,14 +7247,13 @@ class FolderMessage:
             rest = head.rpartition(name)[2] if name in head else b""
             words.append(os_text(rest.partition(b"\n")[0].strip().upper()))
         status, flags = (word if word.isalpha() else "" for word in words)
-        return cls(start, end, count_lines(view, start, end), status, flags)
+        return cls(start, end, status, flags)
 
-    def extend(self, view: object, end: int) -> None:
+    def extend(self, end: int) -> None:
         """Takes in what stands behind it and begins no message.
 
         Whatever its reader has decided was not of that: it stays.
         """
-        self.lines += count_lines(view, self.end, end)
         self.end = end
         self.state = ""
 
@@ -7413,7 +7403,7 @@ class Folder:
                 start = next(starts, size)
                 if not self.messages and (start == size or view[:start].strip()):
                     raise ProgramError(1, f"{self.name}: not a mailbox")
-                self.take_rest(view, start)
+                self.take_rest(start)
                 forgotten = start
                 while start < size:
                     end = next(starts, size)
@@ -7424,10 +7414,14 @@ class Folder:
         self.note_size(size)
         self.looked_at = seen.st_ino, size, seen.st_ctime_ns
 
-    def take_rest(self, view: object, end: int) -> None:
+    def take_rest(self, end: int) -> None:
         """Makes what stands in front of `end` the last message's."""
         if self.messages and end > self.size:
-            self.messages[-1].extend(view, end)
+            self.messages[-1].extend(end)
+
+    def lines(self, message: FolderMessage) -> int:
+        """How many lines a message has, its From_ line too."""
+        return sum(b.count(b"\n") for b in self.blocks(message.start, message.end))
 
     def note_size(self, size: int) -> None:
         """So far the file is known now."""
@@ -7535,7 +7529,7 @@ class Folder:
         if self.messages and size > self.size:
             with mmap.mmap(self.fd, size, access=mmap.ACCESS_READ) as view:
                 first = next(find_starts(view, self.size), size)
-                self.take_rest(view, first)
+            self.take_rest(first)
             self.note_size(first)
 
     def remove_if_empty(self) -> bool:
@@ -7789,7 +7783,7 @@ class MaildirFolder:
             letters = name.rpartition(":2,")[2] if ":2," in name else ""
             status = "RO" if "S" in letters else "O" if name[0] == "c" else ""
             flags = "A" * ("R" in letters) + "F" * ("F" in letters)
-            one = FolderMessage(0, len(text), text.count(b"\n"), status, flags)
+            one = FolderMessage(0, len(text), status, flags)
             one.place = name
             self.messages.append(one)
         return len(self.messages) - count
@@ -7829,6 +7823,10 @@ class MaildirFolder:
         return first, Header.parse(rest.replace(b"\r\n", b"\n"))
 
     head = read
+
+    def lines(self, message: FolderMessage) -> int:
+        """How many lines a message has, its From_ line too."""
+        return self.text_of(message.place).count(b"\n")
 
     def rewritten(self, message: FolderMessage) -> bytes:
         """The message's text as an mbox has it, with its Status."""
@@ -16370,7 +16368,7 @@ class MailReader(MailSession):
         date, size = terminal_text(words[:16]), message.end - message.start
         name = columns(self.shown_name(header, from_line), 20)
         head = f"{mark}{message.flag}{number:3} "
-        tail = f"  {date:16} {message.lines:3}/{size:<5} "
+        tail = f"  {date:16} {self.folder.lines(message):3}/{size:<5} "
         if not header.has("subject"):
             return f"{head}{name}{tail}".rstrip()
         subject = decoded(" ".join(header.values("subject")[:1]))
@@ -16742,7 +16740,7 @@ def show_size(reader: MailReader, rest: str) -> None:
     for number in reader.numbers(rest):
         message = reader.messages[number - 1]
         size = message.end - message.start
-        reader.terminal.say(f"{number}: {message.lines}/{size}\n")
+        reader.terminal.say(f"{number}: {reader.folder.lines(message)}/{size}\n")
 
 
 def show_number(reader: MailReader, rest: str) -> None:

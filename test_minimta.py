@@ -9836,7 +9836,7 @@ class TestMailKeepsUp:
             assert "not while a letter is written" in reader.terminal.shown
         assert (reader.is_over, "s1" in (tmp_path / "box").read_text()) == (False, True)
 
-    def test_the_list_reads_no_large_body(self, session):
+    def test_the_list_holds_no_large_body(self, session):
         reader = session(texts=[mail("big", "x" * 3_000_000), mail("b")])
         asked = []
         read_at = reader.folder.read_at
@@ -9845,7 +9845,7 @@ class TestMailKeepsUp:
         )
         for line in ("h", "f *", "thread", "sort", "f /b", "f eve"):
             reader.obey(line)
-        assert max(asked) <= minimta.HEAD_PIECE
+        assert max(asked) <= minimta.BLOCK
 
     @pytest.mark.parametrize(("line", "date"), DATE_ROWS)
     def test_the_list_shows_the_date(self, session, line, date):

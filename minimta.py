@@ -15177,7 +15177,10 @@ class Terminal:
         if not is_long or not os.isatty(1):
             self.say(text)
             return
-        run_shell(pager or "more", text.encode("utf-8", "replace"))
+        import shutil
+
+        usual = next((name for name in ("more", "less") if shutil.which(name)), "cat")
+        run_shell(pager or usual, text.encode("utf-8", "replace"))
 
     def run(self, command: str, variables: Variables) -> None:
         """Runs a command, or a shell; with `bang` ! in it is the last one."""

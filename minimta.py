@@ -16372,11 +16372,10 @@ class MailReader(MailSession):
         name = columns(self.shown_name(header, from_line), 20)
         head = f"{mark}{message.flag}{number:3} "
         tail = f"  {date:16} {self.folder.lines(message):3}/{size:<5} "
-        if not header.has("subject"):
+        room = self.terminal.width - 4 - (len(head) + 20 + len(tail) + indent)
+        if not header.has("subject") or room < 1:
             return f"{head}{name}{tail}".rstrip()
         subject = decoded(" ".join(header.values("subject")[:1]))
-        used = len(head) + 20 + len(tail) + indent
-        room = max(0, self.terminal.width - 4 - used)
         return f'{head}{name}{tail}"{columns(subject, room).rstrip()}"'
 
     def painted(self, number: int, indent: int = 0) -> str:
@@ -17469,15 +17468,17 @@ def comment(_: MailReader, __: str) -> None:
 
 def give_help(reader: MailReader, rest: str) -> None:
     """this list; ? NAME tells of one command"""
+    import textwrap
+
     wanted = reader.find_command(rest) if rest else None
     if rest and not wanted:
         raise ValueError(f'Unknown command: "{rest}"')
-    rows = [
-        f"{names:23} {summary}\n"
-        for names, command, summary in reader.commands
-        if wanted in (None, command)
-    ]
-    reader.page("".join(rows))
+    width, rows = max(40, reader.terminal.width - 1), []
+    for names, command, summary in reader.commands:
+        if wanted in (None, command):
+            text = f"{names:23} {summary}"
+            rows += textwrap.wrap(text, width, subsequent_indent=" " * 24)
+    reader.page("\n".join(rows) + "\n")
 
 
 def leave(reader: MailReader, _: str) -> None:

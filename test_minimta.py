@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import codecs
 import collections
 import contextlib
 import ctypes
@@ -47,6 +48,7 @@ import threading
 import time
 import tracemalloc
 import types
+import unicodedata
 from email import message_from_bytes, message_from_string
 from mailbox import mbox
 from pathlib import Path
@@ -925,13 +927,68 @@ def relayed(instance, sink, **settings):
     return instance.start()
 
 
+class Screen:
+    """What a terminal of that size shows of what is written to it."""
+
+    def __init__(self, columns, rows):
+        self.columns, self.rows = columns, rows
+        self.cells = [[] for _ in range(rows)]
+        self.row = self.column = 0
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, data):
+        """Bytes as they come: text, line ends, sequences without effect."""
+        text = self.decoder.decode(data)
+        sequence = re.compile(r"\x1b\[[?0-9;]*[A-Za-z]|\x1b.|.", re.DOTALL)
+        for piece in sequence.findall(text):
+            if piece == "\r":
+                self.column = 0
+            elif piece == "\n":
+                self.end_row()
+            elif piece == "\b":
+                self.column -= 1
+            elif piece == "\x1b[K":
+                del self.cells[self.row][self.column :]
+            elif piece[0] != "\x1b" and piece != "\a":
+                self.put(piece)
+
+    def put(self, char):
+        """One character; the row ends where it has no room."""
+        wide = unicodedata.east_asian_width(char) in "WF"
+        if unicodedata.category(char) in ("Mn", "Me", "Cf"):
+            self.cells[self.row][self.column - 1] += char
+            return
+        if self.column + 1 + wide > self.columns:
+            self.column = 0
+            self.end_row()
+        cells = self.cells[self.row]
+        cells += [" "] * (self.column - len(cells))
+        cells[self.column : self.column + 1 + wide] = [char] + [""] * wide
+        self.column += 1 + wide
+
+    def end_row(self):
+        """The next row; the first one goes if there is none."""
+        self.row += 1
+        if self.row == self.rows:
+            self.row -= 1
+            self.cells = [*self.cells[1:], []]
+
+    def text(self):
+        """Its rows, without the blanks at their ends."""
+        return "\n".join("".join(cells).rstrip() for cells in self.cells) + "\n"
+
+
 class Terminal:
     """A person at a terminal: types, and waits for what must appear."""
 
-    def __init__(self, instance, program, *args, user="payam", rows=24, env=()):
+    def __init__(
+        self, instance, program, *args, user="payam", rows=24, columns=80, env=()
+    ):
         self.shown = ""
+        self.screen = Screen(columns, rows)
         self.end, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", rows, 80, 0, 0))
+        size = struct.pack("4H", rows, columns, 0, 0)
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
         self.name = os.ttyname(theirs)
         self.child = subprocess.Popen(
             [instance.bin / program, *args],
@@ -955,6 +1012,7 @@ class Terminal:
                     chunk = os.read(self.end, 4096)
             if not chunk:
                 pytest.fail(f"no {text!r} after {self.shown!r}")
+            self.screen.feed(chunk)
             self.shown += chunk.decode().replace("\r\n", "\n")
         before, _, self.shown = self.shown.partition(text)
         return before + text
@@ -21922,6 +21980,498 @@ class TestSubmittersExpect:
             text = bytes(minimta.complete_header(header, origin)).decode()
             lines = text[text.index(f"{prefix}From") :].splitlines()
             assert max(map(len, lines[:-1])) <= 76
+
+
+def dated(number, sender, subject, *lines, more=""):
+    """A message of a mailbox for whole screens: none depends on today."""
+    text = "\n".join(lines) or "text"
+    subject = f"Subject: {subject}\n" if subject is not None else ""
+    return (
+        f"From {sender.rpartition('<')[2].strip('>')}  "
+        f"Wed Feb {number % 28 + 1:2} 05:10:01 2025\n"
+        f"From: {sender}\nTo: payam@{HOST}\n{subject}"
+        f"Date: Wed, {number % 28 + 1} Feb 2025 05:10:01 +0000\n"
+        f"Message-ID: <{number}@far.example>\n{more}\n{text}\n\n"
+    )
+
+
+MIXED_PARTS = """\
+--B
+Content-Type: text/plain; charset=utf-8
+
+Grüße, and a picture.
+--B
+Content-Type: image/png
+Content-Disposition: attachment; filename="sunset.png"
+Content-Transfer-Encoding: base64
+
+aGVsbG8=
+--B--"""
+PAGE_OF_HTML = """\
+<html><head><title>News</title><style>p {color: red}</style></head><body>
+<h1>The news</h1><p>There is <b>something</b> <a href="https://example.com/a">here</a>,
+and this sentence is so long that it has to be set in more than one line of a terminal.
+<ol><li>one<li>two</ol><pre>  kept
+    as it is</pre></body></html>"""
+TYPED = "MIME-Version: 1.0\nContent-Type: {}\n"
+SCREEN_BOX = "".join(
+    [
+        dated(1, "Eve <eve@far.example>", "hello", "Hello!", "", "Eve"),
+        dated(2, "A Name That Is Too Long <a@far.example>", "long " * 40),
+        dated(
+            3, "=?utf-8?q?J=C3=B6rg?= <j@far.example>", "=?utf-8?q?gr=C3=BC=C3=9Fe?="
+        ),
+        dated(
+            4,
+            "山田太郎 <y@far.example>",
+            "日本語の件名はとても長いので切られますよね、きっとそうです",
+        ),
+        dated(5, "eve@far.example", None),
+        dated(6, "eve@far.example", "\x1b[31mred\x1b]0;title\x07"),
+        dated(
+            *(7, "Ann <ann@far.example>", "a picture", MIXED_PARTS),
+            more=TYPED.format("multipart/mixed; boundary=B"),
+        ),
+        dated(
+            *(8, "News <news@far.example>", "news", PAGE_OF_HTML),
+            more=TYPED.format("text/html; charset=utf-8"),
+        ),
+        dated(
+            9,
+            "Bob <bob@far.example>",
+            "Re: hello",
+            more="References: <1@far.example>\n",
+        ),
+        dated(
+            10,
+            "Eve <eve@far.example>",
+            "Re: Re: hello",
+            more="References: <9@far.example>\n",
+        ),
+        *(
+            dated(n, f"User {n} <u{n}@far.example>", f"message {n}")
+            for n in range(11, 61)
+        ),
+    ]
+)
+
+
+# What is typed in a scene.
+SCENES = {
+    "start": [],
+    "next": ["z"],
+    "plain": ["1"],
+    "picture": ["7"],
+    "html": ["8"],
+    "thread": ["d 11-60", "thread"],
+    "parts": ["parts 7", "d 1-3", "h"],
+    "help": ["? i"],
+}
+# What the screen shows then, as a person has looked at it.
+SCREENS = {
+    ((80, 24), "start"): """
+minimta mail VERSION.  Type ? for help.
+"box": 60 messages 60 new
+>N  1 Eve                   Wed Feb  2 05:10  11/201   "hello"
+ N  2 A Name That Is Too L  Wed Feb  3 05:10   9/405   "long long long long l"
+ N  3 Jörg                  Wed Feb  4 05:10   9/230   "grüße"
+ N  4 山田太郎              Wed Feb  5 05:10   9/281   "日本語の件名はとても"
+ N  5 eve@far.example       Wed Feb  6 05:10   8/173
+ N  6 eve@far.example       Wed Feb  7 05:10   9/201   "␛[31mred␛]0;title␇"
+ N  7 Ann                   Wed Feb  8 05:10  21/455   "a picture"
+ N  8 News                  Wed Feb  9 05:10  15/566   "news"
+ N  9 Bob                   Wed Feb 10 05:10  10/227   "Re: hello"
+ N 10 Eve                   Wed Feb 11 05:10  10/232   "Re: Re: hello"
+ N 11 User 11               Wed Feb 12 05:10   9/205   "message 11"
+ N 12 User 12               Wed Feb 13 05:10   9/205   "message 12"
+ N 13 User 13               Wed Feb 14 05:10   9/205   "message 13"
+ N 14 User 14               Wed Feb 15 05:10   9/205   "message 14"
+ N 15 User 15               Wed Feb 16 05:10   9/205   "message 15"
+ N 16 User 16               Wed Feb 17 05:10   9/205   "message 16"
+ N 17 User 17               Wed Feb 18 05:10   9/205   "message 17"
+ N 18 User 18               Wed Feb 19 05:10   9/205   "message 18"
+ N 19 User 19               Wed Feb 20 05:10   9/205   "message 19"
+ N 20 User 20               Wed Feb 21 05:10   9/205   "message 20"
+&
+""",
+    ((80, 24), "next"): """
+ N 19 User 19               Wed Feb 20 05:10   9/205   "message 19"
+ N 20 User 20               Wed Feb 21 05:10   9/205   "message 20"
+& z
+>N 21 User 21               Wed Feb 22 05:10   9/205   "message 21"
+ N 22 User 22               Wed Feb 23 05:10   9/205   "message 22"
+ N 23 User 23               Wed Feb 24 05:10   9/205   "message 23"
+ N 24 User 24               Wed Feb 25 05:10   9/205   "message 24"
+ N 25 User 25               Wed Feb 26 05:10   9/205   "message 25"
+ N 26 User 26               Wed Feb 27 05:10   9/205   "message 26"
+ N 27 User 27               Wed Feb 28 05:10   9/205   "message 27"
+ N 28 User 28               Wed Feb  1 05:10   9/204   "message 28"
+ N 29 User 29               Wed Feb  2 05:10   9/204   "message 29"
+ N 30 User 30               Wed Feb  3 05:10   9/204   "message 30"
+ N 31 User 31               Wed Feb  4 05:10   9/204   "message 31"
+ N 32 User 32               Wed Feb  5 05:10   9/204   "message 32"
+ N 33 User 33               Wed Feb  6 05:10   9/204   "message 33"
+ N 34 User 34               Wed Feb  7 05:10   9/204   "message 34"
+ N 35 User 35               Wed Feb  8 05:10   9/204   "message 35"
+ N 36 User 36               Wed Feb  9 05:10   9/204   "message 36"
+ N 37 User 37               Wed Feb 10 05:10   9/205   "message 37"
+ N 38 User 38               Wed Feb 11 05:10   9/205   "message 38"
+ N 39 User 39               Wed Feb 12 05:10   9/205   "message 39"
+ N 40 User 40               Wed Feb 13 05:10   9/205   "message 40"
+&
+""",
+    ((80, 24), "plain"): """
+ N 11 User 11               Wed Feb 12 05:10   9/205   "message 11"
+ N 12 User 12               Wed Feb 13 05:10   9/205   "message 12"
+ N 13 User 13               Wed Feb 14 05:10   9/205   "message 13"
+ N 14 User 14               Wed Feb 15 05:10   9/205   "message 14"
+ N 15 User 15               Wed Feb 16 05:10   9/205   "message 15"
+ N 16 User 16               Wed Feb 17 05:10   9/205   "message 16"
+ N 17 User 17               Wed Feb 18 05:10   9/205   "message 17"
+ N 18 User 18               Wed Feb 19 05:10   9/205   "message 18"
+ N 19 User 19               Wed Feb 20 05:10   9/205   "message 19"
+ N 20 User 20               Wed Feb 21 05:10   9/205   "message 20"
+& 1
+Message  1:
+From eve@far.example  Wed Feb  2 05:10:01 2025
+From: Eve <eve@far.example>
+To: payam@centos7-1.localdomain
+Subject: hello
+Date: Wed, 2 Feb 2025 05:10:01 +0000
+Status: R
+
+Hello!
+
+Eve
+
+&
+""",
+    ((80, 24), "picture"): """
+ N 18 User 18               Wed Feb 19 05:10   9/205   "message 18"
+ N 19 User 19               Wed Feb 20 05:10   9/205   "message 19"
+ N 20 User 20               Wed Feb 21 05:10   9/205   "message 20"
+& 7
+Message  7:
+From ann@far.example  Wed Feb  8 05:10:01 2025
+From: Ann <ann@far.example>
+To: payam@centos7-1.localdomain
+Subject: a picture
+Date: Wed, 8 Feb 2025 05:10:01 +0000
+Content-Type: multipart/mixed; boundary=B
+Status: R
+
+Part 1:
+Content-Type: text/plain; charset=utf-8
+
+Grüße, and a picture.
+
+Part 2:
+Content-Type: image/png
+Content-Disposition: attachment; filename="sunset.png"
+
+[2 image/png sunset.png 5: w saves it]
+&
+""",
+    ((80, 24), "html"): """
+ N 20 User 20               Wed Feb 21 05:10   9/205   "message 20"
+& 8
+Message  8:
+From news@far.example  Wed Feb  9 05:10:01 2025
+From: News <news@far.example>
+To: payam@centos7-1.localdomain
+Subject: news
+Date: Wed, 9 Feb 2025 05:10:01 +0000
+Content-Type: text/html; charset=utf-8
+Status: R
+
+The news
+
+There is something here [1], and this sentence is so long that it has to be
+set in more than one line of a terminal.
+
+1. one
+2. two
+
+  kept
+    as it is
+
+[1] https://example.com/a
+&
+""",
+    ((80, 24), "thread"): """
+ N 10 Eve                   Wed Feb 11 05:10  10/232   "Re: Re: hello"
+ N 11 User 11               Wed Feb 12 05:10   9/205   "message 11"
+ N 12 User 12               Wed Feb 13 05:10   9/205   "message 12"
+ N 13 User 13               Wed Feb 14 05:10   9/205   "message 13"
+ N 14 User 14               Wed Feb 15 05:10   9/205   "message 14"
+ N 15 User 15               Wed Feb 16 05:10   9/205   "message 15"
+ N 16 User 16               Wed Feb 17 05:10   9/205   "message 16"
+ N 17 User 17               Wed Feb 18 05:10   9/205   "message 17"
+ N 18 User 18               Wed Feb 19 05:10   9/205   "message 18"
+ N 19 User 19               Wed Feb 20 05:10   9/205   "message 19"
+ N 20 User 20               Wed Feb 21 05:10   9/205   "message 20"
+& d 11-60
+& thread
+ N  1 Eve                   Wed Feb  2 05:10  11/201   "hello"
+ `- N  9 Bob                   Wed Feb 10 05:10  10/227   "Re: hello"
+  `->N 10 Eve                   Wed Feb 11 05:10  10/232   "Re: Re: hello"
+ N  2 A Name That Is Too L  Wed Feb  3 05:10   9/405   "long long long long l"
+ N  3 Jörg                  Wed Feb  4 05:10   9/230   "grüße"
+ N  4 山田太郎              Wed Feb  5 05:10   9/281   "日本語の件名はとても"
+ N  5 eve@far.example       Wed Feb  6 05:10   8/173
+ N  6 eve@far.example       Wed Feb  7 05:10   9/201   "␛[31mred␛]0;title␇"
+ N  7 Ann                   Wed Feb  8 05:10  21/455   "a picture"
+ N  8 News                  Wed Feb  9 05:10  15/566   "news"
+&
+""",
+    ((80, 24), "parts"): """
+ N 20 User 20               Wed Feb 21 05:10   9/205   "message 20"
+& parts 7
+7.1 text/plain 23
+7.2 image/png sunset.png 5
+& d 1-3
+& h
+>N  4 山田太郎              Wed Feb  5 05:10   9/281   "日本語の件名はとても"
+ N  5 eve@far.example       Wed Feb  6 05:10   8/173
+ N  6 eve@far.example       Wed Feb  7 05:10   9/201   "␛[31mred␛]0;title␇"
+ N  7 Ann                   Wed Feb  8 05:10  21/455   "a picture"
+ N  8 News                  Wed Feb  9 05:10  15/566   "news"
+ N  9 Bob                   Wed Feb 10 05:10  10/227   "Re: hello"
+ N 10 Eve                   Wed Feb 11 05:10  10/232   "Re: Re: hello"
+ N 11 User 11               Wed Feb 12 05:10   9/205   "message 11"
+ N 12 User 12               Wed Feb 13 05:10   9/205   "message 12"
+ N 13 User 13               Wed Feb 14 05:10   9/205   "message 13"
+ N 14 User 14               Wed Feb 15 05:10   9/205   "message 14"
+ N 15 User 15               Wed Feb 16 05:10   9/205   "message 15"
+ N 16 User 16               Wed Feb 17 05:10   9/205   "message 16"
+ N 17 User 17               Wed Feb 18 05:10   9/205   "message 17"
+ N 18 User 18               Wed Feb 19 05:10   9/205   "message 18"
+ N 19 User 19               Wed Feb 20 05:10   9/205   "message 19"
+ N 20 User 20               Wed Feb 21 05:10   9/205   "message 20"
+&
+""",
+    ((80, 24), "help"): """
+>N  1 Eve                   Wed Feb  2 05:10  11/201   "hello"
+ N  2 A Name That Is Too L  Wed Feb  3 05:10   9/405   "long long long long l"
+ N  3 Jörg                  Wed Feb  4 05:10   9/230   "grüße"
+ N  4 山田太郎              Wed Feb  5 05:10   9/281   "日本語の件名はとても"
+ N  5 eve@far.example       Wed Feb  6 05:10   8/173
+ N  6 eve@far.example       Wed Feb  7 05:10   9/201   "␛[31mred␛]0;title␇"
+ N  7 Ann                   Wed Feb  8 05:10  21/455   "a picture"
+ N  8 News                  Wed Feb  9 05:10  15/566   "news"
+ N  9 Bob                   Wed Feb 10 05:10  10/227   "Re: hello"
+ N 10 Eve                   Wed Feb 11 05:10  10/232   "Re: Re: hello"
+ N 11 User 11               Wed Feb 12 05:10   9/205   "message 11"
+ N 12 User 12               Wed Feb 13 05:10   9/205   "message 12"
+ N 13 User 13               Wed Feb 14 05:10   9/205   "message 13"
+ N 14 User 14               Wed Feb 15 05:10   9/205   "message 14"
+ N 15 User 15               Wed Feb 16 05:10   9/205   "message 15"
+ N 16 User 16               Wed Feb 17 05:10   9/205   "message 16"
+ N 17 User 17               Wed Feb 18 05:10   9/205   "message 17"
+ N 18 User 18               Wed Feb 19 05:10   9/205   "message 18"
+ N 19 User 19               Wed Feb 20 05:10   9/205   "message 19"
+ N 20 User 20               Wed Feb 21 05:10   9/205   "message 20"
+& ? i
+i if                    if r|s|t: lines for who reads, who sends, who has a
+                        terminal
+&
+""",
+    ((132, 50), "start"): """
+minimta mail VERSION.  Type ? for help.
+"box": 60 messages 60 new
+>N  1 Eve                   Wed Feb  2 05:10  11/201   "hello"
+ N  2 A Name That Is Too L  Wed Feb  3 05:10   9/405   "long long long long long long long long long long long long long long lon"
+ N  3 Jörg                  Wed Feb  4 05:10   9/230   "grüße"
+ N  4 山田太郎              Wed Feb  5 05:10   9/281   "日本語の件名はとても長いので切られますよね、きっとそうです"
+ N  5 eve@far.example       Wed Feb  6 05:10   8/173
+ N  6 eve@far.example       Wed Feb  7 05:10   9/201   "␛[31mred␛]0;title␇"
+ N  7 Ann                   Wed Feb  8 05:10  21/455   "a picture"
+ N  8 News                  Wed Feb  9 05:10  15/566   "news"
+ N  9 Bob                   Wed Feb 10 05:10  10/227   "Re: hello"
+ N 10 Eve                   Wed Feb 11 05:10  10/232   "Re: Re: hello"
+ N 11 User 11               Wed Feb 12 05:10   9/205   "message 11"
+ N 12 User 12               Wed Feb 13 05:10   9/205   "message 12"
+ N 13 User 13               Wed Feb 14 05:10   9/205   "message 13"
+ N 14 User 14               Wed Feb 15 05:10   9/205   "message 14"
+ N 15 User 15               Wed Feb 16 05:10   9/205   "message 15"
+ N 16 User 16               Wed Feb 17 05:10   9/205   "message 16"
+ N 17 User 17               Wed Feb 18 05:10   9/205   "message 17"
+ N 18 User 18               Wed Feb 19 05:10   9/205   "message 18"
+ N 19 User 19               Wed Feb 20 05:10   9/205   "message 19"
+ N 20 User 20               Wed Feb 21 05:10   9/205   "message 20"
+ N 21 User 21               Wed Feb 22 05:10   9/205   "message 21"
+ N 22 User 22               Wed Feb 23 05:10   9/205   "message 22"
+ N 23 User 23               Wed Feb 24 05:10   9/205   "message 23"
+ N 24 User 24               Wed Feb 25 05:10   9/205   "message 24"
+ N 25 User 25               Wed Feb 26 05:10   9/205   "message 25"
+ N 26 User 26               Wed Feb 27 05:10   9/205   "message 26"
+ N 27 User 27               Wed Feb 28 05:10   9/205   "message 27"
+ N 28 User 28               Wed Feb  1 05:10   9/204   "message 28"
+ N 29 User 29               Wed Feb  2 05:10   9/204   "message 29"
+ N 30 User 30               Wed Feb  3 05:10   9/204   "message 30"
+ N 31 User 31               Wed Feb  4 05:10   9/204   "message 31"
+ N 32 User 32               Wed Feb  5 05:10   9/204   "message 32"
+ N 33 User 33               Wed Feb  6 05:10   9/204   "message 33"
+ N 34 User 34               Wed Feb  7 05:10   9/204   "message 34"
+ N 35 User 35               Wed Feb  8 05:10   9/204   "message 35"
+ N 36 User 36               Wed Feb  9 05:10   9/204   "message 36"
+ N 37 User 37               Wed Feb 10 05:10   9/205   "message 37"
+ N 38 User 38               Wed Feb 11 05:10   9/205   "message 38"
+ N 39 User 39               Wed Feb 12 05:10   9/205   "message 39"
+ N 40 User 40               Wed Feb 13 05:10   9/205   "message 40"
+ N 41 User 41               Wed Feb 14 05:10   9/205   "message 41"
+ N 42 User 42               Wed Feb 15 05:10   9/205   "message 42"
+ N 43 User 43               Wed Feb 16 05:10   9/205   "message 43"
+ N 44 User 44               Wed Feb 17 05:10   9/205   "message 44"
+ N 45 User 45               Wed Feb 18 05:10   9/205   "message 45"
+ N 46 User 46               Wed Feb 19 05:10   9/205   "message 46"
+&
+""",  # noqa: E501
+    ((132, 50), "thread"): """
+ N 10 Eve                   Wed Feb 11 05:10  10/232   "Re: Re: hello"
+ N 11 User 11               Wed Feb 12 05:10   9/205   "message 11"
+ N 12 User 12               Wed Feb 13 05:10   9/205   "message 12"
+ N 13 User 13               Wed Feb 14 05:10   9/205   "message 13"
+ N 14 User 14               Wed Feb 15 05:10   9/205   "message 14"
+ N 15 User 15               Wed Feb 16 05:10   9/205   "message 15"
+ N 16 User 16               Wed Feb 17 05:10   9/205   "message 16"
+ N 17 User 17               Wed Feb 18 05:10   9/205   "message 17"
+ N 18 User 18               Wed Feb 19 05:10   9/205   "message 18"
+ N 19 User 19               Wed Feb 20 05:10   9/205   "message 19"
+ N 20 User 20               Wed Feb 21 05:10   9/205   "message 20"
+ N 21 User 21               Wed Feb 22 05:10   9/205   "message 21"
+ N 22 User 22               Wed Feb 23 05:10   9/205   "message 22"
+ N 23 User 23               Wed Feb 24 05:10   9/205   "message 23"
+ N 24 User 24               Wed Feb 25 05:10   9/205   "message 24"
+ N 25 User 25               Wed Feb 26 05:10   9/205   "message 25"
+ N 26 User 26               Wed Feb 27 05:10   9/205   "message 26"
+ N 27 User 27               Wed Feb 28 05:10   9/205   "message 27"
+ N 28 User 28               Wed Feb  1 05:10   9/204   "message 28"
+ N 29 User 29               Wed Feb  2 05:10   9/204   "message 29"
+ N 30 User 30               Wed Feb  3 05:10   9/204   "message 30"
+ N 31 User 31               Wed Feb  4 05:10   9/204   "message 31"
+ N 32 User 32               Wed Feb  5 05:10   9/204   "message 32"
+ N 33 User 33               Wed Feb  6 05:10   9/204   "message 33"
+ N 34 User 34               Wed Feb  7 05:10   9/204   "message 34"
+ N 35 User 35               Wed Feb  8 05:10   9/204   "message 35"
+ N 36 User 36               Wed Feb  9 05:10   9/204   "message 36"
+ N 37 User 37               Wed Feb 10 05:10   9/205   "message 37"
+ N 38 User 38               Wed Feb 11 05:10   9/205   "message 38"
+ N 39 User 39               Wed Feb 12 05:10   9/205   "message 39"
+ N 40 User 40               Wed Feb 13 05:10   9/205   "message 40"
+ N 41 User 41               Wed Feb 14 05:10   9/205   "message 41"
+ N 42 User 42               Wed Feb 15 05:10   9/205   "message 42"
+ N 43 User 43               Wed Feb 16 05:10   9/205   "message 43"
+ N 44 User 44               Wed Feb 17 05:10   9/205   "message 44"
+ N 45 User 45               Wed Feb 18 05:10   9/205   "message 45"
+ N 46 User 46               Wed Feb 19 05:10   9/205   "message 46"
+& d 11-60
+& thread
+ N  1 Eve                   Wed Feb  2 05:10  11/201   "hello"
+ `- N  9 Bob                   Wed Feb 10 05:10  10/227   "Re: hello"
+  `->N 10 Eve                   Wed Feb 11 05:10  10/232   "Re: Re: hello"
+ N  2 A Name That Is Too L  Wed Feb  3 05:10   9/405   "long long long long long long long long long long long long long long lon"
+ N  3 Jörg                  Wed Feb  4 05:10   9/230   "grüße"
+ N  4 山田太郎              Wed Feb  5 05:10   9/281   "日本語の件名はとても長いので切られますよね、きっとそうです"
+ N  5 eve@far.example       Wed Feb  6 05:10   8/173
+ N  6 eve@far.example       Wed Feb  7 05:10   9/201   "␛[31mred␛]0;title␇"
+ N  7 Ann                   Wed Feb  8 05:10  21/455   "a picture"
+ N  8 News                  Wed Feb  9 05:10  15/566   "news"
+&
+""",  # noqa: E501
+    ((132, 50), "html"): """
+ N 20 User 20               Wed Feb 21 05:10   9/205   "message 20"
+ N 21 User 21               Wed Feb 22 05:10   9/205   "message 21"
+ N 22 User 22               Wed Feb 23 05:10   9/205   "message 22"
+ N 23 User 23               Wed Feb 24 05:10   9/205   "message 23"
+ N 24 User 24               Wed Feb 25 05:10   9/205   "message 24"
+ N 25 User 25               Wed Feb 26 05:10   9/205   "message 25"
+ N 26 User 26               Wed Feb 27 05:10   9/205   "message 26"
+ N 27 User 27               Wed Feb 28 05:10   9/205   "message 27"
+ N 28 User 28               Wed Feb  1 05:10   9/204   "message 28"
+ N 29 User 29               Wed Feb  2 05:10   9/204   "message 29"
+ N 30 User 30               Wed Feb  3 05:10   9/204   "message 30"
+ N 31 User 31               Wed Feb  4 05:10   9/204   "message 31"
+ N 32 User 32               Wed Feb  5 05:10   9/204   "message 32"
+ N 33 User 33               Wed Feb  6 05:10   9/204   "message 33"
+ N 34 User 34               Wed Feb  7 05:10   9/204   "message 34"
+ N 35 User 35               Wed Feb  8 05:10   9/204   "message 35"
+ N 36 User 36               Wed Feb  9 05:10   9/204   "message 36"
+ N 37 User 37               Wed Feb 10 05:10   9/205   "message 37"
+ N 38 User 38               Wed Feb 11 05:10   9/205   "message 38"
+ N 39 User 39               Wed Feb 12 05:10   9/205   "message 39"
+ N 40 User 40               Wed Feb 13 05:10   9/205   "message 40"
+ N 41 User 41               Wed Feb 14 05:10   9/205   "message 41"
+ N 42 User 42               Wed Feb 15 05:10   9/205   "message 42"
+ N 43 User 43               Wed Feb 16 05:10   9/205   "message 43"
+ N 44 User 44               Wed Feb 17 05:10   9/205   "message 44"
+ N 45 User 45               Wed Feb 18 05:10   9/205   "message 45"
+ N 46 User 46               Wed Feb 19 05:10   9/205   "message 46"
+& 8
+Message  8:
+From news@far.example  Wed Feb  9 05:10:01 2025
+From: News <news@far.example>
+To: payam@centos7-1.localdomain
+Subject: news
+Date: Wed, 9 Feb 2025 05:10:01 +0000
+Content-Type: text/html; charset=utf-8
+Status: R
+
+The news
+
+There is something here [1], and this sentence is so long that it has to be
+set in more than one line of a terminal.
+
+1. one
+2. two
+
+  kept
+    as it is
+
+[1] https://example.com/a
+&
+""",
+}
+
+
+class TestScreens:
+    """Whole screens of mail(1) at a terminal, as a person sees them."""
+
+    def person(self, instance, size):
+        """Somebody who has begun to read SCREEN_BOX."""
+        (instance.home("payam") / "box").write_text(SCREEN_BOX)
+        env = {"TERM": "dumb", "TZ": "UTC", "PAGER": "cat"}
+        words = ("mail", "-n", "-f", "box")
+        columns, rows = size
+        one = Terminal(instance, *words, columns=columns, rows=rows, env=env)
+        one.expect("& ")
+        return one
+
+    def play(self, person, lines):
+        """Types lines, each at a prompt."""
+        for line in lines:
+            person.type(f"{line}\n")
+            person.expect("\n& ")
+
+    @pytest.mark.parametrize(("size", "scene"), SCREENS)
+    def test_a_screen_is_as_it_should_be(self, instance, size, scene):
+        person = self.person(instance, size)
+        self.play(person, SCENES[scene])
+        wanted = SCREENS[size, scene].replace("VERSION", minimta.__version__)
+        assert person.screen.text().rstrip("\n") == wanted.strip("\n")
+        person.type("x\n")
+        assert person.close() == 0
+
+    @pytest.mark.parametrize("size", [(80, 24), (132, 50), (60, 20)])
+    def test_no_list_is_wider_than_the_screen(self, instance, size):
+        person = self.person(instance, size)
+        for line in ("h", "thread", "f *", "sort subject", "list", "?"):
+            person.type(f"{line}\n")
+            shown = person.expect("\n& ")
+            widths = map(minimta.char_width, "\n".join(shown.splitlines()[1:]))
+            assert sum(widths)  # there is something
+            for row in shown.splitlines()[1:]:
+                assert sum(map(minimta.char_width, row)) <= size[0], row
 
 
 class TestFingers:

@@ -5551,16 +5551,22 @@ class Draft:
     def discard(self) -> None:
         """Removes what was written; not at the first try, on a failing disk.
 
-        An incoming file that stays is swept later.
+        An incoming file that stays is swept later; one that has its name
+        already is spoilt, so that nobody takes it for mail.
         """
         self.is_open = False
-        close_quietly(self.fd)
-        for _ in range(3):
-            try:
-                os.unlink(self.path)
-                return
-            except OSError:
-                continue
+        try:
+            for _ in range(3):
+                try:
+                    return os.unlink(self.path)
+                except OSError:
+                    continue
+            os.pwrite(self.fd, b"\0" * 16, 0)
+        except OSError:
+            return None  # nothing works any more
+        finally:
+            close_quietly(self.fd)
+        return None
 
 
 class QueueFile:

@@ -26751,20 +26751,18 @@ def children(pid):
 def parts(instance):
     """The pids of master, SMTP server and runner, once all of them run."""
 
-    def sockets(pid):
+    def waits_for_many(pid):
         names = os.listdir(f"/proc/{pid}/fd")
         links = [os.readlink(f"/proc/{pid}/fd/{name}") for name in names]
-        return sum(link.startswith("socket:") for link in links)
+        return "anon_inode:[eventpoll]" in links
 
     def is_complete():
         if instance.process.poll() is not None:
             pytest.fail("the daemon ended: " + instance.stderr()[-2000:])
         with contextlib.suppress(OSError):
-            found = sorted(
-                (sockets(pid), pid) for pid in children(instance.process.pid)
-            )
-            # The C library's may be left, where close() was made to fail.
-            if len(found) == 2 and found[0][0] < 2 <= found[1][0]:
+            pids = children(instance.process.pid)
+            found = sorted((waits_for_many(pid), pid) for pid in pids)
+            if [is_server for is_server, _ in found] == [False, True]:
                 return [pid for _, pid in found]
         return None
 

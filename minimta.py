@@ -5665,8 +5665,9 @@ class Maildrop:
                     entry = QueueEntry(name, file.size, file.envelope)
             except (OSError, ValueError):
                 continue  # whatever a user wrote there
-            entry.envelope.origin = f"uid {uid}"
-            entry.state, entry.due = "maildrop", entry.envelope.arrived
+            # Only its owner is believed, not what it says.
+            entry.envelope.arrived = entry.due = file.seen.st_mtime
+            entry.envelope.origin, entry.state = f"uid {uid}", "maildrop"
             yield entry
 
     def free(self) -> int:
@@ -14775,7 +14776,8 @@ class HtmlText:
         style = values.get("style", "").replace(" ", "").lower()
         is_hidden = "hidden" in values or "display:none" in style
         if tag in self.SILENT or self.silent or is_hidden:
-            self.silent += [tag] if tag not in self.VOID else []
+            is_kept = tag not in self.VOID and len(self.silent) < MAX_HIDDEN
+            self.silent += [tag] if is_kept else []
         elif tag in self.BREAKS:
             self.begin_block(tag)
         elif tag in ("td", "th"):
@@ -14844,6 +14846,7 @@ class HtmlText:
         return body + "\n" + ("\n" + "\n".join(links) + "\n" if links else "")
 
 
+MAX_HIDDEN = 100  # tags in one another of what is not shown
 HTML_BLOCK = 1 << 12  # characters that are parsed at once
 HTML_OPEN = 1 << 14  # characters of a tag or a comment that has no end
 
@@ -14939,10 +14942,9 @@ class MailPart:
     @property
     def data(self) -> bytes:
         """What it holds, decoded, byte for byte."""
-        inner = self.part.get_payload()
         try:
-            if isinstance(inner, list):
-                return b"".join(map(message_bytes, inner))
+            if self.part.is_multipart():
+                return b"".join(map(message_bytes, self.part.get_payload()))
             return self.part.get_payload(decode=True) or b""
         except (ValueError, TypeError, LookupError):
             return b""
@@ -19555,8 +19557,9 @@ def send_mail(house: House, session: MailSession, options: dict, words: list) ->
 
 def has_mail(path: str) -> bool:
     """Whether there is anything in a mailbox. Raises OSError."""
-    if os.path.isdir(path):
-        return any(os.listdir(f"{path}/{name}") for name in ("new", "cur"))
+    if os.path.isdir(path):  # one that is no Maildir is told of later
+        folders = [f"{path}/{name}" for name in ("new", "cur")]
+        return not all(map(os.path.isdir, folders)) or any(map(os.listdir, folders))
     return bool(os.stat(path).st_size)
 
 

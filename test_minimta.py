@@ -9995,6 +9995,22 @@ class TestMailForms:
     def test_html_is_made_text(self, html, wanted):
         assert minimta.html_text(html).startswith(wanted)
 
+    @pytest.mark.parametrize("coding", ["base64", "8bit", "x-none", "\xff"])
+    @pytest.mark.parametrize("charset", ["idna", "utf-7", "zlib", "\xff", "rot13"])
+    def test_no_charset_stops_it(self, charset, coding):
+        head = f"Content-Type: text/plain; charset={charset}\n"
+        head += f"Content-Transfer-Encoding: {coding}\n\n+2AA-=FF\xff\n"
+        header = minimta.Header.parse(head.encode("latin-1"))
+        for shown in (minimta.body_text, minimta.own_text, minimta.written_text):
+            shown(header)
+        minimta.decoded(f"=?{charset}?q?+2AA-=FF?=").encode()
+
+    def test_hostile_html_ends_soon(self):
+        began = time.process_time()
+        minimta.html_text("<div hidden>" * 50_000 + "</p>" * 50_000)
+        minimta.html_text("<ol>" * 50_000 + "<li>" * 50_000)
+        assert time.process_time() - began < PATIENCE
+
     def test_html_is_not_wider_than_a_terminal(self):
         text = minimta.html_text(f"<p>{'word ' * 200}<p>{'x' * 200}")
         widths = [len(line) for line in text.splitlines()]

@@ -14752,6 +14752,9 @@ def sender_name(header: Header, from_line: bytes) -> str:
     return decoded(found[0] if found else words[1] if len(words) > 1 else "")
 
 
+MAX_HIDDEN = 100  # tags in one another of what is not shown
+
+
 class HtmlText:
     """Makes text of HTML by html.parser: words, paragraphs, [n] for links."""
 
@@ -14846,7 +14849,6 @@ class HtmlText:
         return body + "\n" + ("\n" + "\n".join(links) + "\n" if links else "")
 
 
-MAX_HIDDEN = 100  # tags in one another of what is not shown
 HTML_BLOCK = 1 << 12  # characters that are parsed at once
 HTML_OPEN = 1 << 14  # characters of a tag or a comment that has no end
 

@@ -1748,6 +1748,8 @@ def trailing_comment(text: str) -> list[tuple[int, str]]:
     Sendmail and Postfix take its words for recipients.
     """
     why = "what stands behind # is a comment here, but not for other mail systems"
+    if "#" not in text:
+        return []
     for number, line in enumerate(text.split("\n"), 1):
         bare = strip_comment(line) if "#" in line else line
         if bare != line and bare.strip():
@@ -2637,6 +2639,8 @@ RCPT_PARAMETERS = {
 # A local submitter that has good recipients too may hand over an unknown one
 # to be bounced: its exit code cannot tell of both.
 LOCAL_RCPT_PARAMETERS = {**RCPT_PARAMETERS, "XBOUNCE": is_absent}
+# What came by another host (rmail) is not completed here.
+LOCAL_MAIL_PARAMETERS = {**MAIL_PARAMETERS, "XASIS": is_absent}
 
 
 def read_parameters(text: str, known: dict) -> dict[str, str | None]:
@@ -2795,6 +2799,7 @@ class Transaction:
         self.is_utf8 = "SMTPUTF8" in options
         self.ret = (options.get("RET") or "").upper()
         self.envid = options.get("ENVID") or ""
+        self.is_as_it_is = "XASIS" in options
         self.recipients: list[str] = []
         self.wishes: dict[str, Wishes] = {}
         self.was_refused = False
@@ -3050,7 +3055,8 @@ class Session:
             return NEED_HELO
         if self.transaction:
             return NESTED_MAIL
-        sender, options = self.read_path(text, "FROM:", MAIL_SYNTAX, MAIL_PARAMETERS)
+        known = LOCAL_MAIL_PARAMETERS if self.client.is_local else MAIL_PARAMETERS
+        sender, options = self.read_path(text, "FROM:", MAIL_SYNTAX, known)
         self.sender = sender
         size = int(options.get("SIZE") or 0)
         if size > self.settings.message_size_limit:
@@ -5385,6 +5391,15 @@ def close_quietly(fd: int) -> None:
         pass  # what matters was synced, and that went well
 
 
+def is_unlinked(path: str) -> bool:
+    """Removes a file; whether that went well."""
+    try:
+        os.unlink(path)
+    except OSError:
+        return False
+    return True
+
+
 def sync_files(fds: list[int]) -> dict[int, OSError]:
     """Makes files durable, one after the other: descriptor -> what failed.
 
@@ -5555,18 +5570,12 @@ class Draft:
         already is spoilt, so that nobody takes it for mail.
         """
         self.is_open = False
-        try:
-            for _ in range(3):
-                try:
-                    return os.unlink(self.path)
-                except OSError:
-                    continue
-            os.pwrite(self.fd, b"\0" * 16, 0)
-        except OSError:
-            return None  # nothing works any more
-        finally:
-            close_quietly(self.fd)
-        return None
+        if not any(is_unlinked(self.path) for _ in range(3)):
+            try:
+                os.pwrite(self.fd, b"\0" * 16, 0)
+            except OSError:
+                pass  # nothing works any more
+        close_quietly(self.fd)
 
 
 class QueueFile:
@@ -5687,7 +5696,7 @@ class Maildrop:
             if not regular or seen.st_nlink != 1 or seen.st_size > limit:
                 raise ValueError("not a regular file of one name and a sane size")
             return seen.st_uid, QueueFile(name, fd)
-        except ValueError:
+        except (OSError, ValueError):
             os.close(fd)
             raise
 
@@ -7318,9 +7327,8 @@ def find_starts(view: object, start: int) -> object:
     import re
 
     pattern = re.compile(rb"From [^\n]*\d\d:\d\d[^\n]*\d{4}")
-    first = 0
-    while view[first : first + 1] in (b"\n", b"\r"):
-        first += 1
+    head = view[:BLOCK]
+    first = len(head) - len(head.lstrip(b"\r\n"))
     place = max(start, first) - 1
     while place >= -1:
         begin = place + 1
@@ -7408,7 +7416,8 @@ class Folder:
             with mmap.mmap(self.fd, size, access=mmap.ACCESS_READ) as view:
                 starts = find_starts(view, self.size)
                 start = next(starts, size)
-                if not self.messages and (start == size or view[:start].strip()):
+                is_mail = start < min(size, BLOCK) and not view[:start].strip()
+                if not (self.messages or is_mail):
                     raise ProgramError(1, f"{self.name}: not a mailbox")
                 self.take_rest(start)
                 forgotten = start
@@ -12320,7 +12329,7 @@ class Arrival:
             self.desk.log.accepted(draft.queue_id, session.client, envelope, who)
             draft.write(session.received(draft.queue_id, self.now))
             text = bytes(self.text)
-            if session.client.is_local:
+            if session.client.is_local and not session.transaction.is_as_it_is:
                 text = self.completed(text, envelope)
             self.text = bytearray(begin_body(text))
         self.last = self.text[-1:] or self.last
@@ -13707,6 +13716,7 @@ class Letter:
     """
 
     notify = ret = envid = ""
+    is_as_it_is = False  # whether its header is another host's business
     failures: tuple | list = ()  # why others that were meant are no recipients
 
     def __init__(
@@ -13740,6 +13750,7 @@ class Letter:
         words = [" BODY=8BITMIME", "" if self.is_ascii else " SMTPUTF8"]
         words.append(f" RET={self.ret}" if self.ret else "")
         words.append(f" ENVID={self.envid}" if self.envid else "")
+        words.append(" XASIS" if self.is_as_it_is else "")
         return "".join(words)
 
 
@@ -18828,6 +18839,7 @@ def read_letter(
         origin = message_origin(house, sender, options.full_name)
         header = complete_header(header, origin)
     letter = Letter(sender, unique, header, chunks)
+    letter.is_as_it_is = options.is_gateway
     letter.failures = failures
     letter.notify, letter.envid = options.notify.upper(), options.envid
     letter.ret = {"": "", "full": "FULL"}.get(options.ret.lower(), "HDRS")

@@ -21901,6 +21901,15 @@ class TestSubmittersExpect:
         assert "\nFrom: " in head
         assert body.strip() == f"{token} is no field"
 
+    @pytest.mark.parametrize("program", ["sendmail -G", "minimta.py rmail"])
+    def test_what_came_by_another_host_is_not_completed(self, shared, program):
+        token = new_token()
+        text = f"Subject: {token}\n\nbody\n"
+        assert shared.run(*program.split(), "payam", stdin=text).code == 0
+        head, _ = head_and_body(shared.wait_message("payam", token))
+        names = {line.split(":")[0] for line in head.splitlines()}
+        assert not {"From", "Date", "Message-ID"} & names
+
     def test_bs_helps_with_what_there_is(self, instance):
         out = instance.run("sendmail", "-bs", stdin="HELP\nQUIT\n").out
         assert "BDAT" in out

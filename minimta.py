@@ -14891,9 +14891,9 @@ def html_text(text: str) -> str:
     import re
 
     found = parsed_html(text)
-    if found.strip():
+    if found.strip() or re.search("(?i)<(script|style)", text):
         return found
-    text = re.sub(r"(?is)<(script|style)\b.*?</\1|<[^<>]*>", " ", text)
+    text = re.sub(r"<[^<>]*>", " ", text)
     return " ".join(text.split()) + "\n" if text.strip() else found
 
 

@@ -10009,6 +10009,7 @@ class TestMailForms:
         began = time.process_time()
         minimta.html_text("<div hidden>" * 50_000 + "</p>" * 50_000)
         minimta.html_text("<ol>" * 50_000 + "<li>" * 50_000)
+        minimta.html_text("<script>" * 50_000)
         assert time.process_time() - began < PATIENCE
 
     def test_html_is_not_wider_than_a_terminal(self):

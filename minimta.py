@@ -7226,6 +7226,7 @@ class MaildirBox:
 
 MAX_FROM_LINE = 1000  # bytes of a From_ line that are looked at
 HEAD_PIECE = 1 << 14  # bytes that are read to find the end of a header
+MAX_HEAD = 1 << 18  # bytes of a header that lists and searches look at
 SEEN_AT_ONCE = 1 << 24  # bytes of a folder that are in memory while it is read
 MARKS = {"saved": "*", "deleted": "*", "held": "H", "mbox": "M"}
 
@@ -7501,6 +7502,7 @@ class Folder:
     def head(self, message: FolderMessage) -> tuple[bytes, Header]:
         """The same, but the body may be missing: for lists and searches."""
         text, size = b"", message.end - message.start
+        size = min(size, MAX_HEAD)
         while len(text) < size and not (b"\n\n" in text or b"\n\r\n" in text):
             left = min(HEAD_PIECE, size - len(text))
             text += self.read_at(message.start + len(text), left) or b"\n\n"
@@ -7862,8 +7864,9 @@ class MaildirFolder:
                     os.unlink(path)
                     continue
                 kept += 1
-                if message.is_changed:
-                    os.rename(path, f"{self.path}/{maildir_name(message)}")
+                place = f"{self.path}/{maildir_name(message)}"
+                if message.is_changed and not os.path.lexists(place):
+                    os.rename(path, place)
             except FileNotFoundError:
                 continue  # another reader was faster
             except OSError as error:
@@ -14959,7 +14962,7 @@ class MailPart:
             if self.part.is_multipart():
                 return b"".join(map(message_bytes, self.part.get_payload()))
             return self.part.get_payload(decode=True) or b""
-        except (ValueError, TypeError, LookupError):
+        except Exception:  # noqa: BLE001 hostile mail: errors of email, recursion
             return b""
 
     @property
@@ -15029,7 +15032,7 @@ def mail_parts(header: Header) -> list[MailPart]:
 
     try:
         walk(email.message_from_bytes(raw, policy=email.policy.compat32), 0, True)
-    except RecursionError:  # parts in parts in parts: shown as it came
+    except (RecursionError, ValueError, LookupError):  # hostile: shown as it came
         plain = email.message_from_bytes(b"\n" + header.rest)
         found[:] = [MailPart(1, plain)]
     return found
@@ -15397,6 +15400,7 @@ class Sheet:
         self.text = b""
         self.attached: list[str] = []
         self.enclosed: list[bytes] = []  # parts of other letters, as they came
+        self.is_answer = False  # whether others wrote whom it is for
         self.sender = ""
         self.record = ""  # the file for a copy, in place of `record`
         self.boundary = f"=_{os.urandom(12).hex()}"  # of its parts
@@ -15494,6 +15498,8 @@ def prepend_mail(path: str, text: bytes) -> str:
     import tempfile
 
     path = os.path.realpath(path)
+    if not os.path.isfile(path):
+        return append_mail(path, text)
     with open(path, "ab+") as old:
         lock = MailboxLock(path, old.fileno())
         lock_patiently(lock)
@@ -15690,7 +15696,8 @@ class Composer:
         places: list[str] = []
         for name, people in sheet.people.items():
             found = variables.expand(people)
-            places += [one for one in found if is_place(one, variables)]
+            if not sheet.is_answer:  # or a stranger's From would be a command
+                places += [one for one in found if is_place(one, variables)]
             sheet.people[name] = [one for one in found if one not in places]
         sheet.sender = sheet.sender or variables.get("from")
         header = self.header(sheet)
@@ -15725,7 +15732,10 @@ class Composer:
         """A letter for files and commands. Raises MailError."""
         for name in places:
             if name.startswith("|"):
-                run_shell(name[1:], self.as_mail(text))
+                try:
+                    run_shell(name[1:], self.as_mail(text))
+                except ValueError as error:
+                    raise MailError("4.3.0", str(error)) from None
                 continue
             path = folder_path(name, self.variables, self.house.user.home)
             try:
@@ -16324,7 +16334,9 @@ class MailReader(MailSession):
         if not self.folder.is_changed():
             return False
         self.terminal.say("Another program has changed the folder: read anew\n")
-        self.enter(open_folder(self.folder.path, self.house.user.home))
+        is_read_only = self.folder.is_read_only
+        path, home = self.folder.path, self.house.user.home
+        self.enter(open_folder(path, home, is_read_only))
         return True
 
     def look_for_mail(self) -> None:
@@ -17095,7 +17107,7 @@ def answer(reader: MailReader, number: int, fields: list, record: str = "") -> N
     """Writes an answer: its header is shown, the text may be quoted."""
     rows = dict(fields)
     sheet = Sheet(split_addresses(rows["To"]), rows["Subject"])
-    sheet.record = record
+    sheet.record, sheet.is_answer = record, True
     sheet.people["Cc"] = split_addresses(rows.get("Cc", ""))
     sheet.more = [(n, rows[n]) for n in ("In-Reply-To", "References") if rows.get(n)]
     for name, value in (*fields[:1], ("Subject", rows["Subject"]), *fields[1:2]):
@@ -17752,9 +17764,12 @@ def dialogue_time(rows: list[str]) -> float:
 
 
 def tell(fds: tuple, text: str) -> None:
-    """Text for whoever watches."""
+    """Text for whoever watches; the mail is safe, whether they can or not."""
     for fd in fds:
-        write_all(fd, os_bytes(text))
+        try:
+            write_all(fd, os_bytes(text))
+        except OSError:
+            continue
 
 
 def watch_delivery(
@@ -18242,7 +18257,8 @@ def exim_row(entry: QueueEntry, now: float, is_open: bool = False) -> str:
     """A message as `exim -bp` shows it; -bpu: whom it is still for."""
     age, size = shown_age(now - entry.envelope.arrived), shown_size(entry.size)
     frozen = " *** frozen ***" if entry.state == "hold" else ""
-    head = f"{age:>3} {size:>5} {entry.queue_id} <{entry.envelope.sender}>{frozen}\n"
+    sender = printable(entry.envelope.sender)
+    head = f"{age:>3} {size:>5} {entry.queue_id} <{sender}>{frozen}\n"
     rows = [
         f"        {'D' if name in entry.done else ' '} {printable(name)}\n"
         for name in (entry.pending if is_open else entry.envelope.recipients)
@@ -18384,7 +18400,8 @@ def cmd_qread(args: list[str], environ: dict) -> int:
         when = time.strftime(
             "%d %b %Y %H:%M:%S GMT", time.gmtime(entry.envelope.arrived)
         )
-        head = f"{when}  #{entry.queue_id}  {entry.size}  <{entry.envelope.sender}>\n"
+        sender = printable(entry.envelope.sender)
+        head = f"{when}  #{entry.queue_id}  {entry.size}  <{sender}>\n"
         rows = [
             f"{'  done' if name in entry.done else ''}\tremote\t{printable(name)}\n"
             for name in entry.envelope.recipients

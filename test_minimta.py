@@ -6921,6 +6921,12 @@ class TestMaildirFolder:
         reader.obey("inc")
         assert len(reader.messages) == 5
 
+    def test_a_name_that_is_taken_is_not_written_over(self, reader, maildir):
+        (maildir / "cur/1700000003.Q1.host:2,S").write_text("Subject: other\n\n")
+        reader.obey("p 3")
+        reader.obey("q")
+        assert "Subject: c" in (maildir / "new/1700000003.Q1.host").read_text()
+
     def test_a_directory_that_is_none_is_refused(self, tmp_path):
         with pytest.raises(minimta.ProgramError, match="not a Maildir"):
             minimta.open_folder(str(tmp_path))
@@ -9669,6 +9675,16 @@ class TestPlaces:
         assert "\n\ntext\n" in path.read_text()
         assert instance.mailq() == "Mail queue is empty\n"
 
+    @pytest.mark.parametrize("command", ["r 1", "R 1", "fo 1"])
+    def test_whom_others_name_is_no_place(self, instance, command):
+        path = instance.home("payam") / "pwned"
+        text = mail("s").replace("Subject", f"From: |touch${{IFS}}{path}\nSubject")
+        instance.make_mailbox("payam", text)
+        typed = f"set expandaddr\n{command}\nhello\n.\nx\n"
+        result = instance.run("mail", "-n", "-N", stdin=typed, user="payam")
+        assert "Traceback" not in result.err
+        assert not path.exists()
+
     def test_without_it_they_are_no_recipients(self, instance):
         path = instance.home("payam") / "file"
         for word in (f"|cat >{path}", path):
@@ -9873,6 +9889,14 @@ class TestMailKeepsUp:
         assert re.findall("Subject: (.*)", box.read_text()) == ["s2", "s3", "s4", "s5"]
         os.close(reader.folder.fd)
 
+    def test_what_is_read_only_stays_so(self, session, tmp_path):
+        reader = session()
+        reader.enter(minimta.Folder(str(tmp_path / "box"), "", True))
+        (tmp_path / "box").write_text(mail("other"))
+        assert reader.is_overtaken()
+        assert reader.folder.is_read_only
+        os.close(reader.folder.fd)
+
     def test_cd_does_not_lose_a_relative_folder(self, session, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         reader = session()
@@ -10004,6 +10028,19 @@ class TestMailForms:
         for shown in (minimta.body_text, minimta.own_text, minimta.written_text):
             shown(header)
         minimta.decoded(f"=?{charset}?q?+2AA-=FF?=").encode()
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "Content-Type: message/rfc822\n\nX: a\x0cFoo: b\n\nx\n",
+            "Content-Type: message/rfc822\n\n" * 300 + "Subject: x\n\ny\n",
+            "Content-Type: multipart/mixed; boundary*" + "1" * 5000 + "=a\n\nx\n",
+        ],
+    )
+    def test_no_structure_stops_it(self, text):
+        header = minimta.Header.parse(text.encode())
+        for shown in (minimta.body_text, minimta.own_text, minimta.written_text):
+            shown(header)
 
     def test_hostile_html_ends_soon(self):
         began = time.process_time()

@@ -467,8 +467,15 @@ def read_amount(text: str, units: dict[str, int]) -> int:
 
 
 def read_list(text: str) -> tuple[str, ...]:
-    """The words of `text`, which commas or white space set apart."""
-    return tuple(text.replace(",", " ").split())
+    r"""The words of `text`, which commas or white space set apart.
+
+    A blank behind a backslash is one of a word.
+
+    >>> read_list(r"/a, /b\ c /d")
+    ('/a', '/b c', '/d')
+    """
+    words = text.replace("\\ ", "\0").replace(",", " ").split()
+    return tuple(word.replace("\0", " ") for word in words)
 
 
 def read_count(text: str) -> int:
@@ -566,7 +573,8 @@ def host_defaults(host: str, root: str) -> tuple[dict, dict]:
         texts.update(PRIVATE_DEFAULTS)
         for row in SETTINGS:
             if row.name in BELOW_ROOT:
-                texts[row.name] = root + texts.get(row.name, row.default)
+                place = root.replace(" ", "\\ ") if row.kind == "list" else root
+                texts[row.name] = place + texts.get(row.name, row.default)
         names = (*PRIVATE_DEFAULTS, *BELOW_ROOT)
         sources.update(dict.fromkeys(names, "private instance"))
     return texts, sources
@@ -1475,9 +1483,12 @@ def dot_stuffed(chunks: object) -> object:
     yield b".\r\n" if at_start else b"\r\n.\r\n"
 
 
+SECRETS = ("bcc", "resent-bcc", "return-path", "content-length")
+
+
 def without_secrets(header: Header) -> Header:
     """A submitted message's header without what is not for its readers."""
-    return header.without("bcc", "resent-bcc", "return-path", "content-length")
+    return header.without(*SECRETS)
 
 
 def tight(raw: bytes) -> bytes:
@@ -6412,7 +6423,7 @@ class AliasDatabase:
         import dbm
         import tempfile
 
-        folder, base = os.path.split(self.name)
+        folder, base = os.path.split(os.path.abspath(self.name))
         with tempfile.TemporaryDirectory(prefix=f".{base}.", dir=folder) as aside:
             with dbm.open(f"{aside}/{base}", "n") as database:
                 for name, value in items:
@@ -7328,7 +7339,7 @@ def find_starts(view: object, start: int) -> object:
     import re
 
     pattern = re.compile(rb"From [^\n]*\d\d:\d\d[^\n]*\d{4}")
-    head = view[:BLOCK]
+    head = b"" if start else view[:BLOCK]
     first = len(head) - len(head.lstrip(b"\r\n"))
     place = max(start, first) - 1
     while place >= -1:
@@ -12275,7 +12286,7 @@ class Desk:
 
 # What the header of a message from this host has, and has not.
 COMPLETE_FIELDS = (b"\nfrom:", b"\ndate:", b"\nmessage-id:")
-SECRET_FIELDS = (b"\nbcc:", b"\nreturn-path:", b"\ncontent-length:")
+SECRET_FIELDS = tuple(b"\n%s:" % os_bytes(name) for name in SECRETS)
 
 
 def unique_word(now: float) -> str:
@@ -12283,6 +12294,20 @@ def unique_word(now: float) -> str:
     t = time.gmtime(now)
     stamp = time.strftime("%Y%m%d%H%M%S", t)  # digits only: no locale in them
     return f"{stamp}.{os.urandom(6).hex().upper()}"
+
+
+def message_origin(
+    settings: Settings, user: User, sender: str, full_name: str = ""
+) -> dict:
+    """What complete_header() wants to know of who sends a message."""
+    now = time.time()
+    return {
+        "address": sender or str(Address(user.name, settings.myorigin)),
+        "name": full_name or gecos_name(user.gecos, user.name),
+        "host": settings.myhostname,
+        "unique": unique_word(now),
+        "now": now,
+    }
 
 
 class Arrival:
@@ -12348,15 +12373,8 @@ class Arrival:
         is_open = b"\n\n" not in text and self.is_full  # more of it is to come
         if is_open or is_whole and not any(name in head for name in SECRET_FIELDS):
             return text
-        desk, uid = self.desk, self.session.client.uid
-        user = desk.router.users.by_uid(uid)
-        origin = {
-            "address": envelope.sender or f"{user.name}@{desk.settings.myorigin}",
-            "name": gecos_name(user.gecos, user.name),
-            "host": desk.settings.myhostname,
-            "unique": unique_word(self.now),
-            "now": self.now,
-        }
+        user = self.desk.router.users.by_uid(self.session.client.uid)
+        origin = message_origin(self.desk.settings, user, envelope.sender)
         header = complete_header(Header.parse(drop_from_lines(text)), origin)
         return bytes(header) + b"\n" + header.rest
 
@@ -13943,18 +13961,6 @@ class Submission:
                 os._exit(EX_OK)
 
 
-def message_origin(house: House, sender: Address, full_name: str = "") -> dict:
-    """What complete_header() wants to know of who sends a message."""
-    user, now = house.user, time.time()
-    return {
-        "address": str(sender) or str(Address(user.name, house.settings.myorigin)),
-        "name": full_name or gecos_name(user.gecos, user.name),
-        "host": house.settings.myhostname,
-        "unique": unique_word(now),
-        "now": now,
-    }
-
-
 # == 30 Daemon: Daemon, SignalPipe ============================================
 # The master: binds, starts the others and starts them again. Parses no mail.
 # Failures: ProgramError before it is up; afterwards a line in the log.
@@ -14715,7 +14721,7 @@ def decoded(value: str) -> str:
     """
     import re
 
-    value = readable(os_bytes(value), "utf-8")
+    value = any_text(os_bytes(value))
     if "=?" in value:
         word = r"=\?[^?\s]+\?[bBqQ]\?[^?]*\?="
         value = re.sub(rf"{word}(?:\s*{word})*", decoded_words, value)
@@ -14956,6 +14962,11 @@ class MailPart:
             self.name = f"part-{number}{usual_ending(self.kind)}"
 
     @property
+    def is_own(self) -> bool:
+        """Whether it is the message's own text, and not attached."""
+        return self.is_shown and not self.name
+
+    @property
     def data(self) -> bytes:
         """What it holds, decoded, byte for byte."""
         try:
@@ -15069,7 +15080,7 @@ def is_plain(header: Header) -> bool:
 def body_text(header: Header) -> str:
     """The readable text of a message: its text/plain part, decoded."""
     if is_plain(header):
-        return terminal_text(readable(header.rest, "utf-8"))
+        return terminal_text(any_text(header.rest))
     return mime_text(header)
 
 
@@ -15078,8 +15089,7 @@ def own_text(header: Header) -> str:
     kind = " ".join(header.values("content-type")).lower()
     if "multipart/" not in kind:
         return body_text(header)
-    parts = [part for part in mail_parts(header) if part.is_shown and not part.name]
-    return "".join(part.text for part in parts)
+    return "".join(part.text for part in mail_parts(header) if part.is_own)
 
 
 def unquoted(text: str) -> str:
@@ -15103,7 +15113,7 @@ def written_text(header: Header) -> bytes:
     if is_plain(header):
         return os_bytes(unquoted(os_text(header.rest)))
     parts = mail_parts(header)
-    texts = [part for part in parts if part.is_shown and not part.name]
+    texts = [part for part in parts if part.is_own]
     if not texts and len(parts) == 1:
         return parts[0].data
     text = "".join(unquoted(part.words) for part in texts)
@@ -15282,9 +15292,12 @@ class Terminal:
             return self.read_line(prompt)
         import readline
 
+        found: list[str] = []
+
         def complete(text: str, state: int) -> str | None:
-            line = readline.get_line_buffer()[: readline.get_begidx()]
-            found = [name for name in names(line, text) if name.startswith(text)]
+            if not state:  # asked anew; the next ones are of the same word
+                line = readline.get_line_buffer()[: readline.get_begidx()]
+                found[:] = [one for one in names(line, text) if one.startswith(text)]
             return found[state] if state < len(found) else None
 
         readline.set_completer(complete)
@@ -15723,7 +15736,7 @@ class Composer:
             found.qualified(settings.local_origin)
             for found in header_recipients(header)
         ]
-        known = message_origin(self.house, sender)
+        known = message_origin(settings, self.house.user, str(sender))
         known["name"] = ""  # mailx leaves it to -r and the variable `from`
         header = complete_header(header, {**known, "address": str(sender)})
         return Letter(sender, recipients, header, [body])
@@ -17204,7 +17217,8 @@ def resend(reader: MailReader, rest: str) -> None:
         for name, value in fields:
             head = head.added(name, value)
         head = Header([*head.fields, *header.fields], b"")
-        head = complete_header(head, message_origin(house, sender))
+        origin = message_origin(house.settings, house.user, str(sender))
+        head = complete_header(head, origin)
         reader.composer().dispatch(Letter(sender, found, head, [text]))
 
 
@@ -17864,34 +17878,24 @@ def none_matches(selectors: list, name: str = "queue") -> int:
     return 1
 
 
-def list_some(entries: object, is_choice: bool, name: str, is_long: bool) -> int:
-    """Messages as mailq shows them; 1 if some were chosen, and none found."""
+def peeked(items: object) -> tuple[bool, object]:
+    """(whether there is anything, the same items), one read ahead."""
     import itertools
 
-    entries = iter(entries)
-    first = list(itertools.islice(entries, 1))
-    if is_choice and not first:
+    items = iter(items)
+    first = list(itertools.islice(items, 1))
+    return bool(first), itertools.chain(first, items)
+
+
+def list_some(entries: object, is_choice: bool, name: str, is_long: bool) -> int:
+    """Messages as mailq shows them; 1 if some were chosen, and none found."""
+    has_any, entries = peeked(entries)
+    if is_choice and not has_any:
         return none_matches(["chosen"], name)
-    pieces = map(os_bytes, mailq_text(itertools.chain(first, entries), is_long))
+    pieces = map(os_bytes, mailq_text(entries, is_long))
     for block in even_blocks(pieces, WIRE_BLOCK):
         write_all(1, block)
     return EX_OK
-
-
-class Counted:
-    """An iterable that counts what it has given out."""
-
-    def __init__(self, items: object) -> None:
-        self.items = items
-        self.count = 0
-
-    def __iter__(self) -> object:
-        for item in self.items:
-            self.count += 1
-            yield item
-
-    def __bool__(self) -> bool:
-        return bool(self.count)
 
 
 def list_entries(house: House, selectors: list[Selector], _: dict) -> int:
@@ -17916,9 +17920,9 @@ def print_json(house: House, entries: object) -> None:
 
 def list_json(house: House, selectors: list[Selector], _: dict) -> int:
     """queue json: as `postqueue -j` shows them, an object a line."""
-    found = Counted(selected(house, selectors))
+    has_any, found = peeked(selected(house, selectors))
     print_json(house, found)
-    return EX_OK if found or not selectors else none_matches(selectors)
+    return EX_OK if has_any or not selectors else none_matches(selectors)
 
 
 def count_entries(house: House, selectors: list[Selector], _: dict) -> int:
@@ -17930,11 +17934,10 @@ def count_entries(house: House, selectors: list[Selector], _: dict) -> int:
 
 def sum_entries(house: House, selectors: list[Selector], _: dict) -> int:
     """queue summary: by domain."""
-    found = Counted(selected(house, selectors))
-    text = summary_text(found, time.time())
-    if not found and selectors:
+    has_any, found = peeked(selected(house, selectors))
+    if not has_any and selectors:
         return none_matches(selectors)
-    write_all(1, os_bytes(text))
+    write_all(1, os_bytes(summary_text(found, time.time())))
     return EX_OK
 
 
@@ -18818,7 +18821,8 @@ def mail_error(house: House, why: str, kept: bytearray) -> bool:
     name = Address(house.user.name, house.settings.myorigin)
     text = os_bytes(UNSENT_TEXT.format(name=name, why=printable(why, 400)))
     try:
-        header = complete_header(Header.parse(text), message_origin(house, Address("")))
+        origin = message_origin(house.settings, house.user, "")
+        header = complete_header(Header.parse(text), origin)
         Submission(house, "b").submit(Letter(Address(""), [name], header, [kept]))
     except (ProgramError, MailError, OSError):
         return False  # the exit code says it all
@@ -18853,7 +18857,8 @@ def read_letter(
     if options.is_gateway:  # another host has done that
         header = without_secrets(header)
     else:
-        origin = message_origin(house, sender, options.full_name)
+        settings, user = house.settings, house.user
+        origin = message_origin(settings, user, str(sender), options.full_name)
         header = complete_header(header, origin)
     letter = Letter(sender, unique, header, chunks)
     letter.is_as_it_is = options.is_gateway
@@ -19600,7 +19605,7 @@ def is_mailbox(path: str) -> bool:
         with open(path, "rb") as file:
             return file.read(1 << 12).lstrip(b"\r\n").startswith(b"From ")
     except IsADirectoryError:
-        return True
+        return os.path.isdir(f"{path}/new")
     except OSError:
         return True  # it is not for us to say
 

@@ -9692,6 +9692,10 @@ class TestPlaces:
             assert result.code
             assert not path.exists()
 
+    def test_e_of_a_directory_that_is_no_maildir_is_1(self, instance):
+        path = instance.home("payam")
+        assert instance.run("mail", "-e", "-f", path, user="payam").code == 1
+
     @pytest.mark.parametrize(
         ("text", "code"), [(mail("a"), 0), ("", 1), ("rubbish\n", 1), (b"\0\0", 1)]
     )
@@ -21930,6 +21934,13 @@ class TestSubmittersExpect:
         assert names[-4:] == ["Subject", "Date", "Message-ID", "From"]
         assert "Bcc" not in names
 
+    def test_bs_tells_nobody_of_resent_bcc(self, shared):
+        token = new_token()
+        text = "HELO x\nMAIL FROM:<user1>\nRCPT TO:<payam>\nDATA\nResent-Bcc: user2\n"
+        text += f"From: a@b\nDate: d\nMessage-ID: <m>\nSubject: {token}\n\nx\n.\nQUIT\n"
+        assert shared.run("sendmail", "-bs", stdin=text, user="user1").code == 0
+        assert "Resent-Bcc" not in shared.wait_message("payam", token)
+
     def test_bs_gives_a_header_to_what_has_none(self, shared):
         token = new_token()
         text = "HELO x\nMAIL FROM:<user1>\nRCPT TO:<payam>\nDATA\n"
@@ -21974,6 +21985,22 @@ class TestSubmittersExpect:
         result = instance.run("minimta.py", *line.split(), user="root")
         assert_one_clear_line(result, code)
         assert result.out == ""
+
+    def test_newaliases_takes_a_file_beside_it(self, instance):
+        instance.write("own", "a: payam\n")
+        result = instance.run("newaliases", "-oA", "own")
+        assert (result.code, result.out[:12]) == (0, "own: 1 alias")
+
+    def test_an_instance_may_have_a_blank_in_its_name(self, tmp_path, bin_dir):
+        root = tmp_path / "a b"
+        (root / "etc").mkdir(parents=True)
+        (root / "etc/aliases").write_text("team: root\n")
+        env = {**os.environ, "MINIMTA_ROOT": str(root)}
+        done = subprocess.run([bin_dir / "newaliases"], env=env, capture_output=True)
+        assert (done.returncode, done.stderr) == (0, b"")
+        words = [bin_dir / "sendmail", "-bv", "team"]
+        done = subprocess.run(words, env=env, capture_output=True, text=True)
+        assert "deliverable: mailer local, user root" in done.stdout
 
     def test_an_alias_that_leads_to_itself_is_a_matter_of_settings(self, instance):
         instance.aliases("a: b\nb: a\n")

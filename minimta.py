@@ -15470,23 +15470,49 @@ def re_lines(value: str) -> list[str]:
     return [line for line in value.split("\n") if line]
 
 
+APPENDING = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+
+
+def open_mailbox(path: str, mode: int = 0o600) -> tuple[int, MailboxLock | None]:
+    """(descriptor, lock) of a mailbox of the person's own, made if need be.
+
+    It is the file that has the name once the lock is ours: another one may
+    have been put in its place meanwhile. What is no regular file has no lock.
+    Raises OSError.
+    """
+    while True:
+        fd = os.open(path, APPENDING, mode)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd, None
+        lock = MailboxLock(path, fd)
+        try:
+            lock_patiently(lock)
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd, lock
+            lock.release()
+        except FileNotFoundError:
+            lock.release()
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
 def append_mail(path: str, text: bytes, mode: int = 0o600) -> str:
     """Appends to a file of the person's own, durably; its path.
 
     A mailbox gets an empty line first, if it ends without. Raises OSError.
     """
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-    fd = os.open(path, flags, mode)
-    lock = MailboxLock(path, fd)
-    is_mail = text.startswith(b"From ") and stat.S_ISREG(os.fstat(fd).st_mode)
+    lock = None
+    if text.startswith(b"From "):
+        fd, lock = open_mailbox(path, mode)
+    else:
+        fd = os.open(path, APPENDING, mode)
     try:
-        if is_mail:
-            lock_patiently(lock)
         seen = os.fstat(fd)
-        if stat.S_ISREG(seen.st_mode):
-            end = os.pread(fd, 2, max(0, seen.st_size - 2)) if seen.st_size else b""
-            gap = b"" if end in (b"", b"\n\n") else b"\n\n"[end.endswith(b"\n") :]
-            text = (gap if is_mail else b"") + text
+        if lock and seen.st_size:
+            end = os.pread(fd, 2, max(0, seen.st_size - 2))
+            text = (b"" if end == b"\n\n" else b"\n\n"[end.endswith(b"\n") :]) + text
         try:
             write_all(fd, text)
             if stat.S_ISREG(seen.st_mode):
@@ -15496,7 +15522,7 @@ def append_mail(path: str, text: bytes, mode: int = 0o600) -> str:
                 os.ftruncate(fd, seen.st_size)
             raise
     finally:
-        if is_mail:
+        if lock:
             lock.release()
         os.close(fd)
     return path
@@ -15511,21 +15537,20 @@ def prepend_mail(path: str, text: bytes) -> str:
     import tempfile
 
     path = os.path.realpath(path)
-    if not os.path.isfile(path):
+    fd, lock = open_mailbox(path)
+    if not lock:
+        os.close(fd)
         return append_mail(path, text)
-    with open(path, "ab+") as old:
-        lock = MailboxLock(path, old.fileno())
-        lock_patiently(lock)
+    with open(fd, "rb") as old:
         try:
-            fd, aside = tempfile.mkstemp(".new", ".mail-", os.path.dirname(path))
+            aside_fd, aside = tempfile.mkstemp(".new", ".mail-", os.path.dirname(path))
             try:
-                with open(fd, "wb") as new:
+                with open(aside_fd, "wb") as new:
                     new.write(text)
-                    old.seek(0)
                     shutil.copyfileobj(old, new)
                     new.flush()
-                    os.fchmod(fd, os.fstat(old.fileno()).st_mode & 0o777)
-                    os.fsync(fd)
+                    os.fchmod(aside_fd, os.fstat(fd).st_mode & 0o777)
+                    os.fsync(aside_fd)
                 os.rename(aside, path)
             except BaseException:
                 os.unlink(aside)

@@ -9705,6 +9705,15 @@ class TestPlaces:
         assert instance.run("mail", "-e", "-f", path, user="payam").code == code
 
 
+def opened_by(pid, path):
+    """The descriptors that a process has of a file."""
+    found = []
+    for link in Path(f"/proc/{pid}/fd").glob("*"):
+        with contextlib.suppress(OSError):
+            found += [link.name] if os.readlink(link) == str(path) else []
+    return found
+
+
 class TestMboxOrder:
     """append and keep: where read mail goes, and mailboxes that are empty."""
 
@@ -9741,6 +9750,34 @@ class TestMboxOrder:
         self.read_all(session, tmp_path, "set noappend")
         found = re.findall("Subject: (.*)", (tmp_path / "mbox").read_text())
         assert found == ["s4", "s5"]
+
+    def test_a_mbox_that_noappend_makes_is_its_owners(self, session, tmp_path):
+        self.read_all(session, tmp_path, "set noappend")
+        assert (tmp_path / "mbox").stat().st_mode & 0o777 == 0o600
+
+    def test_no_device_is_replaced(self, session, tmp_path):
+        (tmp_path / "mbox").symlink_to("/dev/null")
+        self.read_all(session, tmp_path, "set noappend")
+        assert (tmp_path / "mbox").is_char_device()
+
+    def test_who_waits_for_a_mailbox_gets_the_one_that_is_there_then(self, tmp_path):
+        path = tmp_path / "mbox"
+        path.write_text(mail("old"))
+        with open(path, "ab") as held:
+            lock = minimta.MailboxLock(str(path), held.fileno())
+            lock.acquire()
+            script = (
+                "import sys, minimta; minimta.append_mail(sys.argv[1], b'From ...')"
+            )
+            waiting = subprocess.Popen(
+                [sys.executable, "-c", script, str(path)], cwd=Path(__file__).parent
+            )
+            wait_for(lambda: len(opened_by(waiting.pid, path)) == 1)
+            (tmp_path / "new").write_text(mail("new") + mail("old"))
+            os.rename(tmp_path / "new", path)
+            lock.release()
+        assert waiting.wait(PATIENCE) == 0
+        assert path.read_text() == mail("new") + mail("old") + "From ..."
 
     def test_an_empty_mailbox_stays(self, session, tmp_path):
         self.read_all(session, tmp_path)

@@ -40,7 +40,8 @@ if safe and not daemon:
             index = marshal.loads(os.read(fd, 1 << 17))
     except OSError: pass
 if index:
-    house = {"__name__": "minimta", "__file__": path}
+    # Builtins are here too: to fail to find one in the house is slow.
+    house = {**vars(builtins), "__name__": "minimta", "__file__": path}
     house["__builtins__"] = Rooms(vars(builtins))
     house["ROOMS_FD"] = fd
 else:
@@ -1093,15 +1094,6 @@ MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 DAYS = "Mon Tue Wed Thu Fri Sat Sun".split()
 
 
-def asctime(seconds: float) -> str:
-    """`"Wed Feb 19 05:10:01 2025"`, local time, in no locale's words."""
-    t = time.localtime(seconds)
-    return (
-        f"{DAYS[t.tm_wday]} {MONTHS[t.tm_mon - 1]} {t.tm_mday:2} "
-        f"{t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} {t.tm_year}"
-    )
-
-
 def rfc_date(seconds: float) -> str:
     """`"Wed, 19 Feb 2025 05:10:01 -0500 (EST)"`, RFC 5322 section 3.3."""
     t = time.localtime(seconds)
@@ -1433,6 +1425,15 @@ def take_head(chunks: object) -> bytes:
         if b"\n\n" in block or len(block) > MAX_HEADER:
             break
     return block
+
+
+def peeked(items: object) -> tuple[bool, object]:
+    """(whether there is anything, the same items), one read ahead."""
+    import itertools
+
+    items = iter(items)
+    first = list(itertools.islice(items, 1))
+    return bool(first), itertools.chain(first, items)
 
 
 def even_blocks(chunks: object, size: int) -> object:
@@ -2027,16 +2028,15 @@ class Envelope:
     recipient to its Wishes.
     """
 
+    arrived = 0.0
+    kind = "message"
+    origin = body = ret = envid = ""
+
     def __init__(self, sender: str, recipients: list[str], **more: object) -> None:
         self.sender = sender
         self.recipients = recipients
-        self.arrived = float(more.get("arrived", 0.0))
-        self.origin = str(more.get("origin", ""))
-        self.kind = str(more.get("kind", "message"))
-        self.body = str(more.get("body", ""))
-        self.ret = str(more.get("ret", ""))
-        self.envid = str(more.get("envid", ""))
-        self.wishes: dict[str, Wishes] = more.get("wishes", {})
+        self.wishes: dict[str, Wishes] = {}
+        vars(self).update(more)
 
     def wishes_of(self, recipient: str) -> Wishes:
         """What is to be told of one recipient."""
@@ -2067,38 +2067,41 @@ class Envelope:
     @classmethod
     def parse(cls, block: bytes) -> Envelope:
         """The envelope at the start of `block`, up to the empty line."""
+        found, rows = cls("", []), {}
         pairs = cls.split(block)
-        rows, recipients = dict(pairs), [v for n, v in pairs if n == "recipient"]
-        if "sender" not in rows or "arrived" not in rows or not recipients:
+        for name, value in pairs:
+            if name == "recipient":
+                found.recipients.append(value)
+            elif name not in MESSAGE_LINES:
+                rows[name] = value
+            elif value and MESSAGE_LINES[name](value):
+                setattr(found, name, value)
+        if "sender" not in rows or "arrived" not in rows or not found.recipients:
             raise ValueError("no sender, recipient or arrival time")
-        if not 0 <= float(rows["arrived"]) < 1e11:
+        found.sender, found.arrived = rows["sender"], float(rows["arrived"])
+        if not 0 <= found.arrived < 1e11:
             raise ValueError("no arrival time")
-        more: dict[str, object] = {"arrived": rows["arrived"]}
-        for name, is_right in MESSAGE_LINES.items():
-            if rows.get(name) and is_right(rows[name]):
-                more[name] = rows[name]
-        if rows.keys() & WISH_LINES.keys():
-            more["wishes"] = cls.find_wishes(pairs)
-        return cls(rows["sender"], recipients, **more)
+        if not WISH_LINES.keys().isdisjoint(rows):
+            found.wishes = cls.find_wishes(pairs)
+        return found
 
     @classmethod
-    def split(cls, block: bytes) -> list[tuple[str, str]]:
-        """(name, value) of each line up to the empty one."""
+    def split(cls, block: bytes) -> list[list[str]]:
+        """[name, value] of each line up to the empty one."""
         end = block.find(b"\n\n")
         if end < 0:
             raise ValueError("no empty line behind the envelope")
-        pairs = []
-        for line in os_text(block[:end]).split("\n"):
-            name, colon, value = line.partition(": ")
-            if not colon:
-                if not line.endswith(":"):
-                    raise ValueError(f"not an envelope line: {printable(line, 60)}")
-                name = line[:-1]
-            pairs.append((name, value))
+        pairs = [line.split(": ", 1) for line in os_text(block[:end]).split("\n")]
+        for pair in pairs:
+            if len(pair) == 1:
+                if not pair[0].endswith(":"):
+                    shown = printable(pair[0], 60)
+                    raise ValueError(f"not an envelope line: {shown}")
+                pair[:] = pair[0][:-1], ""
         return pairs
 
     @classmethod
-    def find_wishes(cls, pairs: list[tuple[str, str]]) -> dict[str, Wishes]:
+    def find_wishes(cls, pairs: list[list[str]]) -> dict[str, Wishes]:
         """Recipient -> what stands in the lines behind it."""
         recipient, said = "", {}
         for name, value in pairs:
@@ -2157,6 +2160,8 @@ def parse_journal(text: bytes) -> list[Attempt]:
 
 def last_round(attempts: list[Attempt]) -> list[Attempt]:
     """The lines of each recipient's last attempt: all that was open then."""
+    if len(attempts) == 1:
+        return attempts
     when = {attempt.recipient: attempt.when for attempt in attempts}
     latest = {
         (attempt.recipient, attempt.destination): attempt
@@ -2166,9 +2171,14 @@ def last_round(attempts: list[Attempt]) -> list[Attempt]:
     return list(latest.values())
 
 
-def open_recipients(attempts: list[Attempt]) -> set[str]:
-    """Those whose last attempt left something to do."""
-    return {a.recipient for a in last_round(attempts) if not a.is_final}
+def progress(attempts: list[Attempt]) -> tuple[int, dict[str, str], set[str]]:
+    """What a journal says: how often, who is deferred and why, who is done with."""
+    waiting: dict[str, str] = {}
+    for attempt in last_round(attempts):
+        if not attempt.is_final:
+            waiting.setdefault(attempt.recipient, attempt.text)
+    done = {attempt.recipient for attempt in attempts} - waiting.keys()
+    return len({attempt.when for attempt in attempts}), waiting, done
 
 
 class QueueEntry:
@@ -2194,14 +2204,11 @@ class QueueEntry:
         """The recipients that are neither sent nor bounced."""
         return [r for r in self.envelope.recipients if r not in self.done]
 
-    def note(self, attempts: list[Attempt]) -> None:
-        """Takes up what the journal says; a later line wins."""
-        self.tries = len({attempt.when for attempt in attempts})
-        for attempt in last_round(attempts):
-            if not attempt.is_final:
-                self.reasons.setdefault(attempt.recipient, attempt.text)
-                self.state = "deferred"
-        self.done = {a.recipient for a in attempts} - self.reasons.keys()
+    def note(self, tries: int, reasons: dict[str, str], done: set[str]) -> None:
+        """Takes up what the journal says: progress()."""
+        self.tries, self.reasons, self.done = tries, reasons, done
+        if reasons:
+            self.state = "deferred"
 
     def __bytes__(self) -> bytes:
         rows = [("id", self.queue_id), ("size", str(self.size)), ("state", self.state)]
@@ -2254,7 +2261,7 @@ class QueueEntry:
         flag = {"active": "*", "hold": "!"}.get(self.state, "")
         flag += "#" if self.is_given_up else ""
         sender = printable(self.envelope.sender or "MAILER-DAEMON")
-        when = asctime(self.envelope.arrived)[:20]
+        when = time.ctime(self.envelope.arrived)[:20]
         row = "%-10s%1s %7d %20.20s %s\n"
         lines = [row % (self.queue_id, flag, self.size, when, sender)]
         last = ""
@@ -2266,7 +2273,7 @@ class QueueEntry:
             last = reason
             lines.append(" " * 41 + printable(recipient) + "\n")
         if is_long and self.tries:
-            when = "on hold" if self.state == "hold" else asctime(self.due)
+            when = "on hold" if self.state == "hold" else time.ctime(self.due)
             lines.append(f"{'':41}attempts: {self.tries}, next: {when}\n")
         return "".join(lines)
 
@@ -2354,7 +2361,7 @@ class Trace:
                 tls = self.tls(one)
                 where = f"{one.relay}{', ' if tls else ''}{tls}"
                 found.append(
-                    f"{asctime(one.when)}  {one.outcome} {one.status}{by_way} "
+                    f"{time.ctime(one.when)}  {one.outcome} {one.status}{by_way} "
                     f"({where}): {one.text}"
                 )
         return found or ["not tried yet"]
@@ -4738,7 +4745,7 @@ class Log:
         """Notices, once a second, what time it is and whether syslog is up."""
         if int(now) != self.second:
             self.second = int(now)
-            self.stamp = asctime(now)[4:19]
+            self.stamp = time.ctime(now)[4:19]
             self.has_syslog = not self.path and os.path.exists("/dev/log")
 
     def append(self, data: bytes) -> None:
@@ -5368,6 +5375,9 @@ HISTORY = ("now", "before")  # files in trace/
 MAX_HISTORY = 1 << 22  # bytes of each of them, about
 MAX_RECORD = 1 << 15  # characters of what is told of one message at once
 BLOCK = 1 << 18  # bytes read or written at once
+AHEAD = 100  # items that one process hands over to another at once
+HEAD_PIECE = 1 << 10  # bytes that most envelopes are shorter than
+QUEUE_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 JOURNAL_PIECE = 1 << 12  # bytes that most journals are shorter than
 OLD_DRAFT = HOUR  # seconds until what was never finished is swept away
 CREW = 8  # threads of the SMTP server that write messages
@@ -5455,6 +5465,57 @@ def lock_file(fd: int, is_ours: bool) -> bool:
 def is_given_up(seen: os.stat_result) -> bool:
     """Whether a queue file's mode says that its message is to be returned."""
     return bool(seen.st_mode & 0o100)
+
+
+def ahead(items: object) -> object:
+    """The same items of a generator, made by a child while we work on others.
+
+    Plain values only, marshal's; not where there are threads. What a child
+    that was ended did not hand over is made here.
+    """
+    import itertools
+    import marshal
+
+    yield from itertools.islice(items, AHEAD)
+    has_more, items = peeked(items)
+    if not has_more or os.cpu_count() == 1:
+        yield from items
+        return
+    out, into = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            hand_over(into, items)
+        finally:
+            os._exit(0)
+    os.close(into)
+    count = 0
+    try:
+        with open(out, "rb") as pipe:
+            while True:
+                size = int.from_bytes(pipe.read(8), "big")
+                block = marshal.loads(pipe.read(size))
+                if not block:
+                    return
+                yield from block
+                count += len(block)
+    except (EOFError, ValueError, TypeError):
+        pass  # it was ended in the middle
+    finally:
+        os.waitpid(child, 0)
+    yield from itertools.islice(items, count, None)
+
+
+def hand_over(fd: int, items: object) -> None:
+    """Writes items in blocks, each behind its size; an empty one is the end."""
+    import itertools
+    import marshal
+
+    block = None
+    while block != []:
+        block = list(itertools.islice(items, AHEAD))
+        data = marshal.dumps(block)
+        write_all(fd, len(data).to_bytes(8, "big") + data)
 
 
 class Draft:
@@ -5589,6 +5650,17 @@ class Draft:
         close_quietly(self.fd)
 
 
+def read_envelope(fd: int, size: int) -> bytes:
+    """The first `size` bytes of a queue file, and more until its envelope ends."""
+    first = os.read(fd, size)
+    while b"\n\n" not in first and len(first) < MAX_ENVELOPE:
+        more = os.read(fd, BLOCK)
+        if not more:
+            break
+        first += more
+    return first
+
+
 class QueueFile:
     """A message in the queue, open for reading. Raises ValueError, OSError."""
 
@@ -5596,12 +5668,7 @@ class QueueFile:
         self.queue_id = queue_id
         self.fd = fd
         self.seen = os.fstat(fd)
-        self.first = os.read(fd, min(self.seen.st_size, BLOCK >> 2))  # most whole
-        while b"\n\n" not in self.first and len(self.first) < MAX_ENVELOPE:
-            more = os.read(fd, BLOCK)
-            if not more:
-                break
-            self.first += more
+        self.first = read_envelope(fd, min(self.seen.st_size, BLOCK >> 2))
         self.envelope = Envelope.parse(self.first)
         self.start = self.first.index(b"\n\n") + 2
         self.size = self.seen.st_size - self.start
@@ -5699,8 +5766,7 @@ class Maildrop:
 
         Hostile until shown otherwise: no link, no device, one name, complete.
         """
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        fd = os.open(f"{self.directory}/{name}", flags)
+        fd = os.open(f"{self.directory}/{name}", QUEUE_FILE)
         seen = os.fstat(fd)
         regular = stat.S_ISREG(seen.st_mode)
         try:
@@ -5870,8 +5936,7 @@ class Spool:
 
     def open(self, queue_id: str, folder: str = "queue") -> QueueFile:
         """Opens a message. Raises FileNotFoundError, ValueError (is none)."""
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        fd = os.open(self.path(folder, queue_id), flags)
+        fd = os.open(self.path(folder, queue_id), QUEUE_FILE)
         try:
             return QueueFile(queue_id, fd)
         except (OSError, ValueError):
@@ -6013,13 +6078,33 @@ class Spool:
             return 0
         return seen.f_bavail * seen.f_frsize
 
-    def entries(self) -> object:
+    def entries(self, hurry: object = iter) -> object:
         """Every message as a QueueEntry: Postfix's order, then oldest first.
 
         What users left in the maildrop, as far as it may be read; what was
-        not tried yet; what is deferred; what is on hold.
+        not tried yet; what is deferred; what is on hold. `hurry` may be
+        ahead(): half of the time goes into opening files.
         """
         yield from Maildrop(self.directory).entries()
+        for folder, queue_id, seen, first, known in hurry(self.heads()):
+            try:
+                envelope = Envelope.parse(first)
+            except ValueError:
+                continue  # set aside at the next attempt
+            size, due, is_given_up = seen
+            entry = QueueEntry(queue_id, size, envelope)
+            entry.due, entry.is_given_up = due, is_given_up
+            entry.note(*known)
+            if folder == "hold":
+                entry.state = folder
+            yield entry
+
+    def heads(self) -> object:
+        """What entries() needs of each message, in plain values.
+
+        (its folder, its id, (its size, when it is due, whether it is given
+        up), its envelope as it stands on the disk, progress() of its journal)
+        """
         tried = set(os.listdir(self.path("journal")))
         ids = self.ids()
         places = [("queue", name) for name in ids if name not in tried]
@@ -6027,17 +6112,17 @@ class Spool:
         places += [("hold", name) for name in self.ids("hold")]
         for folder, queue_id in places:
             try:
-                with self.open(queue_id, folder) as message:
-                    entry = QueueEntry(queue_id, message.size, message.envelope)
-            except (OSError, ValueError):
+                fd = os.open(self.path(folder, queue_id), QUEUE_FILE)
+                try:
+                    seen, first = os.fstat(fd), read_envelope(fd, HEAD_PIECE)
+                finally:
+                    os.close(fd)
+                known = progress(self.journal(queue_id) if queue_id in tried else [])
+            except OSError:
                 continue  # delivered meanwhile
-            seen = message.seen
-            entry.due, entry.is_given_up = seen.st_mtime, is_given_up(seen)
-            if queue_id in tried:
-                entry.note(self.journal(queue_id))
-            if folder == "hold":
-                entry.state = folder
-            yield entry
+            start = first.find(b"\n\n") + 2
+            about = seen.st_size - start, seen.st_mtime, is_given_up(seen)
+            yield folder, queue_id, about, first[:start], known
 
 
 def tabbed(line: str) -> str:
@@ -7835,7 +7920,7 @@ class MaildirFolder:
             seen = os.fstat(file.fileno())
             if not stat.S_ISREG(seen.st_mode):
                 raise OSError(22, "not a regular file")
-            when, text = asctime(seen.st_mtime), file.read()
+            when, text = time.ctime(seen.st_mtime), file.read()
         header = Header.parse(text)
         sender = "".join(header.values("return-path")[:1]).strip("<> ")
         first = os_bytes(f"From {sender or 'MAILER-DAEMON'}  {when}\n")
@@ -9996,7 +10081,7 @@ class Task:
     def from_line(self) -> bytes:
         """The first line of a message in an mbox."""
         sender = self.sender.replace(" ", "_") or "MAILER-DAEMON"
-        return os_bytes(f"From {sender}  {asctime(self.message.now)}\n")
+        return os_bytes(f"From {sender}  {time.ctime(self.message.now)}\n")
 
     def render(self) -> object:
         """The message as an mbox has it, From_ line first, in chunks."""
@@ -10090,7 +10175,7 @@ class ActiveMessage:
 
     def find_ways(self, router: Router, hopcount_limit: int) -> object:
         """(recipient, destination) of all that is to be done, one by one."""
-        done = {a.recipient for a in self.journal} - open_recipients(self.journal)
+        _, _, done = progress(self.journal)
         seen = router.passed(self.header.values("delivered-to"))
         for recipient in self.file.envelope.recipients:
             if recipient in done:
@@ -15857,7 +15942,7 @@ class Composer:
 
     def from_line(self) -> bytes:
         """The From_ line of a copy."""
-        return os_bytes(f"From {self.house.user.name}  {asctime(time.time())}\n")
+        return os_bytes(f"From {self.house.user.name}  {time.ctime(time.time())}\n")
 
     def rescue(self, text: bytes, is_whole: bool = True) -> None:
         """Appends what was not sent to ~/dead.letter, and says so."""
@@ -17775,7 +17860,7 @@ def queue_entries(house: House) -> object:
     """Every message in the queue. Raises ProgramError EX_UNAVAILABLE."""
     if house.owns_queue():
         if os.path.isdir(house.spool().path("queue")):
-            yield from house.spool().entries()
+            yield from house.spool().entries(ahead)
         return
     daemon = SubmitSocket(house.settings.queue_directory)
     if not daemon.greet():
@@ -17903,23 +17988,16 @@ def none_matches(selectors: list, name: str = "queue") -> int:
     return 1
 
 
-def peeked(items: object) -> tuple[bool, object]:
-    """(whether there is anything, the same items), one read ahead."""
-    import itertools
-
-    items = iter(items)
-    first = list(itertools.islice(items, 1))
-    return bool(first), itertools.chain(first, items)
-
-
 def list_some(entries: object, is_choice: bool, name: str, is_long: bool) -> int:
     """Messages as mailq shows them; 1 if some were chosen, and none found."""
+    import itertools
+
     has_any, entries = peeked(entries)
     if is_choice and not has_any:
         return none_matches(["chosen"], name)
-    pieces = map(os_bytes, mailq_text(entries, is_long))
-    for block in even_blocks(pieces, WIRE_BLOCK):
-        write_all(1, block)
+    pieces = mailq_text(entries, is_long)
+    for block in iter(lambda: "".join(itertools.islice(pieces, AHEAD)), ""):
+        write_all(1, os_bytes(block))
     return EX_OK
 
 

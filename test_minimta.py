@@ -2689,7 +2689,7 @@ class TestQueueEntry:
 
     def test_a_deferred_row_is_postfixs(self):
         entry = make_entry()
-        entry.note([make_attempt(recipient="test@gmail.com", why=LONG_REASON)])
+        entry.note(*minimta.progress([make_attempt(recipient="test@gmail.com", why=LONG_REASON)]))
         assert entry.rows() == (
             "0123456789      473 Wed Feb 19 06:39:07  payam@centos7-1.localdomain\n"
             f"({LONG_REASON})\n" + " " * 41 + "test@gmail.com\n"
@@ -2698,7 +2698,7 @@ class TestQueueEntry:
     def test_a_long_id_has_the_columns_of_the_transcript(self):
         row = "E085461E470C      473 Wed Feb 19 06:39:07  payam@centos7-1.localdomain\n"
         entry = make_entry("E085461E470C")
-        entry.note([make_attempt(recipient="test@gmail.com")])
+        entry.note(*minimta.progress([make_attempt(recipient="test@gmail.com")]))
         assert entry.rows().splitlines(True)[0] == row
 
     @pytest.mark.parametrize(
@@ -2711,7 +2711,7 @@ class TestQueueEntry:
 
     def test_a_short_reason_ends_at_column_78(self):
         entry = make_entry()
-        entry.note([make_attempt(recipient="test@gmail.com", why="x" * 20)])
+        entry.note(*minimta.progress([make_attempt(recipient="test@gmail.com", why="x" * 20)]))
         assert entry.rows().splitlines()[1] == " " * 56 + f"({'x' * 20})"
 
     def test_the_null_sender_is_mailer_daemon(self):
@@ -2721,19 +2721,19 @@ class TestQueueEntry:
 
     def test_a_reason_is_said_once_for_its_recipients(self):
         entry = make_entry(recipients=["a@b", "c@d", "e@f"])
-        entry.note([make_attempt(recipient=r, why="w") for r in ("a@b", "c@d")])
+        entry.note(*minimta.progress([make_attempt(recipient=r, why="w") for r in ("a@b", "c@d")]))
         assert [line.strip() for line in entry.rows().splitlines()[1:]] == [
             *("(w)", "a@b", "c@d", "(reason unavailable)", "e@f"),
         ]
 
     def test_who_is_done_is_not_shown(self):
         entry = make_entry(recipients=["a@b", "c@d"])
-        entry.note([make_attempt("sent", "a@b")])
+        entry.note(*minimta.progress([make_attempt("sent", "a@b")]))
         assert entry.pending == ["c@d"]
 
     def test_a_later_attempt_wins(self):
         entry = make_entry(recipients=["a@b"])
-        entry.note([make_attempt(recipient="a@b"), make_attempt("sent", "a@b")])
+        entry.note(*minimta.progress([make_attempt(recipient="a@b"), make_attempt("sent", "a@b")]))
         assert entry.pending == []
 
     def test_a_recipient_with_one_open_target_is_pending(self):
@@ -5742,7 +5742,7 @@ class TestSpool:
         for end in range(len(data)):
             attempts = minimta.parse_journal(data[:end])
             names = {attempt.recipient for attempt in attempts}
-            assert minimta.open_recipients(attempts) == names
+            assert minimta.progress(attempts)[1].keys() == names
 
     def test_a_commit_is_write_fsync_rename_fsync_of_the_directory(self, spool):
         calls = traced(COMMIT_ONE, str(HERE), spool.directory, str(os.getuid()))

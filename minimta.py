@@ -551,19 +551,19 @@ def logical_lines(text: str) -> object:
     one before; if it is the first it is handed over as it is, indented. One
     by one, for the text may be a list of many members.
     """
-    first, pieces = 0, []
+    first = entry = None
     for number, line in enumerate(text.split("\n"), 1):
-        bare = strip_comment(line.rstrip("\r"))
-        if not bare.strip():
+        bare = (strip_comment(line) if "#" in line else line).rstrip()
+        if not bare:
             continue
-        if bare[0] in " \t" and pieces:
-            pieces.append(bare.strip())
+        if bare[0] in " \t" and entry:
+            entry.append(bare.strip())
             continue
-        if pieces:
-            yield first, " ".join(pieces)
-        first, pieces = number, [bare.rstrip()]
-    if pieces:
-        yield first, " ".join(pieces)
+        if entry:
+            yield first, " ".join(entry)
+        first, entry = number, [bare]
+    if entry:
+        yield first, " ".join(entry)
 
 
 def host_defaults(host: str, root: str) -> tuple[dict, dict]:
@@ -1786,23 +1786,31 @@ class AliasTable:
     def parse(cls, text: str) -> AliasTable:
         """The table of an aliases file's text."""
         table = cls()
+        for _ in table.read(text):
+            pass
+        return table
+
+    def read(self, text: str) -> object:
+        """Takes up an aliases file's text; the names as they come."""
         text = text.removeprefix("\ufeff")  # what Windows editors put there
-        table.warnings += trailing_comment(text)
+        self.warnings += trailing_comment(text)
         # A backslash at a line's end continues it too, says sendmail.
         for line, entry in logical_lines(text.replace("\\\n", "\n ")):
             try:
-                table.add(line, entry)
+                name = self.add(line, entry)
             except ValueError as error:
-                table.problems.append((line, str(error)))
-        return table
+                self.problems.append((line, str(error)))
+                continue
+            if name:
+                yield name
 
-    def add(self, line: int, entry: str) -> None:
-        """Adds one entry. Raises ValueError."""
+    def add(self, line: int, entry: str) -> str:
+        """Adds one entry; its name, or "" if it was there. Raises ValueError."""
         name, _, value = entry.partition(":")
         name, value = name.lower(), value.strip()
         if value in self.plain and name not in self.entries and COMMON.issuperset(name):
             self.entries[name] = (line, self.plain[value])
-            return
+            return name
         if entry[0] in " \t":
             raise ValueError("the first line begins with white space")
         name, value = split_key(entry)
@@ -1814,7 +1822,7 @@ class AliasTable:
             first = self.entries[name][0]
             text = f"duplicate alias {shown}; line {first} counts"
             self.warnings.append((line, text))
-            return
+            return ""
         if len(name.split()) > 1 and not entry.startswith('"'):
             self.warnings.append((line, f"{shown}: a name of two words: quote it"))
         if len(targets) != len(split_items(value)):
@@ -1822,14 +1830,25 @@ class AliasTable:
         elif len(targets) == 1 and name:
             self.plain[value] = targets
         self.entries[name] = (line, targets)
+        return name
 
-    def items(self) -> list[tuple[str, str]]:
-        """(name, value) of every entry, as the database keeps them."""
-        known: dict[int, str] = {}  # many names may have the same targets
-        for _, targets in self.entries.values():
-            if id(targets) not in known:
-                known[id(targets)] = ", ".join(map(str, targets))
-        return [(name, known[id(t)]) for name, (_, t) in self.entries.items()]
+    def told(self, text: str, check: object) -> object:
+        """(name, value) of each entry of a text as it is taken up, in bytes.
+
+        Last (b"", fields of an AliasReport); `check(table)` are its warnings.
+        """
+        known: dict[int, bytes] = {}  # many names may have the same targets
+        longest = total = 0
+        for name in self.read(text):
+            targets = self.entries[name][1]
+            value = known.get(id(targets))
+            if value is None:
+                value = known[id(targets)] = os_bytes(", ".join(map(str, targets)))
+                longest = max(longest, len(value))
+            key = os_bytes(name)
+            total += len(key) + len(value)
+            yield key, value
+        yield b"", (self.problems, check(self), len(self.entries), longest, total)
 
     def loops(self) -> list[tuple[int, str]]:
         """(line, reason) of each alias that leads back to itself.
@@ -1892,6 +1911,20 @@ class AliasTable:
                     shown = f"{printable(name, 60)}: {printable(str(target), 100)}"
                     found.append((line, f"{shown}: {asked[key]}"))
         return found
+
+
+class AliasReport(Value):
+    """What newaliases says of a text.
+
+    (line, reason) of what is wrong and of what may be; how many aliases there
+    are, the bytes of the longest value, and of all.
+    """
+
+    __slots__ = ("problems", "warnings", "count", "longest", "total")
+
+    def __init__(self, *fields: object) -> None:
+        for name, value in zip(self.__slots__, fields):
+            setattr(self, name, value)
 
 
 # == 6 Queue words: Wishes, Envelope, Attempt, new_id, retry_delay ============
@@ -6481,38 +6514,45 @@ class AliasDatabase:
             else (self.name)
         )
 
-    def rebuild(self) -> AliasTable:
+    def rebuild(self, check: object = lambda table: table.warnings) -> AliasReport:
         """Builds the database from the text, in one atomic step.
 
-        Raises ProgramError. When the table has problems, nothing is written.
+        `check(table)` is a list of (line, reason) to warn of. Raises
+        ProgramError. When the text has problems, the database stays.
         """
         try:
             with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
-                table = AliasTable.parse(file.read())
+                text = file.read()
         except OSError as error:
             raise ProgramError(
                 EX_NOINPUT, f"{self.path}: {error.strerror}: make it a text file"
             ) from None
-        if not table.problems:
-            try:
-                self.replace(table.items())
-            except OSError as error:
-                raise ProgramError(
-                    EX_CANTCREAT,
-                    f"{self.name}: {error.strerror}: the database is as it was",
-                ) from None
-        return table
+        # A child reads and checks the text while the database is written.
+        try:
+            return self.replace(ahead(AliasTable().told(text, check)))
+        except OSError as error:
+            raise ProgramError(
+                EX_CANTCREAT,
+                f"{self.name}: {error.strerror}: the database is as it was",
+            ) from None
 
-    def replace(self, items: list[tuple[str, str]]) -> None:
-        """Builds beside the database and moves that into its place."""
+    def replace(self, told: object) -> AliasReport:
+        """Builds beside the database and moves that into its place.
+
+        Of what AliasTable.told() tells; not if that ends in problems.
+        """
         import dbm
         import tempfile
 
         folder, base = os.path.split(os.path.abspath(self.name))
         with tempfile.TemporaryDirectory(prefix=f".{base}.", dir=folder) as aside:
             with dbm.open(f"{aside}/{base}", "n") as database:
-                for name, value in items:
-                    database[os_bytes(name)] = os_bytes(value)
+                for name, value in told:
+                    if name:
+                        database[name] = value
+            report = AliasReport(*value)
+            if report.problems:
+                return report
             self.end_journal(f"{aside}/{base}")
             built = sorted(os.listdir(aside))
             for name in built:
@@ -6520,6 +6560,7 @@ class AliasDatabase:
                 self.sync_file(f"{aside}/{name}")
             self.move(aside, folder, base, built)
         sync_folder(folder)
+        return report
 
     def end_journal(self, path: str) -> None:
         """Makes an SQLite database one file, which anybody may read.
@@ -19364,25 +19405,24 @@ def alias_warnings(house: House, path: str, table: AliasTable) -> list:
 
 def build_one(house: House, path: str) -> int:
     """Builds the database of one aliases file. The exit code."""
-    table = AliasDatabase(path).rebuild()
-    for line, reason in table.problems:
+    report = AliasDatabase(path).rebuild(
+        lambda table: alias_warnings(house, path, table)
+    )
+    for line, reason in report.problems:
         complain("newaliases", f"{path}, line {line}: {reason}")
-    warnings = alias_warnings(house, path, table)
-    for line, reason in sorted(warnings)[:MAX_WARNINGS]:
+    for line, reason in sorted(report.warnings)[:MAX_WARNINGS]:
         where = f", line {line}" if line else ""
         complain("newaliases", f"{path}{where}: warning: {reason}")
-    if len(warnings) > MAX_WARNINGS:
-        count = len(warnings) - MAX_WARNINGS
+    if len(report.warnings) > MAX_WARNINGS:
+        count = len(report.warnings) - MAX_WARNINGS
         complain("newaliases", f"{path}: warning: {count} more of this kind")
-    if table.problems:
+    if report.problems:
         return EX_DATAERR
-    items = [
-        (len(os_bytes(name)), len(os_bytes(value))) for name, value in table.items()
-    ]
-    longest = max((value for _, value in items), default=0)
-    total = sum(name + value for name, value in items)
-    text = f"{path}: {len(items)} aliases, longest {longest} bytes, {total} bytes total"
-    write_all(1, os_bytes(text + "\n"))
+    text = (
+        f"{path}: {report.count} aliases, longest {report.longest} bytes, "
+        f"{report.total} bytes total\n"
+    )
+    write_all(1, os_bytes(text))
     return EX_OK
 
 
@@ -19529,10 +19569,10 @@ def print_aliases(path: str, name: str) -> int:
         value = table.value(name.lower())
         write_all(1, os_bytes(f"{value}\n" if value is not None else ""))
         return 1 if value is None else EX_OK
-    found = table.items()
+    wanted = table.entries
     if name:
         wanted = [line.strip().lower() for line in os_text(read_all(0)).split("\n")]
-        found = [(key, table.value(key)) for key in wanted if table.value(key)]
+    found = [(key, table.value(key)) for key in wanted if table.value(key)]
     text = "".join(f"{key}:\t{value}\n" for key, value in found)
     write_all(1, os_bytes(text))
     return EX_OK if found else 1

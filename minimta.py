@@ -1769,6 +1769,13 @@ def trailing_comment(text: str) -> list[tuple[int, str]]:
     return []
 
 
+def alias_lines(text: str) -> object:
+    """(number of the first line, text) of each entry of an aliases file."""
+    text = text.removeprefix("\ufeff")  # what Windows editors put there
+    # A backslash at a line's end continues it too, says sendmail.
+    return logical_lines(text.replace("\\\n", "\n "))
+
+
 class AliasTable:
     """An aliases file as name -> (line, targets), with what is wrong in it.
 
@@ -1792,10 +1799,8 @@ class AliasTable:
 
     def read(self, text: str) -> object:
         """Takes up an aliases file's text; the names as they come."""
-        text = text.removeprefix("\ufeff")  # what Windows editors put there
         self.warnings += trailing_comment(text)
-        # A backslash at a line's end continues it too, says sendmail.
-        for line, entry in logical_lines(text.replace("\\\n", "\n ")):
+        for line, entry in alias_lines(text):
             try:
                 name = self.add(line, entry)
             except ValueError as error:
@@ -6505,14 +6510,21 @@ class AliasDatabase:
     def where(self, name: str) -> str:
         """Where an alias is written: file and line, else the database."""
         try:
-            table = self.text or self.read_text()
-        except MailError:
+            line = self.text.entries[name][0] if self.text else self.line_of(name)
+        except (OSError, LookupError):
             return self.name
-        return (
-            f"{self.path}:{table.entries[name][0]}"
-            if name in table.entries
-            else (self.name)
-        )
+        return f"{self.path}:{line}"
+
+    def line_of(self, name: str) -> int:
+        """The line of the text that has an alias. Raises LookupError, OSError."""
+        with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
+            text = file.read()
+        for line, entry in alias_lines(text):
+            if name in entry.lower():  # then it is worth a closer look
+                table = AliasTable.parse(entry)
+                if name in table.entries:
+                    return line
+        raise LookupError(name)
 
     def rebuild(self, check: object = lambda table: table.warnings) -> AliasReport:
         """Builds the database from the text, in one atomic step.

@@ -5414,7 +5414,7 @@ MAX_HISTORY = 1 << 22  # bytes of each of them, about
 MAX_RECORD = 1 << 15  # characters of what is told of one message at once
 BLOCK = 1 << 18  # bytes read or written at once
 AHEAD = 100  # items that one process hands over to another at once
-HEAD_PIECE = 1 << 10  # bytes that most envelopes are shorter than
+ENVELOPE_PIECE = 1 << 10  # bytes that most envelopes are shorter than
 QUEUE_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 JOURNAL_PIECE = 1 << 12  # bytes that most journals are shorter than
 OLD_DRAFT = HOUR  # seconds until what was never finished is swept away
@@ -5505,6 +5505,18 @@ def is_given_up(seen: os.stat_result) -> bool:
     return bool(seen.st_mode & 0o100)
 
 
+def hand_over(fd: int, items: object) -> None:
+    """Writes items in blocks, each behind its size; an empty one is the end."""
+    import itertools
+    import marshal
+
+    block = None
+    while block != []:
+        block = list(itertools.islice(items, AHEAD))
+        data = marshal.dumps(block)
+        write_all(fd, len(data).to_bytes(8, "big") + data)
+
+
 def ahead(items: object) -> object:
     """The same items of a generator, made by a child while we work on others.
 
@@ -5523,6 +5535,7 @@ def ahead(items: object) -> object:
     child = os.fork()
     if not child:
         try:
+            os.close(out)  # else it would never see that nobody listens
             hand_over(into, items)
         finally:
             os._exit(0)
@@ -5542,18 +5555,6 @@ def ahead(items: object) -> object:
     finally:
         os.waitpid(child, 0)
     yield from itertools.islice(items, count, None)
-
-
-def hand_over(fd: int, items: object) -> None:
-    """Writes items in blocks, each behind its size; an empty one is the end."""
-    import itertools
-    import marshal
-
-    block = None
-    while block != []:
-        block = list(itertools.islice(items, AHEAD))
-        data = marshal.dumps(block)
-        write_all(fd, len(data).to_bytes(8, "big") + data)
 
 
 class Draft:
@@ -6152,7 +6153,7 @@ class Spool:
             try:
                 fd = os.open(self.path(folder, queue_id), QUEUE_FILE)
                 try:
-                    seen, first = os.fstat(fd), read_envelope(fd, HEAD_PIECE)
+                    seen, first = os.fstat(fd), read_envelope(fd, ENVELOPE_PIECE)
                 finally:
                     os.close(fd)
                 known = progress(self.journal(queue_id) if queue_id in tried else [])

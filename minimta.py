@@ -1810,7 +1810,7 @@ class AliasTable:
                 yield name
 
     def add(self, line: int, entry: str) -> str:
-        """Adds one entry; its name, or "" if it was there. Raises ValueError."""
+        """Adds one entry; its name, "" if it was there. Raises ValueError."""
         name, _, value = entry.partition(":")
         name, value = name.lower(), value.strip()
         if value in self.plain and name not in self.entries and COMMON.issuperset(name):
@@ -2210,7 +2210,7 @@ def last_round(attempts: list[Attempt]) -> list[Attempt]:
 
 
 def progress(attempts: list[Attempt]) -> tuple[int, dict[str, str], set[str]]:
-    """What a journal says: how often, who is deferred and why, who is done with."""
+    """What a journal says: tries, who is deferred and why, who is done with."""
     waiting: dict[str, str] = {}
     for attempt in last_round(attempts):
         if not attempt.is_final:
@@ -5506,7 +5506,7 @@ def is_given_up(seen: os.stat_result) -> bool:
 
 
 def hand_over(fd: int, items: object) -> None:
-    """Writes items in blocks, each behind its size; an empty one is the end."""
+    """Writes items in blocks behind their sizes; an empty one is the end."""
     import itertools
     import marshal
 
@@ -5690,7 +5690,7 @@ class Draft:
 
 
 def read_envelope(fd: int, size: int) -> bytes:
-    """The first `size` bytes of a queue file, and more until its envelope ends."""
+    """The beginning of a queue file, `size` bytes or what its envelope takes."""
     first = os.read(fd, size)
     while b"\n\n" not in first and len(first) < MAX_ENVELOPE:
         more = os.read(fd, BLOCK)
@@ -6517,7 +6517,7 @@ class AliasDatabase:
         return f"{self.path}:{line}"
 
     def line_of(self, name: str) -> int:
-        """The line of the text that has an alias. Raises LookupError, OSError."""
+        """The line of an alias in the text. Raises LookupError, OSError."""
         with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
             text = file.read()
         for line, entry in alias_lines(text):

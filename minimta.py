@@ -6335,7 +6335,20 @@ class History:
 # old one stays as it was.
 
 
-ALIAS_MODULES = ("dbm", "dbm.dumb", "dbm.gnu", "dbm.ndbm", "dbm.sqlite3")
+# What dbm.open() may make a database with, in the order in which it tries.
+DBM_MODULES = ("dbm.sqlite3", "dbm.gnu", "dbm.ndbm", "dbm.dumb")
+
+
+def preload_databases(paths: list[str]) -> None:
+    """Imports what reads the aliases' databases as they are, and new ones."""
+    import dbm
+
+    for name in DBM_MODULES:
+        preload(name)
+        if name in sys.modules:
+            break
+    kinds = {dbm.whichdb(f"{path}.db") for path in paths}
+    preload("dbm.ndbm", *filter(None, kinds))
 
 
 def signature(paths: list[str]) -> tuple:
@@ -11583,7 +11596,8 @@ SYNC_AFTER = 0.1
 LANE_PAUSE = 5  # seconds until one that found no place in the line asks again
 LINE_PAUSE = 60  # the same, where it is told when there is one
 # What is imported on the way of a message, some of it with a user's rights.
-RUNNER_MODULES = ("mailbox", "fcntl", "re", "heapq", "select")
+RUNNER_MODULES = ("fcntl", "heapq", "select")
+DELIVERY_MODULES = ("mailbox", "re")  # 2.5 MB, which may wait for the first message
 
 
 def take_lock(spool: Spool, patience: float, name: str = "queue") -> int | None:
@@ -11862,7 +11876,8 @@ class QueueRunner:
         self.spool = spool
         self.log = log
         self.users = users
-        preload(*RUNNER_MODULES, *ALIAS_MODULES)
+        preload(*RUNNER_MODULES)
+        preload_databases(settings.map_paths("alias_maps"))
         self.pickup = Pickup(settings, spool, log)
         self.schedule: list[tuple[float, str]] = []
         self.known: dict[str, float] = {}  # when each is due; the rest is stale
@@ -11939,6 +11954,7 @@ class QueueRunner:
                 batch.append(message)
         if not batch:
             return False
+        preload(*DELIVERY_MODULES)
         self.deliver(batch)
         for message in batch:
             if not message.is_waiting:
@@ -14479,7 +14495,8 @@ class Daemon:
         """
         import gc
 
-        preload(*SERVER_MODULES, *RUNNER_MODULES, *ALIAS_MODULES)
+        preload(*SERVER_MODULES, *RUNNER_MODULES)
+        preload_databases(self.house.settings.map_paths("alias_maps"))
         gc.collect()
         gc.freeze()
 
@@ -14524,8 +14541,9 @@ class Daemon:
         os.close(self.lock)
         os.close(self.wake)
         signals = SignalPipe(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        preload(*SERVER_MODULES, *ALIAS_MODULES)
         house = self.house
+        preload(*SERVER_MODULES)
+        preload_databases(house.settings.map_paths("alias_maps"))
         if house.settings.smtpd_sasl_password_file:
             preload("base64", "hashlib", "hmac")
         tls = tls_context(house.settings)  # while the key can be read

@@ -1301,6 +1301,11 @@ class TestSettings:
             "did you mean message_size_limit?"
         )
 
+    def test_of_very_many_names_none_is_suggested(self):
+        names = [f"name{number}" for number in range(minimta.MANY_NAMES)]
+        assert minimta.nearest("nam1", names) == "did you mean name1?"
+        assert minimta.nearest("nam1", [*names, "one more"]) == ""
+
     def test_a_name_like_no_other_is_told_where_names_are(self):
         assert settings_error("qqq = 1").endswith("see minimta.py config")
 
@@ -5743,7 +5748,7 @@ def traced(program, *words):
 
 
 def numbers(at_500, count=1000):
-    """Numbers; of whoever is not the process that began, `at_500` is called."""
+    """Numbers; in a process that did not begin, `at_500` is called."""
     beginner = os.getpid()
     for number in range(count):
         if number == 500 and os.getpid() != beginner:
@@ -21340,6 +21345,15 @@ class TestQueue:
         why = STOCK_REASONS["a@one.example"]
         assert f"\n{' ' * (76 - len(why))}({why})\n" in shown
 
+    @pytest.mark.parametrize("why", ["a\x9b31mb", "a\u202eb", "a\udcffb", "jörg"])
+    def test_json_drives_no_terminal(self, instance, why):
+        how = {"sender": "a@b.example", "age": 9, "state": "deferred", "why": why}
+        put(instance, "0123456789", "far@x.example", **how)
+        (line,) = instance.run("mailq", "--json").out.splitlines()
+        assert line.isprintable()
+        (recipient,) = json.loads(line)["recipients"]
+        assert recipient["delay_reason"] == why
+
     def test_an_empty_queue_is_nothing_to_be_shown(self, instance):
         assert queue_done(instance) == "Mail queue is empty\n"
         assert queue_done(instance, "json") == ""
@@ -22008,6 +22022,18 @@ class TestSubmittersExpect:
         assert not (top / "ran").exists()
         path.chmod(0o644)
         assert "Mail queue" in server.mailq()
+
+    def test_a_database_that_others_may_write_is_names_only(self, server):
+        top = server.home("payam")
+        (server.root / "etc/aliases").write_text(f'evil: "|cat >{top}/ran"\n')
+        server.run("newaliases")
+        built = list((server.root / "etc").glob("aliases.*"))
+        for path in built:
+            path.chmod(0o666)
+        assert built
+        server.run("sendmail", "evil", stdin=letter("x"))
+        wait_for(lambda: UNWRITABLE_SHARED in server.log())
+        assert not (top / "ran").exists()
 
     def test_who_is_no_recipient_is_reported_to_the_sender(self, server):
         text = "To: payam, foo@\nSubject: s\nBcc: user1\n\nhi\n"
@@ -26586,6 +26612,35 @@ class TestPrivileges:
         assert re.search(shape, shown), shown
         (row,) = json_lines(host.run("mailq", "--json", user="root").out)
         assert row["queue_name"] == "maildrop"
+
+    @pytest.mark.parametrize("command", ["queue show --raw", "postcat -q"])
+    def test_root_reads_what_is_in_the_maildrop(self, host, public_bin, command):
+        assert host.stop() == 0
+        self.as_user(host, public_bin, "sendmail", "user1", stdin=letter("dropped"))
+        (name,) = os.listdir(host.queue / "maildrop")
+        shown = host.run("minimta.py", *command.split(), name, user="root")
+        assert (shown.code, "dropped" in shown.out) == (0, True)
+
+    @pytest.mark.parametrize(
+        ("command", "left"),
+        [
+            *[("postsuper -d", []), ("queue remove", []), ("exim -Mrm", [])],
+            *[("queue hold", ["hold"]), ("postsuper -h", ["hold"])],
+            *[("queue run", []), ("queue run -v", []), ("postqueue -i", [])],
+        ],
+    )
+    def test_queue_commands_reach_the_maildrop(self, host, public_bin, command, left):
+        assert host.stop() == 0
+        self.as_user(host, public_bin, "sendmail", "user1", stdin=letter("dropped"))
+        (name,) = os.listdir(host.queue / "maildrop")
+        begin = time.monotonic()
+        done = host.run("minimta.py", *command.split(), name, user="root")
+        assert done.code == 0, done.err
+        assert time.monotonic() - begin < 30  # it does not wait in vain
+        found = host.queue.glob(f"*/{name}")
+        assert [path.parent.name for path in found] == left
+        is_delivered = bool(host.with_token("user1", "dropped"))
+        assert is_delivered == ("run" in command or "-i" in command)
 
     def test_roots_sendmail_q_empties_the_maildrop(self, host, public_bin):
         assert host.stop() == 0

@@ -28316,6 +28316,13 @@ class TestHouse:
         bare = [node.lineno for node in TREE.body[1:] if not minimta.bound_names(node)]
         assert bare == [TREE.body[-1].lineno]
 
+    def test_the_daemons_rooms_end_where_mail_begins(self):
+        text = SCRIPT.read_text(encoding="utf-8")
+        (mark,) = re.findall(r'if name == "(\w+)": break', text)
+        begin = text.index("\n# == 31 Mail text")
+        assert re.search(r"(?m)^(\w+) = ", text[begin:]).group(1) == mark
+        assert text.index("\n# == 30 Daemon") < begin
+
     def test_a_name_uses_only_names_above_it(self):
         born = {}
         for node in TREE.body:

@@ -928,54 +928,119 @@ def relayed(instance, sink, **settings):
 
 
 class Screen:
-    """What a terminal of that size shows of what is written to it."""
+    """A terminal's screen: what a person sees of what a program writes.
+
+    `wraps` are the rows that went on in the next one.
+    """
 
     def __init__(self, columns, rows):
-        self.columns, self.rows = columns, rows
-        self.cells = [[] for _ in range(rows)]
+        self.columns = columns
+        self.cells = [[" "] * columns for _ in range(rows)]
         self.row = self.column = 0
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.wraps = []
 
-    def feed(self, data):
-        """Bytes as they come: text, line ends, sequences without effect."""
-        text = self.decoder.decode(data)
-        sequence = re.compile(r"\x1b\[[?0-9;]*[A-Za-z]|\x1b.|.", re.DOTALL)
-        for piece in sequence.findall(text):
-            if piece == "\r":
-                self.column = 0
-            elif piece == "\n":
-                self.end_row()
-            elif piece == "\b":
-                self.column -= 1
-            elif piece == "\x1b[K":
-                del self.cells[self.row][self.column :]
-            elif piece[0] != "\x1b" and piece != "\a":
+    def feed(self, text):
+        """Shows `text`."""
+        for piece in re.findall(r"(?s)\x1b\[[ -?]*[@-~]|\x1b.|.", text):
+            if piece.startswith("\x1b["):
+                self.obey(piece[2:-1], piece[-1])
+            elif piece in CONTROLS:
+                CONTROLS[piece](self)
+            elif piece[0] >= " " and not "\x7f" <= piece < "\xa0":
                 self.put(piece)
 
     def put(self, char):
-        """One character; the row ends where it has no room."""
-        wide = unicodedata.east_asian_width(char) in "WF"
-        if unicodedata.category(char) in ("Mn", "Me", "Cf"):
-            self.cells[self.row][self.column - 1] += char
+        """Shows a character where the cursor is."""
+        width = cells_of(char)
+        if not width:
+            place = max(self.column - 1, 0)
+            place -= not self.cells[self.row][place]  # the right half of a wide one
+            self.cells[self.row][place] += char
             return
-        if self.column + 1 + wide > self.columns:
-            self.column = 0
-            self.end_row()
-        cells = self.cells[self.row]
-        cells += [" "] * (self.column - len(cells))
-        cells[self.column : self.column + 1 + wide] = [char] + [""] * wide
-        self.column += 1 + wide
+        if self.column + width > self.columns:
+            self.wraps.append(self.row_text(self.row))
+            self.feed_line()
+        row, behind = self.cells[self.row], self.column + width
+        if not row[self.column]:  # half of a wide one is none
+            row[self.column - 1] = " "
+        if behind < self.columns and not row[behind]:
+            row[behind] = " "
+        row[self.column : behind] = [char, ""][:width]
+        self.column = behind
 
-    def end_row(self):
-        """The next row; the first one goes if there is none."""
+    def feed_line(self):
+        """To the beginning of the next line; the last one makes room."""
+        self.column = 0
         self.row += 1
-        if self.row == self.rows:
+        if self.row == len(self.cells):
+            self.cells = [*self.cells[1:], [" "] * self.columns]
             self.row -= 1
-            self.cells = [*self.cells[1:], []]
+
+    def move(self, row, column):
+        """The cursor goes there, or as far as there is a screen."""
+        self.row = max(0, min(row, len(self.cells) - 1))
+        self.column = max(0, min(column, self.columns - 1))
+
+    def erase(self, first, last):
+        """Blanks from the place (row, column) to the end of the row `last`."""
+        for row in range(first[0], last + 1):
+            start = first[1] if row == first[0] else 0
+            self.cells[row][start:] = [" "] * (self.columns - start)
+
+    def obey(self, numbers, letter):
+        """A control sequence; colours and modes change no text."""
+        given = [int(word) for word in re.findall(r"\d+", numbers)] or [0]
+        count, here = max(given[0], 1), (self.row, self.column)
+        if letter in STEPS:
+            down, right = STEPS[letter]
+            self.move(self.row + down * count, self.column + right * count)
+        elif letter == "G":
+            self.move(self.row, count - 1)
+        elif letter == "H":
+            self.move(count - 1, max(*given[1:], 1, 1) - 1)
+        elif letter in "KJ":
+            last = self.row if letter == "K" else len(self.cells) - 1
+            above = (self.row if letter == "K" else 0, 0)
+            self.erase(above if given[0] else here, last)
+        elif letter in "P@":
+            row = self.cells[self.row]
+            behind, blanks = row[self.column :], [" "] * count
+            behind = behind[count:] + blanks if letter == "P" else blanks + behind
+            row[self.column :] = behind[: self.columns - self.column]
+
+    def row_text(self, number):
+        return "".join(self.cells[number]).rstrip()
 
     def text(self):
         """Its rows, without the blanks at their ends."""
-        return "\n".join("".join(cells).rstrip() for cells in self.cells) + "\n"
+        return "".join(f"{self.row_text(n)}\n" for n in range(len(self.cells)))
+
+    def text_and_cursor(self):
+        """The same with _ where the cursor is, if nothing else is there."""
+        rows = self.text().split("\n")
+        under = min(self.column, self.columns - 1)
+        if self.cells[self.row][under] == " ":
+            row = "".join(self.cells[self.row][:under])
+            rows[self.row] = f"{row}_{rows[self.row][len(row) + 1 :]}"
+        return "\n".join(rows)
+
+
+STEPS = {"A": (-1, 0), "B": (1, 0), "C": (0, 1), "D": (0, -1)}
+CONTROLS = {
+    "\n": Screen.feed_line,
+    "\r": lambda screen: screen.move(screen.row, 0),
+    "\b": lambda screen: screen.move(screen.row, screen.column - 1),
+    "\t": lambda screen: screen.move(screen.row, screen.column // 8 * 8 + 8),
+}
+
+
+def cells_of(char):
+    """How many cells of a screen a character takes."""
+    if unicodedata.category(char) in ("Mn", "Me", "Cf") and char != "\xad":
+        return 0
+    if "\u1160" <= char < "\u1200":  # vowels and ends of a Hangul syllable
+        return 0
+    return 1 + (unicodedata.east_asian_width(char) in "WF")
 
 
 class Terminal:
@@ -986,6 +1051,7 @@ class Terminal:
     ):
         self.shown = ""
         self.screen = Screen(columns, rows)
+        self.decode = codecs.getincrementaldecoder("utf-8")().decode
         self.end, theirs = pty.openpty()
         size = struct.pack("4H", rows, columns, 0, 0)
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
@@ -1012,8 +1078,9 @@ class Terminal:
                     chunk = os.read(self.end, 4096)
             if not chunk:
                 pytest.fail(f"no {text!r} after {self.shown!r}")
-            self.screen.feed(chunk)
-            self.shown += chunk.decode().replace("\r\n", "\n")
+            come = self.decode(chunk)
+            self.screen.feed(come)
+            self.shown += come.replace("\r\n", "\n")
         before, _, self.shown = self.shown.partition(text)
         return before + text
 
@@ -1037,7 +1104,8 @@ class Terminal:
         """What is shown up to the end of the program."""
         with contextlib.suppress(OSError):  # EIO: the program has ended
             while select.select([self.end], [], [], PATIENCE)[0]:
-                self.shown += os.read(self.end, 4096).decode().replace("\r\n", "\n")
+                text = self.decode(os.read(self.end, 4096))
+                self.shown += text.replace("\r\n", "\n")
         return self.shown
 
     def close(self):
@@ -25521,6 +25589,740 @@ class TestMailAtPrompt:
             assert path.read_text() == mail("b", status="O")
             mbox_text = (instance.home("payam") / "mbox").read_text()
             assert mbox_text == mail("a", status="RO")
+
+
+class Viewer(Terminal):
+    """A person at a terminal of that size, who sees the screen."""
+
+    def __init__(self, instance, size, *words, term="xterm"):
+        columns, rows = size
+        self.sight = Screen(*size)  # where no path varies
+        self.names = {str(instance.root): "", minimta.__version__: "0.1"}
+        env = {"TERM": term, "LC_ALL": "C.UTF-8", "PAGER": "cat"}
+        super().__init__(instance, "mail", *words, columns=columns, rows=rows, env=env)
+
+    def see(self, typed, *texts):
+        """What is seen when `typed` was typed and `texts` have come."""
+        self.type(typed)
+        for text in texts:
+            shown = self.expect(text)
+            for name, ours in self.names.items():
+                shown = shown.replace(name, ours)
+            self.sight.feed(shown)
+        return self.sight.text()
+
+
+# Messages 21 to 40 of the odd mailbox.
+WIDE_LINE = (
+    "A line that is longer than a screen of eighty columns is wide: it goes on, and "
+    "on, until it has an end after all.\n"
+)
+ODD_PARTS = """\
+This is for programs that know no MIME.
+--b
+Content-Type: text/plain; charset=utf-8
+Content-Transfer-Encoding: quoted-printable
+
+Gr=C3=BC=C3=9Fe, the figures are attached.
+--b
+Content-Type: text/csv; name="figures.csv"
+Content-Disposition: attachment; filename="figures.csv"
+Content-Transfer-Encoding: base64
+
+YSxiDQoxLDINCg==
+--b--
+"""
+ODD_HTML = """\
+<html><head><title>x</title><style>p { color: red }</style></head><body>
+<h1>News of the week</h1><p>Hello <b>payam</b> &amp; friends, this is a paragraph
+that is long enough to be broken into several lines, see
+<a href="http://example.com/a?b=1&amp;c=2">this link</a>.</p>
+<ul><li>one</li><li>two</li></ul>
+<table><tr><td>left</td><td>right</td></tr></table></body></html>
+"""
+EVE = "From: eve@far.example\nSubject: "
+IN_MIME = "MIME-Version: 1.0\nContent-Type: "
+ODD_LETTERS = [
+    EVE + "a subject that is longer than any screen " * 5 + "\n\ntext\n",
+    "From: =?utf-8?b?5bGx55SwIOWkqumDjg==?= <yamada@far.example>\n"
+    "Subject: "
+    + "会議の議事録をお送りします。" * 6
+    + "\n\n"
+    + "本文です。" * 20
+    + "\n",
+    "From: Rene\u0301 <rene@far.example>\n"
+    "Subject: " + "re\u0301sume\u0301 " * 20 + "\n\nde\u0301ja\u0300 vu\n",
+    "From: =?iso-8859-1?q?J=FCrgen_Gr=FC=DFer?= <j@far.example>\n"
+    "Subject: =?utf-8?q?sch=C3=B6ne_Gr=C3=BC=C3=9Fe?=\n"
+    " =?utf-8?q?_aus_K=C3=B6ln?=\n\ntext\n",
+    'From: "A Name That Is Longer Than Its Column" <a@far.example>\n'
+    "Subject: long name\n\ntext\n",
+    "From: nobody.in.particular@some.where.far.example\n\ntext\n",
+    EVE + "\x1b[2J\x1b[31mred\a \x9b5m\u202eevil\n\n\x1b[2J\x1b[H\bgone\x9b\n",
+    EVE + "\n\ntext\n",
+    BOUNCE,
+    f"{EVE}with a file\n{IN_MIME}multipart/mixed; boundary=b\n\n{ODD_PARTS}",
+    f"{EVE}only HTML\n{IN_MIME}text/html\n\n{ODD_HTML}",
+    EVE + "a subject\n that is\n\tfolded\n\ntext\n",
+    EVE + "می\u200cخواهم\n\ntext\n",
+    EVE + "🎉 party 🎉 at the top of the tower on friday night 🎉\n\ntext\n",
+    EVE + "tab\there\tand\tthere\n\ntext\n",
+    "From: Ada Lovelace <ada@far.example>\nTo: payam@localhost\n"
+    f"Subject: plain\n\nHello,\n\n{WIDE_LINE}\n\ta tab\n漢字\n\nAda\n",
+    "From: (no address)\nSubject: no address\n\ntext\n",
+    "From: ｆｕｌｌｗｉｄｔｈ　ｎａｍｅ <f@far.example>\nSubject: wide\n\ntext\n",
+    EVE + "much text\n\n" + WIDE_LINE * 110,
+    EVE + "the last of the second screen\n\ntext\n",
+]
+THREAD = [
+    ("a question", ""),
+    ("Re: a question", "In-Reply-To: <41@far.example>\n"),
+    ("another matter", ""),
+    ("Re: Re: a question", "References: <41@far.example> <42@far.example>\n"),
+    (
+        "Re: a question of width: " + "on and on " * 20,
+        "In-Reply-To: <41@far.example>\n",
+    ),
+    ("回答", "In-Reply-To: <44@far.example>\n"),
+]
+
+
+def odd_mailbox():
+    """Sixty messages: twenty old ones, odd ones, a thread; new from 36 on."""
+    texts = [f"{EVE}old mail {n}\n\ntext {n}\n" for n in range(1, 21)] + ODD_LETTERS
+    for number, (subject, more) in enumerate(THREAD, 41):
+        name = f"Message-ID: <{number}@far.example>\n"
+        texts.append(f"{EVE}{subject}\n{name}{more}\ntext {number}\n")
+    texts += [f"{EVE}new mail {n}\n\ntext {n}\n" for n in range(len(texts) + 1, 61)]
+    found = []
+    for number, text in enumerate(texts, 1):
+        clock = f"05:{number - 1:02}:01"
+        status = "RO" if number < 21 else "O" if number < 36 else ""
+        more = f"Date: Wed, 19 Feb 2025 {clock} +0000\n"
+        more += f"Status: {status}\n" if status else ""
+        head = f"From eve@far.example  Wed Feb 19 {clock} 2025\n"
+        found.append(head + text.replace("\n\n", f"\n{more}\n", 1) + "\n")
+    return "".join(found)
+
+
+AT_PROMPT = "\n& "
+MAIL_COMES = None  # instead of what is typed
+# Scene -> what is typed, each with what then comes, up to the last of it.
+SITTINGS = {
+    "start": [],
+    "next page": [("z\n", AT_PROMPT)],
+    "plain": [("36\n", AT_PROMPT)],
+    "hostile": [("27\n", AT_PROMPT)],
+    "Japanese": [("22\n", AT_PROMPT)],
+    "with a file": [("30\n", AT_PROMPT)],
+    "only HTML": [("31\n", AT_PROMPT)],
+    "bounce": [("29\n", AT_PROMPT)],
+    "thread": [("thread\n", AT_PROMPT)],
+    "all headers": [("f *\n", AT_PROMPT)],
+    "help on one": [("? thread\n", AT_PROMPT), ("? nosuch\n", AT_PROMPT)],
+    "composing": [
+        ("m user1 user2\n", "Subject: "),
+        ("a letter\n", "a letter\n"),
+        ("Hello,\n", "Hello,\n"),
+        ("~m 24\n", "(continue)\n"),
+        ("~p\n", "(continue)\n"),
+        ("~.\n", "EOT\n", "& "),
+    ],
+    "reply": [
+        ("r 36\n", "Subject: Re: plain\n\n"),
+        ("my answer\n", "my answer\n"),
+        ("~p\n", "(continue)\n"),
+        ("\x04", "EOT\n", "& "),
+    ],
+    "new mail": [
+        ("=\n", AT_PROMPT),
+        (MAIL_COMES,),
+        ("f $\n", "Loaded 1 new message\n", "& "),
+        ("f $\n", AT_PROMPT),
+    ],
+    "a long command": [(f"echo {'word ' * 30}\n", AT_PROMPT)],
+    "quit": [("d 1-3\n", AT_PROMPT), ("q\n", "Held ", "\n")],
+}
+SIGHTS = {
+    (80, 24): {
+        "start": """\
+minimta mail 0.1.  Type ? for help.
+"/var/mail/payam": 60 messages 25 new 40 unread
+ U 21 eve@far.example       Wed Feb 19 05:20   8/339   "a subject that is lon"
+ U 22 山田 太郎             Wed Feb 19 05:21   8/720   "会議の議事録をお送り"
+ U 23 René                  Wed Feb 19 05:22   8/371   "résumé résumé résumé"
+ U 24 Jürgen Grüßer         Wed Feb 19 05:23   9/238   "schöne Grüße aus Köln"
+ U 25 A Name That Is Longe  Wed Feb 19 05:24   8/183   "long name"
+ U 26 nobody.in.particular  Wed Feb 19 05:25   7/152
+ U 27 eve@far.example       Wed Feb 19 05:26   8/169   "␛[2J␛[31mred␇ �5mevil"
+ U 28 eve@far.example       Wed Feb 19 05:27   8/134   ""
+ U 29 MAILER-DAEMON@host.e  Wed Feb 19 05:28  32/622   "Undelivered"
+ U 30 eve@far.example       Wed Feb 19 05:29  22/533   "with a file"
+ U 31 eve@far.example       Wed Feb 19 05:30  15/554   "only HTML"
+ U 32 eve@far.example       Wed Feb 19 05:31  10/160   "a subject that is fol"
+ U 33 eve@far.example       Wed Feb 19 05:32   8/151   "می‌خواهم"
+ U 34 eve@far.example       Wed Feb 19 05:33   8/194   "🎉 party 🎉 at the to"
+ U 35 eve@far.example       Wed Feb 19 05:34   8/152   "tab here and there"
+>N 36 Ada Lovelace          Wed Feb 19 05:35  15/301   "plain"
+ N 37 no address            Wed Feb 19 05:36   7/131   "no address"
+ N 38 ｆｕｌｌｗｉｄｔｈ    Wed Feb 19 05:37   7/171   "wide"
+ N 39 eve@far.example       Wed Feb 19 05:38 116/12668 "much text"
+ N 40 eve@far.example       Wed Feb 19 05:39   7/153   "the last of the secon"
+& _
+""",
+        "next page": """\
+& z
+>N 41 eve@far.example       Wed Feb 19 05:40   8/166   "a question"
+ N 42 eve@far.example       Wed Feb 19 05:41   9/200   "Re: a question"
+ N 43 eve@far.example       Wed Feb 19 05:42   8/170   "another matter"
+ N 44 eve@far.example       Wed Feb 19 05:43   9/220   "Re: Re: a question"
+ N 45 eve@far.example       Wed Feb 19 05:44   9/411   "Re: a question of wid"
+ N 46 eve@far.example       Wed Feb 19 05:45   9/192   "回答"
+ N 47 eve@far.example       Wed Feb 19 05:46   7/138   "new mail 47"
+ N 48 eve@far.example       Wed Feb 19 05:47   7/138   "new mail 48"
+ N 49 eve@far.example       Wed Feb 19 05:48   7/138   "new mail 49"
+ N 50 eve@far.example       Wed Feb 19 05:49   7/138   "new mail 50"
+ N 51 eve@far.example       Wed Feb 19 05:50   7/138   "new mail 51"
+ N 52 eve@far.example       Wed Feb 19 05:51   7/138   "new mail 52"
+ N 53 eve@far.example       Wed Feb 19 05:52   7/138   "new mail 53"
+ N 54 eve@far.example       Wed Feb 19 05:53   7/138   "new mail 54"
+ N 55 eve@far.example       Wed Feb 19 05:54   7/138   "new mail 55"
+ N 56 eve@far.example       Wed Feb 19 05:55   7/138   "new mail 56"
+ N 57 eve@far.example       Wed Feb 19 05:56   7/138   "new mail 57"
+ N 58 eve@far.example       Wed Feb 19 05:57   7/138   "new mail 58"
+ N 59 eve@far.example       Wed Feb 19 05:58   7/138   "new mail 59"
+ N 60 eve@far.example       Wed Feb 19 05:59   7/138   "new mail 60"
+& _
+""",
+        "plain": """\
+& 36
+Message 36:
+From eve@far.example  Wed Feb 19 05:35:01 2025
+From: Ada Lovelace <ada@far.example>
+To: payam@localhost
+Subject: plain
+Date: Wed, 19 Feb 2025 05:35:01 +0000
+Status: R
+
+Hello,
+
+A line that is longer than a screen of eighty columns is wide: it goes on, and o
+n, until it has an end after all.
+
+        a tab
+漢字
+
+Ada
+
+& _
+""",
+        "hostile": """\
+& 27
+Message 27:
+From eve@far.example  Wed Feb 19 05:26:01 2025
+From: eve@far.example
+Subject: ␛[2J␛[31mred␇ �5mevil
+Date: Wed, 19 Feb 2025 05:26:01 +0000
+Status: RO
+
+␛[2J␛[H␈gone�
+
+& _
+""",
+        "Japanese": """\
+& 22
+Message 22:
+From eve@far.example  Wed Feb 19 05:21:01 2025
+From: 山田 太郎 <yamada@far.example>
+Subject: 会議の議事録をお送りします。会議の議事録をお送りします。会議の議事録を
+お送りします。会議の議事録をお送りします。会議の議事録をお送りします。会議の議事
+録をお送りします。
+Date: Wed, 19 Feb 2025 05:21:01 +0000
+Status: RO
+
+本文です。本文です。本文です。本文です。本文です。本文です。本文です。本文です。
+本文です。本文です。本文です。本文です。本文です。本文です。本文です。本文です。
+本文です。本文です。本文です。本文です。
+
+& _
+""",
+        "with a file": """\
+& 30
+Message 30:
+From eve@far.example  Wed Feb 19 05:29:01 2025
+From: eve@far.example
+Subject: with a file
+Content-Type: multipart/mixed; boundary=b
+Date: Wed, 19 Feb 2025 05:29:01 +0000
+Status: RO
+
+Part 1:
+Content-Type: text/plain; charset=utf-8
+
+Grüße, the figures are attached.
+
+Part 2:
+Content-Type: text/csv; name="figures.csv"
+Content-Disposition: attachment; filename="figures.csv"
+
+a,b
+1,2
+& _
+""",
+        "only HTML": """\
+& 31
+Message 31:
+From eve@far.example  Wed Feb 19 05:30:01 2025
+From: eve@far.example
+Subject: only HTML
+Content-Type: text/html
+Date: Wed, 19 Feb 2025 05:30:01 +0000
+Status: RO
+
+News of the week
+
+Hello payam & friends, this is a paragraph that is long enough to be broken
+into several lines, see this link [1].
+
+* one
+* two
+
+left right
+
+[1] http://example.com/a?b=1&c=2
+& _
+""",
+        "bounce": """\
+It did not work.
+
+Part 2:
+Content-Type: message/delivery-status
+
+Reporting-MTA: dns; host.example
+Arrival-Date: Wed, 19 Feb 2025 05:10:01 +0000
+
+Final-Recipient: rfc822; eve@far.example
+Action: failed
+Status: 5.1.1
+
+
+Part 3:
+Content-Type: message/rfc822
+
+From: bob@host.example
+To: eve@far.example
+Subject: grüße
+
+Part 4:
+
+the text of it
+& _
+""",
+        "thread": """\
+ N 38 ｆｕｌｌｗｉｄｔｈ    Wed Feb 19 05:37   7/171   "wide"
+ N 39 eve@far.example       Wed Feb 19 05:38 116/12668 "much text"
+ N 40 eve@far.example       Wed Feb 19 05:39   7/153   "the last of the secon"
+ N 41 eve@far.example       Wed Feb 19 05:40   8/166   "a question"
+ `- N 42 eve@far.example       Wed Feb 19 05:41   9/200   "Re: a question"
+  `- N 44 eve@far.example       Wed Feb 19 05:43   9/220   "Re: Re: a questio"
+   `- N 46 eve@far.example       Wed Feb 19 05:45   9/192   "回答"
+ `- N 45 eve@far.example       Wed Feb 19 05:44   9/411   "Re: a question of"
+ N 43 eve@far.example       Wed Feb 19 05:42   8/170   "another matter"
+ N 47 eve@far.example       Wed Feb 19 05:46   7/138   "new mail 47"
+ N 48 eve@far.example       Wed Feb 19 05:47   7/138   "new mail 48"
+ N 49 eve@far.example       Wed Feb 19 05:48   7/138   "new mail 49"
+ N 50 eve@far.example       Wed Feb 19 05:49   7/138   "new mail 50"
+ N 51 eve@far.example       Wed Feb 19 05:50   7/138   "new mail 51"
+ N 52 eve@far.example       Wed Feb 19 05:51   7/138   "new mail 52"
+ N 53 eve@far.example       Wed Feb 19 05:52   7/138   "new mail 53"
+ N 54 eve@far.example       Wed Feb 19 05:53   7/138   "new mail 54"
+ N 55 eve@far.example       Wed Feb 19 05:54   7/138   "new mail 55"
+ N 56 eve@far.example       Wed Feb 19 05:55   7/138   "new mail 56"
+ N 57 eve@far.example       Wed Feb 19 05:56   7/138   "new mail 57"
+ N 58 eve@far.example       Wed Feb 19 05:57   7/138   "new mail 58"
+ N 59 eve@far.example       Wed Feb 19 05:58   7/138   "new mail 59"
+ N 60 eve@far.example       Wed Feb 19 05:59   7/138   "new mail 60"
+& _
+""",
+        "all headers": """\
+ N 38 ｆｕｌｌｗｉｄｔｈ    Wed Feb 19 05:37   7/171   "wide"
+ N 39 eve@far.example       Wed Feb 19 05:38 116/12668 "much text"
+ N 40 eve@far.example       Wed Feb 19 05:39   7/153   "the last of the secon"
+ N 41 eve@far.example       Wed Feb 19 05:40   8/166   "a question"
+ N 42 eve@far.example       Wed Feb 19 05:41   9/200   "Re: a question"
+ N 43 eve@far.example       Wed Feb 19 05:42   8/170   "another matter"
+ N 44 eve@far.example       Wed Feb 19 05:43   9/220   "Re: Re: a question"
+ N 45 eve@far.example       Wed Feb 19 05:44   9/411   "Re: a question of wid"
+ N 46 eve@far.example       Wed Feb 19 05:45   9/192   "回答"
+ N 47 eve@far.example       Wed Feb 19 05:46   7/138   "new mail 47"
+ N 48 eve@far.example       Wed Feb 19 05:47   7/138   "new mail 48"
+ N 49 eve@far.example       Wed Feb 19 05:48   7/138   "new mail 49"
+ N 50 eve@far.example       Wed Feb 19 05:49   7/138   "new mail 50"
+ N 51 eve@far.example       Wed Feb 19 05:50   7/138   "new mail 51"
+ N 52 eve@far.example       Wed Feb 19 05:51   7/138   "new mail 52"
+ N 53 eve@far.example       Wed Feb 19 05:52   7/138   "new mail 53"
+ N 54 eve@far.example       Wed Feb 19 05:53   7/138   "new mail 54"
+ N 55 eve@far.example       Wed Feb 19 05:54   7/138   "new mail 55"
+ N 56 eve@far.example       Wed Feb 19 05:55   7/138   "new mail 56"
+ N 57 eve@far.example       Wed Feb 19 05:56   7/138   "new mail 57"
+ N 58 eve@far.example       Wed Feb 19 05:57   7/138   "new mail 58"
+ N 59 eve@far.example       Wed Feb 19 05:58   7/138   "new mail 59"
+ N 60 eve@far.example       Wed Feb 19 05:59   7/138   "new mail 60"
+& _
+""",
+        "help on one": """\
+& ? thread
+thread                  lists the headers, answers below what they answer
+& ? nosuch
+Unknown command: "nosuch"
+& _
+""",
+        "composing": """\
+& m user1 user2
+Subject: a letter
+Hello,
+~m 24
+Interpolating: 24
+(continue)
+~p
+-------
+Message contains:
+To: user1, user2
+Subject: a letter
+
+Hello,
+> From: Jürgen Grüßer <j@far.example>
+> Subject: schöne Grüße aus Köln
+> Date: Wed, 19 Feb 2025 05:23:01 +0000
+>
+> text
+(continue)
+~.
+EOT
+& _
+""",
+        "reply": """\
+
+my answer
+~p
+-------
+Message contains:
+To: ada@far.example
+Subject: Re: plain
+
+Ada Lovelace <ada@far.example> wrote:
+
+> Hello,
+>
+> A line that is longer than a screen of eighty columns is wide: it goes on, and
+ on, until it has an end after all.
+>
+>       a tab
+> 漢字
+>
+> Ada
+
+my answer
+(continue)
+EOT
+& _
+""",
+        "new mail": """\
+& =
+36
+& f $
+ N 60 eve@far.example       Wed Feb 19 05:59   7/138   "new mail 60"
+New mail has arrived.
+Loaded 1 new message
+& f $
+ N 61 eve@far.example       Wed Feb 19 05:10   5/68    "late"
+& _
+""",
+        "a long command": """\
+& echo word word word word word word word word word word word word word word wor
+d word word word word word word word word word word word word word word word
+word word word word word word word word word word word word word word word word
+word word word word word word word word word word word word word word
+& _
+""",
+        "quit": """\
+& d 1-3
+& q
+Held 57 messages in /var/mail/payam
+_
+""",
+    },
+    (132, 50): {
+        "start": """\
+minimta mail 0.1.  Type ? for help.
+"/var/mail/payam": 60 messages 25 new 40 unread
+    1 eve@far.example       Wed Feb 19 05:00   8/147   "old mail 1"
+    2 eve@far.example       Wed Feb 19 05:01   8/147   "old mail 2"
+    3 eve@far.example       Wed Feb 19 05:02   8/147   "old mail 3"
+    4 eve@far.example       Wed Feb 19 05:03   8/147   "old mail 4"
+    5 eve@far.example       Wed Feb 19 05:04   8/147   "old mail 5"
+    6 eve@far.example       Wed Feb 19 05:05   8/147   "old mail 6"
+    7 eve@far.example       Wed Feb 19 05:06   8/147   "old mail 7"
+    8 eve@far.example       Wed Feb 19 05:07   8/147   "old mail 8"
+    9 eve@far.example       Wed Feb 19 05:08   8/147   "old mail 9"
+   10 eve@far.example       Wed Feb 19 05:09   8/149   "old mail 10"
+   11 eve@far.example       Wed Feb 19 05:10   8/149   "old mail 11"
+   12 eve@far.example       Wed Feb 19 05:11   8/149   "old mail 12"
+   13 eve@far.example       Wed Feb 19 05:12   8/149   "old mail 13"
+   14 eve@far.example       Wed Feb 19 05:13   8/149   "old mail 14"
+   15 eve@far.example       Wed Feb 19 05:14   8/149   "old mail 15"
+   16 eve@far.example       Wed Feb 19 05:15   8/149   "old mail 16"
+   17 eve@far.example       Wed Feb 19 05:16   8/149   "old mail 17"
+   18 eve@far.example       Wed Feb 19 05:17   8/149   "old mail 18"
+   19 eve@far.example       Wed Feb 19 05:18   8/149   "old mail 19"
+   20 eve@far.example       Wed Feb 19 05:19   8/149   "old mail 20"
+ U 21 eve@far.example       Wed Feb 19 05:20   8/339   "a subject that is longer than any screen a subject that is longer than an"
+ U 22 山田 太郎             Wed Feb 19 05:21   8/720   "会議の議事録をお送りします。会議の議事録をお送りします。会議の議事録をお"
+ U 23 René                  Wed Feb 19 05:22   8/371   "résumé résumé résumé résumé résumé résumé résumé résumé résumé résumé rés"
+ U 24 Jürgen Grüßer         Wed Feb 19 05:23   9/238   "schöne Grüße aus Köln"
+ U 25 A Name That Is Longe  Wed Feb 19 05:24   8/183   "long name"
+ U 26 nobody.in.particular  Wed Feb 19 05:25   7/152
+ U 27 eve@far.example       Wed Feb 19 05:26   8/169   "␛[2J␛[31mred␇ �5mevil"
+ U 28 eve@far.example       Wed Feb 19 05:27   8/134   ""
+ U 29 MAILER-DAEMON@host.e  Wed Feb 19 05:28  32/622   "Undelivered"
+ U 30 eve@far.example       Wed Feb 19 05:29  22/533   "with a file"
+ U 31 eve@far.example       Wed Feb 19 05:30  15/554   "only HTML"
+ U 32 eve@far.example       Wed Feb 19 05:31  10/160   "a subject that is folded"
+ U 33 eve@far.example       Wed Feb 19 05:32   8/151   "می‌خواهم"
+ U 34 eve@far.example       Wed Feb 19 05:33   8/194   "🎉 party 🎉 at the top of the tower on friday night 🎉"
+ U 35 eve@far.example       Wed Feb 19 05:34   8/152   "tab here and there"
+>N 36 Ada Lovelace          Wed Feb 19 05:35  15/301   "plain"
+ N 37 no address            Wed Feb 19 05:36   7/131   "no address"
+ N 38 ｆｕｌｌｗｉｄｔｈ    Wed Feb 19 05:37   7/171   "wide"
+ N 39 eve@far.example       Wed Feb 19 05:38 116/12668 "much text"
+ N 40 eve@far.example       Wed Feb 19 05:39   7/153   "the last of the second screen"
+ N 41 eve@far.example       Wed Feb 19 05:40   8/166   "a question"
+ N 42 eve@far.example       Wed Feb 19 05:41   9/200   "Re: a question"
+ N 43 eve@far.example       Wed Feb 19 05:42   8/170   "another matter"
+ N 44 eve@far.example       Wed Feb 19 05:43   9/220   "Re: Re: a question"
+ N 45 eve@far.example       Wed Feb 19 05:44   9/411   "Re: a question of width: on and on on and on on and on on and on on and o"
+ N 46 eve@far.example       Wed Feb 19 05:45   9/192   "回答"
+& _
+""",  # noqa: E501
+        "next page": """\
+& z
+>N 47 eve@far.example       Wed Feb 19 05:46   7/138   "new mail 47"
+ N 48 eve@far.example       Wed Feb 19 05:47   7/138   "new mail 48"
+ N 49 eve@far.example       Wed Feb 19 05:48   7/138   "new mail 49"
+ N 50 eve@far.example       Wed Feb 19 05:49   7/138   "new mail 50"
+ N 51 eve@far.example       Wed Feb 19 05:50   7/138   "new mail 51"
+ N 52 eve@far.example       Wed Feb 19 05:51   7/138   "new mail 52"
+ N 53 eve@far.example       Wed Feb 19 05:52   7/138   "new mail 53"
+ N 54 eve@far.example       Wed Feb 19 05:53   7/138   "new mail 54"
+ N 55 eve@far.example       Wed Feb 19 05:54   7/138   "new mail 55"
+ N 56 eve@far.example       Wed Feb 19 05:55   7/138   "new mail 56"
+ N 57 eve@far.example       Wed Feb 19 05:56   7/138   "new mail 57"
+ N 58 eve@far.example       Wed Feb 19 05:57   7/138   "new mail 58"
+ N 59 eve@far.example       Wed Feb 19 05:58   7/138   "new mail 59"
+ N 60 eve@far.example       Wed Feb 19 05:59   7/138   "new mail 60"
+& _
+""",
+        "plain": """\
+& 36
+Message 36:
+From eve@far.example  Wed Feb 19 05:35:01 2025
+From: Ada Lovelace <ada@far.example>
+To: payam@localhost
+Subject: plain
+Date: Wed, 19 Feb 2025 05:35:01 +0000
+Status: R
+
+Hello,
+
+A line that is longer than a screen of eighty columns is wide: it goes on, and on, until it has an end after all.
+
+        a tab
+漢字
+
+Ada
+
+& _
+""",  # noqa: E501
+        "bounce": """\
+& 29
+Message 29:
+From eve@far.example  Wed Feb 19 05:28:01 2025
+From: MAILER-DAEMON@host.example
+Subject: Undelivered
+Content-Type: multipart/report; report-type=delivery-status; boundary=B
+Date: Wed, 19 Feb 2025 05:28:01 +0000
+Status: RO
+
+Part 1:
+
+It did not work.
+
+Part 2:
+Content-Type: message/delivery-status
+
+Reporting-MTA: dns; host.example
+Arrival-Date: Wed, 19 Feb 2025 05:10:01 +0000
+
+Final-Recipient: rfc822; eve@far.example
+Action: failed
+Status: 5.1.1
+
+
+Part 3:
+Content-Type: message/rfc822
+
+From: bob@host.example
+To: eve@far.example
+Subject: grüße
+
+Part 4:
+
+the text of it
+& _
+""",
+        "composing": """\
+& m user1 user2
+Subject: a letter
+Hello,
+~m 24
+Interpolating: 24
+(continue)
+~p
+-------
+Message contains:
+To: user1, user2
+Subject: a letter
+
+Hello,
+> From: Jürgen Grüßer <j@far.example>
+> Subject: schöne Grüße aus Köln
+> Date: Wed, 19 Feb 2025 05:23:01 +0000
+>
+> text
+(continue)
+~.
+EOT
+& _
+""",
+        "reply": """\
+& r 36
+To: ada@far.example
+Subject: Re: plain
+
+my answer
+~p
+-------
+Message contains:
+To: ada@far.example
+Subject: Re: plain
+
+Ada Lovelace <ada@far.example> wrote:
+
+> Hello,
+>
+> A line that is longer than a screen of eighty columns is wide: it goes on, and on, until it has an end after all.
+>
+>       a tab
+> 漢字
+>
+> Ada
+
+my answer
+(continue)
+EOT
+& _
+""",  # noqa: E501
+        "new mail": """\
+& =
+36
+& f $
+ N 60 eve@far.example       Wed Feb 19 05:59   7/138   "new mail 60"
+New mail has arrived.
+Loaded 1 new message
+& f $
+ N 61 eve@far.example       Wed Feb 19 05:10   5/68    "late"
+& _
+""",
+        "a long command": """\
+& echo word word word word word word word word word word word word word word word word word word word word word word word word word
+word word word word word
+word word word word word word word word word word word word word word word word word word word word word word word word word word wo
+rd word word word
+& _
+""",  # noqa: E501
+    },
+}
+# What comes to a screen of 10x3 -> its rows, | between them.
+SCREEN_ROWS = [
+    ("one\ntwo", "one|two_|"),
+    ("0123456789", "0123456789||"),
+    ("0123456789a", "0123456789|a_|"),
+    ("0123456789\nb", "0123456789|b_|"),
+    ("0123456789 \bb", "0123456789|b_|"),
+    ("1\n2\n3\n4\n5", "3|4|5_"),
+    ("012345678漢", "012345678|漢_|"),
+    ("漢字\b\bx", "漢x_||"),
+    ("漢字\b\b\bx", " x字||"),
+    ("e\u0301漢\u0301", "e\u0301漢\u0301_||"),
+    ("a\tb", "a       b_||"),
+    ("\x1b[1mabc\x1b[m\x1b[?2004h\rx\a", "xbc||"),
+    ("abcdef\r\x1b[2C\x1b[K", "ab_||"),
+    ("abcdef\x1b[3D\x1b[P", "abcef||"),
+    ("abcdef\x1b[3D\x1b[2@", "abc_ def||"),
+    ("a\nb\nc\x1b[H\x1b[J", "_||"),
+    ("a\nb\nc\x1b[2;1Hx\x1b[A\x1b[5Gy", "a   y_|x|c"),
+]
+
+
+class TestSittings:
+    """What a person sees, row by row, on terminals of two sizes."""
+
+    def play(self, instance, size, scene, term):
+        """What the screen shows at the end of a scene, and who sees it."""
+        box = instance.make_mailbox("payam", odd_mailbox())
+        words = ["-N"] if SITTINGS[scene] else []
+        person = Viewer(instance, size, *words, term=term)
+        person.see("", "& " if words else AT_PROMPT)
+        for typed, *texts in SITTINGS[scene]:
+            if typed is MAIL_COMES:
+                with open(box, "a", encoding="utf-8") as file:
+                    file.write(mail("late"))
+            else:
+                person.see(typed, *texts)
+        if scene != "quit":
+            person.type("x\n")
+        person.rest()
+        assert person.close() == 0
+        return person.sight
+
+    @pytest.mark.parametrize("term", ["xterm", "dumb"])
+    @pytest.mark.parametrize(
+        ("size", "scene"),
+        [(size, scene) for size, screens in SIGHTS.items() for scene in screens],
+        ids=lambda value: value if isinstance(value, str) else "{}x{}".format(*value),
+    )
+    def test_a_screen_looks_right(self, instance, size, scene, term):
+        screen = self.play(instance, size, scene, term)
+        assert screen.text_and_cursor().rstrip("\n") == SIGHTS[size][scene].rstrip("\n")
+
+    @pytest.mark.parametrize("size", SIGHTS, ids="{0[0]}x{0[1]}".format)
+    def test_a_list_is_as_wide_as_the_screen_and_no_wider(self, instance, size):
+        instance.make_mailbox("payam", odd_mailbox())
+        person = Viewer(instance, size)
+        person.see("", AT_PROMPT)
+        for line in ("h 1", "z", "z", "f *", "thread", "sort", "parts *", "list"):
+            person.see(f"{line}\n", AT_PROMPT)
+        assert person.sight.wraps == []
+        shown = person.see("f 21\n", AT_PROMPT)
+        person.type("x\n")
+        assert person.close() == 0
+        assert max(map(len, shown.split("\n")[-4:])) == size[0] - 2
+
+    @pytest.mark.parametrize(("text", "rows"), SCREEN_ROWS)
+    def test_the_screen_is_one(self, text, rows):
+        screen = Screen(10, 3)
+        screen.feed(text)
+        assert screen.text_and_cursor() == rows.replace("|", "\n") + "\n"
 
 
 class TestMailReads:

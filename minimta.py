@@ -21753,6 +21753,12 @@ def write_rooms(path: str, target: str, mark: bytes) -> None:
     flags = __future__.annotations.compiler_flag
     with open(path, "rb") as file:
         tree = ast.parse(file.read())
+    for node in ast.walk(tree):  # annotations are for readers
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        elif isinstance(node, ast.arg):
+            node.annotation = None
+    path = sys.intern(path)  # once in memory, not once a room
     index, blob = {}, b""
     for node in tree.body:
         names, room = bound_names(node), ast.Module([node], [])

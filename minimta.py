@@ -5536,22 +5536,15 @@ def hand_over(fd: int, items: object) -> None:
         write_all(fd, len(data).to_bytes(8, "big") + data)
 
 
-def ahead(items: object) -> object:
-    """The same items of a generator, made by a child while we work on others.
-
-    Plain values only, marshal's; not where there are threads. What a child
-    that was ended did not hand over is made here.
-    """
-    import itertools
-    import marshal
-
-    yield from itertools.islice(items, AHEAD)
-    has_more, items = peeked(items)
-    if not has_more or os.cpu_count() == 1:
-        yield from items
-        return
+def start_maker(items: object) -> tuple[int, int]:
+    """(pid, descriptor) of a child that hands items over. Raises OSError."""
     out, into = os.pipe()
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError:
+        os.close(out)
+        os.close(into)
+        raise
     if not child:
         try:
             os.close(out)  # else it would never see that nobody listens
@@ -5559,20 +5552,47 @@ def ahead(items: object) -> object:
         finally:
             os._exit(0)
     os.close(into)
-    count = 0
+    return child, out
+
+
+def made_blocks(items: object) -> object:
+    """The items in blocks that a child makes; an empty one when it is done."""
+    import marshal
+
+    try:
+        child, out = start_maker(items)
+    except OSError:
+        return  # no more processes
     try:
         with open(out, "rb") as pipe:
             while True:
                 size = int.from_bytes(pipe.read(8), "big")
-                block = marshal.loads(pipe.read(size))
-                if not block:
-                    return
-                yield from block
-                count += len(block)
+                yield marshal.loads(pipe.read(size))
     except (EOFError, ValueError, TypeError):
-        pass  # it was ended in the middle
+        return  # it was ended in the middle
     finally:
-        os.waitpid(child, 0)
+        try:
+            os.waitpid(child, 0)
+        except ChildProcessError:
+            pass  # whoever started us has none waited for
+
+
+def ahead(items: object) -> object:
+    """The same items of a generator, made by a child while we work on others.
+
+    Plain values only, marshal's; not where there are threads. What a child
+    that was ended did not hand over is made here.
+    """
+    import itertools
+
+    yield from itertools.islice(items, AHEAD)
+    has_more, items = peeked(items)
+    count = 0
+    for block in made_blocks(items) if has_more and os.cpu_count() != 1 else ():
+        if not block:
+            return
+        yield from block
+        count += len(block)
     yield from itertools.islice(items, count, None)
 
 

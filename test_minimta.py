@@ -5851,6 +5851,31 @@ class TestAhead:
         with pytest.raises(ValueError, match="no more"):
             list(minimta.ahead(items()))
 
+    def test_where_no_process_can_be_made_we_make_them_ourselves(self):
+        code = (
+            "import resource, signal, sys; sys.path.insert(0, sys.argv[1])\n"
+            "import minimta, os\n"
+            "if sys.argv[2] == 'limit':\n"
+            "    os.setuid(54321)\n"
+            "    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))\n"
+            "else:\n"
+            "    signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+            "found = list(minimta.ahead((n, os.getpid()) for n in range(1000)))\n"
+            "print([n for n, _ in found] == list(range(1000)), "
+            "len({pid for _, pid in found}))\n"
+        )
+        ways = {"no waiting": "True 2"}
+        if os.getuid() == 0 and os.access("/usr/bin/python3", os.X_OK):
+            ways["limit"] = "True 1"
+        for way, wanted in ways.items():
+            python = "/usr/bin/python3" if way == "limit" else sys.executable
+            done = subprocess.run(
+                [python, "-IS", "-c", code, str(HERE), way],
+                capture_output=True,
+                text=True,
+            )
+            assert (done.stdout.strip(), done.stderr) == (wanted, "")
+
     def test_who_wants_no_more_leaves_no_child(self):
         items = minimta.ahead(numbers(int, 10**9))
         child = next(pid for _, pid in items if pid != os.getpid())

@@ -1744,13 +1744,25 @@ def loose_items(text: str) -> list[str]:
     return found
 
 
+def is_simple(text: str) -> bool:
+    """Whether a target is a simple address, as most are: 2 microseconds, not 40."""
+    local, at, domain = text.partition("@")
+    is_common = local and len(text) <= MAX_LOCAL and COMMON.issuperset(local + domain)
+    return bool(is_common) and text[0] not in "-=" and (not at or is_domain(domain))
+
+
+def simple_targets(text: str) -> tuple[Target, ...]:
+    """Targets with commas between them, if all of them are simple addresses."""
+    parts = [part.strip() for part in text.split(",")]
+    simple = all(map(is_simple, parts))
+    return tuple(Target("address", part) for part in parts) if simple else ()
+
+
 def parse_targets(text: str) -> tuple[Target, ...]:
     """Targets of an alias's value or a .forward line. Raises ValueError."""
-    local, at, domain = text.partition("@")
-    is_plain = local and len(text) <= MAX_LOCAL and COMMON.issuperset(local + domain)
-    if is_plain and text[0] not in "-=" and (not at or is_domain(domain)):
-        return (Target("address", text),)  # as most are: 2 microseconds, not 40
-    return tuple(Target.parse(item) for item in loose_items(text))
+    return simple_targets(text) or tuple(
+        Target.parse(item) for item in loose_items(text)
+    )
 
 
 def split_key(line: str) -> tuple[str, str]:
@@ -1832,7 +1844,8 @@ class AliasTable:
         if entry[0] in " \t":
             raise ValueError("the first line begins with white space")
         name, value = split_key(entry)
-        targets = parse_targets(value)
+        simple = simple_targets(value)
+        targets = simple or parse_targets(value)
         shown = printable(name, 60)
         if not targets:
             raise ValueError(f"{shown}: missing value for alias")
@@ -1843,7 +1856,7 @@ class AliasTable:
             return ""
         if len(name.split()) > 1 and not entry.startswith('"'):
             self.warnings.append((line, f"{shown}: a name of two words: quote it"))
-        if len(targets) != len(split_items(value)):
+        if not simple and len(targets) != len(split_items(value)):
             self.warnings.append((line, f"{shown}: write commas between targets"))
         elif len(targets) == 1 and name:
             self.plain[value] = targets

@@ -1745,14 +1745,14 @@ def loose_items(text: str) -> list[str]:
 
 
 def is_simple(text: str) -> bool:
-    """Whether a target is a simple address, as most are: 2 microseconds, not 40."""
+    """Whether a target is a simple address, as most are."""
     local, at, domain = text.partition("@")
     is_common = local and len(text) <= MAX_LOCAL and COMMON.issuperset(local + domain)
     return bool(is_common) and text[0] not in "-=" and (not at or is_domain(domain))
 
 
 def simple_targets(text: str) -> tuple[Target, ...]:
-    """Targets with commas between them, if all of them are simple addresses."""
+    """Targets between commas, if all are simple: 2 microseconds each, not 40."""
     parts = [part.strip() for part in text.split(",")]
     simple = all(map(is_simple, parts))
     return tuple(Target("address", part) for part in parts) if simple else ()

@@ -1752,7 +1752,7 @@ def is_simple(text: str) -> bool:
 
 
 def simple_targets(text: str) -> tuple[Target, ...]:
-    """Targets between commas, if all are simple: 2 microseconds each, not 40."""
+    """Targets between commas, if all are simple: 2 microseconds, not 40."""
     parts = [part.strip() for part in text.split(",")]
     simple = all(map(is_simple, parts))
     return tuple(Target("address", part) for part in parts) if simple else ()
@@ -2131,8 +2131,12 @@ class Envelope:
     @classmethod
     def parse(cls, block: bytes) -> Envelope:
         """The envelope at the start of `block`, up to the empty line."""
+        return cls.of(cls.split(block))
+
+    @classmethod
+    def of(cls, pairs: list[list[str]]) -> Envelope:
+        """The envelope of these lines, among others. Raises ValueError."""
         found, rows = cls("", []), {}
-        pairs = cls.split(block)
         for name, value in pairs:
             if name == "recipient":
                 found.recipients.append(value)
@@ -2286,13 +2290,13 @@ class QueueEntry:
     @classmethod
     def parse(cls, block: bytes) -> QueueEntry:
         """The entry that bytes() wrote."""
-        rows = [line.partition(": ")[::2] for line in os_text(block).split("\n")]
-        first = dict(rows)
-        entry = cls(first["id"], int(first["size"]), Envelope.parse(block))
+        pairs = Envelope.split(block)
+        first = dict(pairs)
+        entry = cls(first["id"], int(first["size"]), Envelope.of(pairs))
         entry.state = first["state"]
         entry.due, entry.tries = float(first["due"]), int(first["tries"])
         entry.is_given_up = "given-up" in first
-        for name, value in rows:
+        for name, value in pairs:
             if name == "reason":
                 recipient, _, why = value.partition("\t")
                 entry.reasons[recipient] = why

@@ -12453,14 +12453,20 @@ READ, WRITE = 1, 2  # selectors.EVENT_READ and EVENT_WRITE
 
 
 class PipeStream:
-    """Standard input and output as a stream, for -bs; LF may end lines."""
+    """Standard input and output as a stream, for -bs; LF may end lines.
 
-    def __init__(self) -> None:
+    `note(side, data)` hears what C, the client, and S, the server, say.
+    """
+
+    def __init__(self, note: object = lambda side, data: None) -> None:
         self.held = b""
+        self.note = note
 
     def recv(self, size: int) -> bytes:
         """Some bytes, each LF made CRLF; b"" at the end."""
-        data = self.held + os.read(0, size)
+        data = os.read(0, size)
+        self.note("C", data)
+        data = self.held + data
         if data.endswith(b"\r") and data != self.held:
             self.held, data = b"\r", data[:-1]  # its LF may be still to come
             return data.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n") or self.recv(
@@ -12471,6 +12477,7 @@ class PipeStream:
 
     def sendall(self, data: bytes) -> None:
         """All of `data`."""
+        self.note("S", data)
         write_all(1, data)
 
 
@@ -19202,11 +19209,27 @@ def send_stdin(options: SendmailOptions, environ: dict) -> int:
     return EX_OK
 
 
-def pass_through(daemon: SubmitSocket, house: House) -> int:
+class Transcript:
+    """What both sides of -bs say, in lines, for the file of -X."""
+
+    def __init__(self, fds: tuple) -> None:
+        self.fds = fds
+        self.held = {"C": b"", "S": b""}
+
+    def note(self, side: str, data: bytes) -> None:
+        """Writes the lines that `data` ends; a very long one in pieces."""
+        *lines, rest = (self.held[side] + data).split(b"\n")
+        if len(rest) > BLOCK or not data:
+            lines, rest = [*lines, *filter(None, [rest])], b""
+        self.held[side] = rest
+        shown = (os_text(line).rstrip("\r") for line in lines)
+        tell(self.fds, "".join(f"{side}: {line}\n" for line in shown))
+
+
+def pass_through(daemon: SubmitSocket, house: House, stream: PipeStream) -> int:
     """Carries bytes between the daemon and standard input and output."""
     import select
 
-    stream = PipeStream()
     greeting = f"220 {house.settings.myhostname} ESMTP minimta\r\n"
     stream.sendall(os_bytes(greeting) + daemon.buffer)
     ends = [0, daemon.socket.fileno()]
@@ -19230,15 +19253,18 @@ def serve_stdin(options: SendmailOptions, environ: dict) -> int:
     """-bs: SMTP on standard input, by the daemon or by this process."""
     house = House(environ, options.config)
     daemon = SubmitSocket(house.settings.queue_directory)
+    stream = PipeStream()
+    if options.transcript:
+        stream.note = Transcript(open_transcript(options)[-1:]).note
     if daemon.connect():
-        return pass_through(daemon, house)
+        return pass_through(daemon, house, stream)
     owns = house.owns_queue()
     spool = house.spool() if owns else Maildrop(house.settings.queue_directory)
     if owns:
         spool.make()
     stored: list[str] = []
     desk = Desk(house.settings, spool, house.log, house.router(), stored.append)
-    Conversation(desk, Client("local", True, os.getuid())).run(PipeStream())
+    Conversation(desk, Client("local", True, os.getuid())).run(stream)
     if owns and stored and options.delivery != "q":
         run_queue(house, spool, False)
     return EX_OK

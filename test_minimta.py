@@ -14075,6 +14075,22 @@ class TestSendmail:
         assert_one_clear_line(result, 65)
         assert instance.queued() == []
 
+    @pytest.mark.parametrize("is_up", [True, False])
+    def test_a_transcript_of_bs_has_both_sides(self, instance, tmp_path, is_up):
+        if is_up:
+            instance.start()
+        path = tmp_path / "said"
+        lines = ["EHLO me", "MAIL FROM:<payam>", "RCPT TO:<user1>", "DATA", "", "hi"]
+        text = "\r\n".join([*lines, ".", "QUIT", ""])
+        done = instance.run("sendmail", "-bs", "-X", path, stdin=text, user="payam")
+        said = path.read_text().splitlines()
+        assert [line[3:] for line in said if line[:3] == "C: "] == text.splitlines()
+        shown = [f"S: {line}" for line in done.out.splitlines()]
+        assert [line for line in said if line[:3] == "S: "] == shown
+        assert done.err == ""
+        why = instance.run("sendmail", "-bs", "-X", "/no/such", stdin=text)
+        assert (why.code, why.out) == (73, "")
+
     def test_a_transcript_that_cannot_be_made_is_told_first(self, instance):
         result = instance.run("sendmail", "-X", "/no/such", "payam", stdin=letter("x"))
         assert_one_clear_line(result, 73)

@@ -14,9 +14,9 @@ for python in $pinned /usr/bin/python3 /usr/local/bin/python3 python3; do
     command -v "$python" >/dev/null 2>&1 && exec "$python" -IS -c '
 import builtins, marshal, os, sys
 from _frozen_importlib_external import MAGIC_NUMBER
-def private(folder):
-    if not os.path.exists(folder): return True
-    seen = os.stat(folder)
+def private(place):
+    if not os.path.exists(place): return True
+    seen = os.stat(place)
     return seen.st_uid in (0, os.geteuid()) and not seen.st_mode & 0o022
 class Rooms(dict):
     def __missing__(self, name):
@@ -26,30 +26,34 @@ def enter(name):
     start, size = index[name]
     exec(marshal.loads(os.pread(house["ROOMS_FD"], size, start)), house)
 def find_rooms():
-    try: fd = os.open(rooms, os.O_RDONLY | os.O_CLOEXEC)
+    try: fds = [os.open(rooms, os.O_RDONLY | os.O_CLOEXEC)]
     except OSError: return -1, None
-    if fd > 2 and os.read(fd, len(mark)) == mark:
-        return fd, marshal.loads(os.read(fd, 1 << 17))
-    os.close(fd)  # of another source, or where a standard file should be
+    while fds[-1] < 3: fds.append(os.dup(fds[-1]))  # no standard file
+    for low in fds[:-1]: os.close(low)
+    try:
+        if private(fds[-1]) and os.read(fds[-1], len(mark)) == mark:
+            size, index = marshal.loads(os.read(fds[-1], 1 << 17))
+            if os.fstat(fds[-1]).st_size == size: return fds[-1], index
+    except (EOFError, ValueError, TypeError): pass
+    os.close(fds[-1])  # of another source, torn, or not ours
     return -1, None
 def whole():
-    from _frozen_importlib_external import SourceFileLoader
-    loader = SourceFileLoader("minimta", path)
-    if safe: code = loader.get_code("minimta")
-    else: code = loader.source_to_code(loader.get_data(path), path)
     module = sys.modules["minimta"] = type(sys)("minimta")
     module.__file__ = path
+    with open(path, "rb") as file: code = compile(file.read(), path, "exec")
     exec(code, vars(module))
     return vars(module)
 sys.argv = sys.argv[1:]
 path = os.path.realpath(sys.argv[0])
 home = os.path.dirname(path)
-safe = private(home) and private(home + "/__pycache__")
-rooms = f"{home}/__pycache__/minimta.{sys.implementation.cache_tag}.rooms"
+kept = home + "/__pycache__"
+safe = private(home) and private(kept)
+rooms = f"{kept}/minimta.{sys.implementation.cache_tag}.rooms"
 seen = os.stat(path)
 mark = MAGIC_NUMBER + b"%d %d." % (seen.st_mtime_ns, seen.st_size)
 fd, index = find_rooms() if safe else (-1, None)
-if safe and not index:
+place = kept if os.path.exists(kept) else home
+if safe and not index and os.access(place, os.W_OK):
     try:
         pid = os.fork()  # who compiles takes 50 MB for good: let it end
         if pid == 0:
@@ -1796,7 +1800,6 @@ def trailing_comment(text: str) -> list[tuple[int, str]]:
 
 def alias_lines(text: str) -> object:
     """(number of the first line, text) of each entry of an aliases file."""
-    text = text.removeprefix("\ufeff")  # what Windows editors put there
     # A backslash at a line's end continues it too, says sendmail.
     return logical_lines(text.replace("\\\n", "\n "))
 
@@ -1824,6 +1827,7 @@ class AliasTable:
 
     def read(self, text: str) -> object:
         """Takes up an aliases file's text; the names as they come."""
+        text = text.removeprefix("\ufeff")  # what Windows editors put there
         self.warnings += trailing_comment(text)
         for line, entry in alias_lines(text):
             try:
@@ -1838,7 +1842,8 @@ class AliasTable:
         """Adds one entry; its name, "" if it was there. Raises ValueError."""
         name, _, value = entry.partition(":")
         name, value = name.lower(), value.strip()
-        if value in self.plain and name not in self.entries and COMMON.issuperset(name):
+        is_plain = name and value in self.plain and COMMON.issuperset(name)
+        if is_plain and name not in self.entries:
             self.entries[name] = (line, self.plain[value])
             return name
         if entry[0] in " \t":
@@ -6391,20 +6396,25 @@ class History:
 # old one stays as it was.
 
 
-# What dbm.open() may make a database with, in the order in which it tries.
-DBM_MODULES = ("dbm.sqlite3", "dbm.gnu", "dbm.ndbm", "dbm.dumb")
+# What dbm.open() may make a database with, in the order in which it tries, and
+# what that imports when it opens one.
+DBM_MODULES = {
+    "dbm.sqlite3": "urllib.parse",
+    "dbm.gnu": "",
+    "dbm.ndbm": "",
+    "dbm.dumb": "encodings.latin_1",
+}
 
 
 def preload_databases(paths: list[str]) -> None:
     """Imports what reads the aliases' databases as they are, and new ones."""
     import dbm
 
-    for name in DBM_MODULES:
-        preload(name)
-        if name in sys.modules:
-            break
-    kinds = {dbm.whichdb(f"{path}.db") for path in paths}
-    preload("dbm.ndbm", *filter(None, kinds))
+    kinds = [dbm.whichdb(f"{path}.db") for path in paths]
+    for name, more in DBM_MODULES.items():
+        is_new = not any(known in sys.modules for known in DBM_MODULES)
+        if is_new or name in kinds or name == "dbm.ndbm":
+            preload(name, *filter(None, [more]))
 
 
 def signature(paths: list[str]) -> tuple:
@@ -6529,8 +6539,10 @@ class AliasDatabase:
                 return self.fetch_from_database(name)
             except Exception as error:  # noqa: BLE001 each backend has its own
                 self.close()
-                why = printable(str(error), 100)
-                self.note(f"{self.name} cannot be read ({why})")
+                why = f"{self.name} cannot be read ({printable(str(error), 100)})"
+                self.note(why)
+                if not os.path.exists(self.path):  # and the text cannot stand in
+                    raise MailError("4.3.0", f"alias database: {why}") from None
         if self.text is None:
             table = self.read_text()
             for line, reason in table.problems:
@@ -6591,7 +6603,7 @@ class AliasDatabase:
     def line_of(self, name: str) -> int:
         """The line of an alias in the text. Raises LookupError, OSError."""
         with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
-            text = file.read()
+            text = file.read().removeprefix("\ufeff")
         for line, entry in alias_lines(text):
             if name in entry.lower():  # then it is worth a closer look
                 table = AliasTable.parse(entry)
@@ -6616,10 +6628,11 @@ class AliasDatabase:
         try:
             return self.replace(ahead(AliasTable().told(text, check)))
         except OSError as error:
-            raise ProgramError(
-                EX_CANTCREAT,
-                f"{self.name}: {error.strerror}: the database is as it was",
-            ) from None
+            table = AliasTable.parse(text)
+            if table.problems:  # they come first, written or not
+                return AliasReport(table.problems, check(table))
+            why = f"{error.strerror or error}: the database is as it was"
+            raise ProgramError(EX_CANTCREAT, f"{self.name}: {why}") from None
 
     def replace(self, told: object) -> AliasReport:
         """Builds beside the database and moves that into its place.
@@ -21804,9 +21817,9 @@ def bound_names(node: object) -> list[str]:
 def write_rooms(path: str, target: str, mark: bytes) -> None:
     """Keeps each room's byte code by itself, for whoever enters only a few.
 
-    `target`: the mark of this very source, then marshalled where each name's
-    code is, padded to a round size, and the code. Only usage texts keep their
-    docstrings. Where it cannot be written, it is not.
+    `target`: the mark of this very source, then marshalled its size and where
+    each name's code is, padded to a round size, and the code. Only usage texts
+    keep their docstrings. Where it cannot be written, it is not.
     """
     import __future__
 
@@ -21830,13 +21843,21 @@ def write_rooms(path: str, target: str, mark: bytes) -> None:
         for name in names:
             index[name] = len(mark) + ROOMS_INDEX + len(blob), len(code)
         blob += code
-    aside = f"{target}.{os.getpid()}"
+    head = marshal.dumps((len(mark) + ROOMS_INDEX + len(blob), index))
+    folder, aside = os.path.dirname(target), f"{target}.{os.getpid()}"
     try:
-        with open(aside, "xb") as file:
-            file.write(mark + marshal.dumps(index).ljust(ROOMS_INDEX, b"\0") + blob)
+        if not os.path.exists(folder):
+            os.mkdir(folder, 0o755)
+            os.chmod(folder, 0o755)  # for everybody to read, whatever the umask
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with open(os.open(aside, flags, 0o644), "wb") as file:
+            os.fchmod(file.fileno(), 0o644)
+            file.write(mark + head.ljust(ROOMS_INDEX, b"\0") + blob)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, target)
     except OSError:
-        return
+        is_unlinked(aside)
 
 
 def run_program(program: object, args: list[str]) -> int:

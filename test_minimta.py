@@ -28049,9 +28049,15 @@ class Disk:
         self.mount()
 
     def close(self):
-        """Unmounted, as soon as the kernel has buried who was killed."""
+        """Unmounted, as soon as the kernel has buried who was killed.
+
+        In a mount namespace that another test made meanwhile it lives on; to
+        mount it again then would bring back the one without power.
+        """
         if self.is_mounted:
             wait_for(lambda: not subprocess.call(["umount", "-q", self.place]))
+            used = ["losetup", "-n", "-j", self.image]
+            wait_for(lambda: not subprocess.check_output(used))
         self.is_mounted = False
 
 

@@ -5752,15 +5752,17 @@ class Draft:
 
 def read_envelope(fd: int, size: int) -> bytes:
     """The first `size` bytes of a queue file, and more for a long envelope."""
-    first = bytearray(os.read(fd, size))
-    end = first.find(b"\n\n")
-    while end < 0 and len(first) < MAX_ENVELOPE:
-        more, start = os.read(fd, BLOCK), max(0, len(first) - 1)
+    first = os.read(fd, size)
+    if b"\n\n" in first:
+        return first
+    longer, end = bytearray(first), -1
+    while end < 0 and len(longer) < MAX_ENVELOPE:
+        more, start = os.read(fd, BLOCK), max(0, len(longer) - 1)
         if not more:
             break
-        first += more
-        end = first.find(b"\n\n", start)
-    return bytes(first)
+        longer += more
+        end = longer.find(b"\n\n", start)
+    return bytes(longer)
 
 
 class QueueFile:

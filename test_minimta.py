@@ -57,6 +57,10 @@ import pytest
 
 import minimta
 
+# Whom a script starts in the background ignores Ctrl-C, with all it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "minimta.py"
 CRASHES = int(os.environ.get("MINIMTA_TEST_CRASHES", "3"))  # kills

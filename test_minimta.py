@@ -4916,8 +4916,13 @@ class TestConversion:
 def place():
     """A directory of the test's own that every user may pass through."""
     path = open_directory("minimta-unit-")
+
+    def is_removed():
+        shutil.rmtree(path, ignore_errors=True)
+        return not path.exists()
+
     yield path
-    shutil.rmtree(path)
+    wait_for(is_removed)  # somebody may be delivering behind us
 
 
 def make_log(path):

@@ -1827,7 +1827,6 @@ class AliasTable:
 
     def read(self, text: str) -> object:
         """Takes up an aliases file's text; the names as they come."""
-        text = text.removeprefix("\ufeff")  # what Windows editors put there
         self.warnings += trailing_comment(text)
         for line, entry in alias_lines(text):
             try:
@@ -6582,11 +6581,15 @@ class AliasDatabase:
             return dbm.ndbm.open(self.path, "r")
         return dbm.open(self.name, "r")
 
+    def source(self) -> str:
+        """The text file's text. Raises OSError."""
+        with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read().removeprefix("\ufeff")  # Windows editors put it there
+
     def read_text(self) -> AliasTable:
         """The text file's aliases. Raises MailError."""
         try:
-            with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
-                return AliasTable.parse(file.read())
+            return AliasTable.parse(self.source())
         except FileNotFoundError:
             return AliasTable()
         except OSError as error:
@@ -6604,13 +6607,10 @@ class AliasDatabase:
 
     def line_of(self, name: str) -> int:
         """The line of an alias in the text. Raises LookupError, OSError."""
-        with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
-            text = file.read().removeprefix("\ufeff")
-        for line, entry in alias_lines(text):
-            if name in entry.lower():  # then it is worth a closer look
-                table = AliasTable.parse(entry)
-                if name in table.entries:
-                    return line
+        for line, entry in alias_lines(self.source()):
+            # Only where it may be a closer look is worth its time.
+            if name in entry.lower() and name in AliasTable.parse(entry).entries:
+                return line
         raise LookupError(name)
 
     def rebuild(self, check: object = lambda table: table.warnings) -> AliasReport:
@@ -6620,8 +6620,7 @@ class AliasDatabase:
         ProgramError. When the text has problems, the database stays.
         """
         try:
-            with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
-                text = file.read()
+            text = self.source()
         except OSError as error:
             raise ProgramError(
                 EX_NOINPUT, f"{self.path}: {error.strerror}: make it a text file"
@@ -11671,7 +11670,7 @@ LANE_PAUSE = 5  # seconds until one that found no place in the line asks again
 LINE_PAUSE = 60  # the same, where it is told when there is one
 # What is imported on the way of a message, some of it with a user's rights.
 RUNNER_MODULES = ("fcntl", "heapq", "select")
-DELIVERY_MODULES = ("mailbox", "re")  # 2.5 MB, which may wait for the first message
+DELIVERY_MODULES = ("mailbox", "re")  # 2 MB, which may wait for the first message
 
 
 def take_lock(spool: Spool, patience: float, name: str = "queue") -> int | None:

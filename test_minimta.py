@@ -2766,6 +2766,36 @@ class TestQueueEntry:
         assert read.envelope.rows() == entry.envelope.rows()
         assert {**vars(read), "envelope": 0} == {**vars(entry), "envelope": 0}
 
+    def test_a_line_of_the_overview_says_what_the_files_do(self):
+        entry = make_entry(recipients=["a@b", "c@d", "e@f", "g@h"])
+        entry.note(3, {"a@b": "why: ü", "g@h": ""}, {"e@f"})
+        entry.due, entry.envelope.origin = 1234.5, "uid 7"
+        read = minimta.QueueEntry.recall(entry.line(), 1234.5)
+        # When it is due, and whether it is given up, is its file's to say.
+        assert {**vars(read), "envelope": 0} == {**vars(entry), "envelope": 0, "due": 0}
+        assert vars(read.envelope) == vars(entry.envelope)
+
+    def test_a_line_of_another_time_or_a_torn_one_says_nothing(self):
+        entry = make_entry(recipients=["a@b", "c@d"])
+        entry.note(1, {"a@b": "why"}, set())
+        line = entry.line()
+        assert minimta.QueueEntry.recall(line, 0.0)
+        assert minimta.QueueEntry.recall(line, 1e-9) is None
+        torn = [line[:end] for end in range(len(line))]
+        assert not any(minimta.QueueEntry.recall(part, 0.0) for part in torn)
+
+    @pytest.mark.parametrize("number", range(7))
+    def test_a_line_with_another_word_in_it_is_none(self, number):
+        entry = make_entry()
+        words = entry.line().split("\t")
+        words[number] = "x\0"
+        read = minimta.QueueEntry.recall("\t".join(words), 0.0)
+        assert (read is None) == (number not in (0, 5, 6))
+
+    @pytest.mark.parametrize("names", [['"a\tb"@c'], ["x" * 5000], ["a@b"] * 2000])
+    def test_what_fits_on_no_line_has_none(self, names):
+        assert make_entry(recipients=names).line() == ""
+
     def test_a_deferred_row_is_postfixs(self):
         entry = make_entry()
         entry.note(
@@ -2851,14 +2881,14 @@ class TestMailqText:
 
     def test_title_row_and_total_are_postfixs(self):
         entry = make_entry()
-        assert "".join(minimta.mailq_text([entry])) == (
+        assert "".join(minimta.mailq_text([(entry.rows(), 473)])) == (
             "-Queue ID-  --Size-- ----Arrival Time---- -Sender/Recipient-------\n"
             f"{entry.rows()}\n-- 0 Kbytes in 1 Request.\n"
         )
 
     def test_an_empty_line_stands_between_two(self):
         entry = make_entry()
-        text = "".join(minimta.mailq_text([entry, entry]))
+        text = "".join(minimta.mailq_text([(entry.rows(), 473)] * 2))
         assert f"{entry.rows()}\n{entry.rows()}\n-- " in text
 
     @pytest.mark.parametrize(
@@ -2866,8 +2896,8 @@ class TestMailqText:
         [([1023], "0 Kbytes in 1 Request"), ([1024, 1024], "2 Kbytes in 2 Requests")],
     )
     def test_the_total_is_in_whole_kbytes(self, sizes, wanted):
-        entries = [make_entry(size=size) for size in sizes]
-        assert list(minimta.mailq_text(entries))[-1] == f"\n-- {wanted}.\n"
+        messages = [("", size) for size in sizes]
+        assert list(minimta.mailq_text(messages))[-1] == f"\n-- {wanted}.\n"
 
 
 # A message of each kind: id, sender, recipients, age, state, reasons.
@@ -2949,7 +2979,7 @@ def chosen(text, entries=None):
     """The second letters of the ids that selectors choose."""
     selectors = [minimta.Selector(word) for word in text.split()]
     entries = stock_entries() if entries is None else entries
-    found = minimta.select_entries(entries, selectors, 1e6)
+    found = filter(minimta.chooser(selectors, 1e6), entries)
     return "".join(entry.queue_id[1] for entry in found)
 
 
@@ -2973,11 +3003,6 @@ class TestSelector:
         entries = stock_entries()
         entries[2].queue_id = "0CCCCCCCCCB1"
         assert chosen("0CCCCCCCCCB1", entries) == "C"
-
-    def test_the_queue_is_not_read_to_its_end_before_the_first(self):
-        endless = itertools.cycle(stock_entries())
-        found = minimta.select_entries(endless, [minimta.Selector("0C")], 1e6)
-        assert next(found).queue_id == "0CCCCCCCCC"
 
     @pytest.mark.parametrize(
         "text",
@@ -5893,6 +5918,161 @@ class TestAhead:
             os.kill(child, 0)
 
 
+@pytest.mark.skipif(os.cpu_count() == 1, reason="there is one processor")
+class TestHalved:
+    """Work of which a child does one half."""
+
+    @pytest.mark.parametrize("count", [0, 1, 99, 100, 101, 200, 201, 1000, 1050])
+    def test_the_results_are_in_order_and_of_two_processes(self, count):
+        found = list(minimta.halved(lambda n: (n, os.getpid()), list(range(count))))
+        assert [number for number, _ in found] == list(range(count))
+        assert len({pid for _, pid in found}) == (count > 0) + (count > 100)
+
+    def test_none_is_a_result_too(self):
+        items = list(range(300))
+        found = list(minimta.halved(lambda n: None if n % 3 else n, items))
+        assert found == [None if n % 3 else n for n in items]
+
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+    def test_what_a_killed_child_did_not_do_is_done_here(self, number):
+        beginner = os.getpid()
+
+        def work(item):
+            if item == 550 and os.getpid() != beginner:
+                os.kill(os.getpid(), number)
+            return item, os.getpid()
+
+        found = list(minimta.halved(work, list(range(1000))))
+        assert [item for item, _ in found] == list(range(1000))
+        assert found[150][1] != beginner == found[550][1] == found[999][1]
+
+    def test_what_the_work_raises_is_raised_here(self):
+        def work(item):
+            if item == 550:
+                raise ValueError("no more")
+            return item
+
+        with pytest.raises(ValueError, match="no more"):
+            list(minimta.halved(work, list(range(1000))))
+
+    def test_who_wants_no_more_leaves_no_child(self):
+        items = list(range(10**6))
+        found = minimta.halved(lambda n: ("x" * 1000, os.getpid()), items)
+        child = next(pid for _, pid in found if pid != os.getpid())
+        found.close()
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+
+
+def ways_shown(spool, known=None):
+    """What every way to look at a queue shows of it."""
+    known = spool.overview.lines() if known is None else known
+    entries = [(entry.rows(True), entry.tree()) for entry in spool.entries(known)]
+    told = list(spool.told(lambda entry: (entry.rows(True), entry.tree())))
+    assert told == [(entry.rows(True), entry.tree()) for entry in spool.entries()]
+    return entries
+
+
+def defer(spool, *recipients, why="it is busy", when=2e9, **envelope):
+    """A message that waits; its id."""
+    queue_id = commit(spool, recipients=list(recipients), **envelope)
+    attempts = [make_attempt(recipient=name, why=why) for name in recipients]
+    spool.note(queue_id, attempts)
+    spool.defer(queue_id, when)
+    return queue_id
+
+
+class TestOverview:
+    """What mailq knows of messages that wait without opening them."""
+
+    def test_it_shows_what_the_files_do(self, spool):
+        for number in range(250):
+            defer(spool, f"r{number}@far.example", f"ü{number}@b", when=2e9 + number)
+        held = defer(spool, "held@b", sender="")
+        given_up = defer(spool, "late@b", why="")
+        fresh = commit(spool)
+        spool.act("hold", held)
+        spool.act("expire", given_up)
+        assert len(ways_shown(spool)) == 253
+        assert ways_shown(spool) == ways_shown(spool, {})
+        states = {e.queue_id: e.state for e in spool.entries(spool.overview.lines())}
+        assert (states[held], states[fresh]) == ("hold", "active")
+        assert set(states.values()) == {"hold", "active", "deferred"}
+
+    def test_no_message_that_waits_is_opened(self, spool):
+        ids = [defer(spool, "bob@b") for _ in range(3)]
+        fresh = commit(spool)
+        code = (
+            "import sys; sys.path.insert(0, sys.argv[1]); import minimta\n"
+            "me = minimta.User('', int(sys.argv[3]), 0, '', '/')\n"
+            "spool = minimta.Spool(sys.argv[2], me)\n"
+            "print(len(list(spool.told(lambda one: one.queue_id))))\n"
+        )
+        words = [sys.executable, "-c", code, str(HERE), spool.directory]
+        line = ["strace", "-f", "-e", "trace=openat", *words, str(os.getuid())]
+        done = subprocess.run(line, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip("strace cannot trace here")
+        assert done.stdout == "4\n"
+        assert fresh in done.stderr
+        assert not any(name in done.stderr for name in ids)
+
+    def test_a_new_attempt_makes_its_line_void(self, spool):
+        queue_id = defer(spool, "a@b", "c@d")
+        spool.wait_until(queue_id, time.time())  # it is taken up
+        spool.note(queue_id, [make_attempt("sent", recipient="a@b")])
+        (entry,) = spool.entries(spool.overview.lines())
+        assert entry.pending == ["c@d"]
+        assert ways_shown(spool) == ways_shown(spool, {})
+
+    def test_the_last_line_counts(self, spool):
+        queue_id = defer(spool, "a@b", why="first")
+        spool.note(queue_id, [make_attempt(recipient="a@b", why="second")])
+        spool.defer(queue_id, 2e9)
+        assert "(second)" in ways_shown(spool)[0][0]
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda path: path.unlink(),
+            lambda path: path.write_bytes(b""),
+            lambda path: path.write_bytes(bytes(range(256)) * 100),
+            lambda path: path.write_bytes(bytes(path.stat().st_size)),
+            lambda path: path.write_bytes(path.read_bytes()[:-40]),
+            lambda path: path.write_bytes(path.read_bytes().replace(b"\t", b" ")),
+            lambda path: (path.unlink(), path.mkdir()),
+            lambda path: (path.unlink(), path.symlink_to("/etc/passwd")),
+            lambda path: (path.unlink(), os.mkfifo(path)),
+            lambda path: path.chmod(0),
+        ],
+    )
+    def test_without_it_or_with_a_torn_one_the_files_are_read(self, spool, damage):
+        for number in range(150):
+            defer(spool, f"r{number}@far.example")
+        wanted = ways_shown(spool)
+        damage(Path(spool.path("trace", "overview")))
+        assert ways_shown(spool) == wanted
+        defer(spool, "one@more.example")
+        assert len(ways_shown(spool)) == 151
+
+    def test_an_old_one_is_thrown_away(self, spool, monkeypatch):
+        monkeypatch.setattr(minimta, "MAX_HISTORY", 2000)
+        for number in range(60):
+            defer(spool, f"r{number}@far.example")
+        files = [
+            Path(spool.path("trace", name)) for name in ("overview", "overview.before")
+        ]
+        assert all(path.stat().st_size < 2500 for path in files)
+        assert 10 < len(spool.overview.lines()) < 50
+        assert len(ways_shown(spool)) == 60
+
+    def test_on_a_full_disk_messages_wait_all_the_same(self, spool):
+        spool.overview.file.now = "/dev/full"
+        queue_id = defer(spool, "a@b")
+        assert spool.due(queue_id) == 2e9
+        assert len(ways_shown(spool)) == 1
+
+
 class TestSpool:
     """The queue's files."""
 
@@ -8732,6 +8912,19 @@ class TestQueueRunner:
         quiet.run()
         (attempt,) = quiet.spool.journal(queue_id)
         assert (attempt.outcome, attempt.status) == ("deferred", "4.4.1")
+
+    def test_what_is_deferred_is_in_the_overview_until_the_next_attempt(self, quiet):
+        queue_id = quiet.commit(UNREACHABLE)
+        quiet.run()
+        spool = quiet.spool
+        known = spool.overview.lines()[queue_id]
+        assert minimta.QueueEntry.recall(known, spool.due(queue_id)).tries == 1
+        runner = quiet.runner()
+        os.utime(spool.path("queue", queue_id), (1.0, 1.0))
+        message = runner.take_up(queue_id, time.time())
+        os.close(message.file.fd)
+        assert abs(spool.due(queue_id) - time.time()) < 60
+        assert minimta.QueueEntry.recall(known, spool.due(queue_id)) is None
 
     def test_what_is_deferred_is_due_after_the_shortest_wait(self, quiet):
         before = time.time()
@@ -21090,13 +21283,13 @@ class TestTrace:
             origin = f"origin: uid {7 if number == 3 else 8}"
             rows = [f"message-id: <number.{number}@x>", origin]
             history.add(name, "message", rows)
-        reads, read = [], history.texts
-        monkeypatch.setattr(history, "texts", lambda: reads.append(1) or read())
+        reads, read = [], history.file.texts
+        monkeypatch.setattr(history.file, "texts", lambda: reads.append(1) or read())
         found = history.trace(key, uid)
         assert (found and found.queue_id) == (wanted and names[wanted])
         assert 1 <= len(reads) <= 2
 
-    @pytest.mark.parametrize("name", ["now", "before", "other"])
+    @pytest.mark.parametrize("name", ["now", "before", "other", "overview"])
     @pytest.mark.parametrize("kind", ODD_FILES)
     def test_what_is_no_file_in_its_place_holds_nobody_up(
         self, instance, make_sink, kind, name

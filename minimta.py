@@ -2772,8 +2772,9 @@ RCPT_PARAMETERS = {
 # A local submitter that has good recipients too may hand over an unknown one
 # to be bounced: its exit code cannot tell of both.
 LOCAL_RCPT_PARAMETERS = {**RCPT_PARAMETERS, "XBOUNCE": is_absent}
-# What came by another host (rmail) is not completed here.
-LOCAL_MAIL_PARAMETERS = {**MAIL_PARAMETERS, "XASIS": is_absent}
+# What came by another host (rmail) is not completed here; -odq lets a message
+# wait as one that was deferred.
+LOCAL_MAIL_PARAMETERS = {**MAIL_PARAMETERS, "XASIS": is_absent, "XLATER": is_absent}
 
 
 def read_parameters(text: str, known: dict) -> dict[str, str | None]:
@@ -2933,6 +2934,7 @@ class Transaction:
         self.ret = (options.get("RET") or "").upper()
         self.envid = options.get("ENVID") or ""
         self.is_as_it_is = "XASIS" in options
+        self.is_for_later = "XLATER" in options
         self.recipients: list[str] = []
         self.wishes: dict[str, Wishes] = {}
         self.was_refused = False
@@ -5680,6 +5682,8 @@ class Draft:
     Used in a `with` block: what is not committed when it ends is removed.
     """
 
+    due = 0.0  # its first attempt, if that is not at once
+
     def __init__(self, spool: object, queue_id: str, envelope: Envelope) -> None:
         self.spool = spool
         self.queue_id = queue_id
@@ -5777,6 +5781,8 @@ class Draft:
             os.ftruncate(self.fd, self.size)  # what is behind is another's
         if os.geteuid() == 0:
             os.fchown(self.fd, self.spool.uid, self.spool.gid)
+        if self.due:
+            os.utime(self.fd, (self.due, self.due))
 
     def publish(self, error: OSError | None) -> None:
         """Gives the file its name, unless its fsync failed. Raises OSError."""
@@ -6611,14 +6617,20 @@ class AliasDatabase:
     def is_shared(self) -> bool:
         """Whether others than root and ourselves may write any of the files.
 
-        Then they are names only: no command, file or list that stands there.
+        Or put others in their place. Then they are names only: no command,
+        file or list that stands there.
         """
-        for path in self.files:
+        ways = (os.path.abspath(self.path), os.path.realpath(self.path))
+        folders = {os.path.dirname(way) for way in ways}
+        for path in (*folders, *self.files):
             try:
                 seen = os.stat(path)
             except OSError:
                 continue
-            if seen.st_mode & 0o022 or seen.st_uid not in (0, os.geteuid()):
+            is_open = seen.st_mode & 0o022
+            if path in folders and seen.st_mode & stat.S_ISVTX:
+                is_open = 0  # only its owner replaces a file there
+            if is_open or seen.st_uid not in (0, os.geteuid()):
                 return True
         return False
 
@@ -6763,6 +6775,7 @@ class AliasDatabase:
         import tempfile
 
         folder, base = os.path.split(os.path.abspath(self.name))
+        self.sweep(folder, f".{base}.")
         with tempfile.TemporaryDirectory(prefix=f".{base}.", dir=folder) as aside:
             with dbm.open(f"{aside}/{base}", "n") as database:
                 for name, value in told:
@@ -6779,6 +6792,16 @@ class AliasDatabase:
             self.move(aside, folder, base, built)
         sync_folder(folder)
         return report
+
+    def sweep(self, folder: str, prefix: str) -> None:
+        """Removes what builds that were killed have left."""
+        import shutil
+
+        for entry in os.scandir(folder):
+            if entry.name.startswith(prefix) and entry.is_dir(follow_symlinks=False):
+                seen = entry.stat(follow_symlinks=False)
+                if seen.st_mtime < time.time() - OLD_DRAFT:
+                    shutil.rmtree(entry.path, ignore_errors=True)
 
     def end_journal(self, path: str) -> None:
         """Makes an SQLite database one file, which anybody may read.
@@ -12709,6 +12732,8 @@ class Arrival:
             session = self.session
             envelope = session.envelope(self.now)
             self.draft = draft = self.desk.spool.create(envelope)
+            if session.transaction.is_for_later:
+                draft.due = self.now + self.desk.settings.minimal_backoff_time
             who = session.who
             self.desk.log.accepted(draft.queue_id, session.client, envelope, who)
             draft.write(session.received(draft.queue_id, self.now))
@@ -12926,7 +12951,8 @@ class Conversation:
         else:
             queue_id = arrival.draft.queue_id
             reply = self.session.stored(queue_id)
-            self.news.append(queue_id)
+            if not arrival.draft.due:
+                self.news.append(queue_id)
         self.write_notes()
         self.say(reply)
 
@@ -14179,8 +14205,8 @@ class Submission:
     """Takes a Letter the best way there is; submit() is the door.
 
     The daemon's submit socket; else the queue itself, where this process may
-    write it; else the maildrop. `delivery` says what happens to a queue that
-    no daemon serves: b runs it in the background, i waits for it, q leaves it.
+    write it; else the maildrop. `delivery` is what follows: the first attempt
+    in the background (b, with a daemon i too), at once (i), later (q).
     """
 
     def __init__(self, house: House, delivery: str = "b") -> None:
@@ -14212,8 +14238,9 @@ class Submission:
         """Over the submit socket: 250 means that it is on disk."""
         recipients = [str(address) for address in letter.recipients]
         options = Wishes(letter.notify).parameters()
+        later = " XLATER" if self.delivery == "q" else ""
         try:
-            daemon.offer(str(letter.sender), letter.options())
+            daemon.offer(str(letter.sender), letter.options() + later)
             refused = daemon.offer_recipients(recipients, options)
             self.judge(recipients, refused)
             daemon.offer_recipients(list(refused), f"{options} XBOUNCE")
@@ -18099,7 +18126,7 @@ START_COMMANDS = frozenset(
 
 MAX_IDS = 1 << 24  # bytes of ids on standard input
 WATCH_PATIENCE = 60  # seconds that -v waits for the first attempt
-WATCH_PAUSE = 0.1  # seconds between its looks
+FIRST_PAUSE, WATCH_PAUSE = 0.01, 0.16  # seconds between its looks
 NOBODY_READS = "the daemon is down, and only root may read the queue: start it"
 
 
@@ -18195,7 +18222,7 @@ def watch_delivery(
     mail.
     """
     give_up = time.monotonic() + WATCH_PATIENCE
-    trace, told = None, []
+    trace, told, pause = None, [], FIRST_PAUSE
     while delivery != "q" and time.monotonic() < give_up:
         try:
             trace = find_trace(house, queue_id) or trace
@@ -18207,7 +18234,8 @@ def watch_delivery(
                 told.append(rows)
         if trace and trace.is_settled(since):
             break
-        time.sleep(WATCH_PAUSE)
+        time.sleep(pause)
+        pause = min(2 * pause, WATCH_PAUSE)
     for attempt in trace.attempts if trace else ():
         if attempt.when >= since:
             outcome = f"{attempt.outcome} ({attempt.text})"
@@ -19364,6 +19392,7 @@ def send_stdin(options: SendmailOptions, environ: dict) -> int:
         report_failures(house, letter, queue_id, bytes(kept))
     if watchers:
         tell(watchers, f"sendmail: queued as {queue_id}\n")
+    if watchers or options.delivery == "i":
         watch_delivery(house, queue_id, options.delivery, watchers)
     return EX_OK
 

@@ -14583,6 +14583,50 @@ HEADERS = {
 }
 
 
+class TestWhenItIsTried:
+    """-od: whether sendmail waits for the first attempt, or puts it off."""
+
+    @pytest.mark.parametrize("user", [None, "user1"])
+    @pytest.mark.parametrize("flag", ["-odi", "-odf", "-ODeliveryMode=i"])
+    def test_who_waits_finds_it_delivered(self, shared, flag, user):
+        for _ in range(5):
+            token = new_token()
+            shared.sendmail(flag, "payam", stdin=letter(token), user=user)
+            assert any(token in text for text in shared.messages("payam"))
+
+    def test_who_waits_hears_nothing_of_a_host_that_is_down(self, instance):
+        instance.configure(relayhost="[127.0.0.1]:1")
+        instance.start()
+        began = time.time()
+        instance.sendmail("-odi", "a@b.example", stdin=letter("x"), user="user1")
+        (entry,) = json_lines(instance.run("mailq", "--json").out)
+        assert entry["attempts"] == 1
+        assert entry["next_attempt"] > began
+
+    def test_who_waits_for_the_maildrop_does_not(self, instance):
+        instance.sendmail("-odi", "payam", stdin=letter("x"), user="user1")
+
+    @pytest.mark.parametrize("flag", ["-odq", "-odd", "-bq", "-ODeliveryMode=queue"])
+    def test_what_is_put_off_is_not_tried_before_the_queue_is_run(self, server, flag):
+        pause, before = 300, time.time()
+        server.sendmail(flag, "payam", stdin=letter("later"), user="user1")
+        server.sendmail("-odi", "payam", stdin=letter("now"), user="user1")
+        (entry,) = json_lines(server.run("mailq", "--json").out)
+        assert before + pause - 1 < entry["next_attempt"] < time.time() + pause + 1
+        server.kill()
+        server.start()
+        server.sendmail("-odi", "payam", stdin=letter("more"), user="user1")
+        assert "in 1 Request." in server.mailq()
+        assert server.run("sendmail", "-q").code == 0
+        server.wait_message("payam", "later")
+        assert server.mailq() == "Mail queue is empty\n"
+
+    def test_only_a_local_submitter_may_put_off(self, server):
+        with Wire(server.port) as wire:
+            play(wire, "S: 220\nC: EHLO x\nS: 250")
+            play(wire, "C: MAIL FROM:<a@b.example> XLATER\nS: 555")
+
+
 class TestSendmailT:
     """Recipients from the header."""
 
@@ -22380,6 +22424,43 @@ class TestSubmittersExpect:
     def test_a_long_first_field_is_a_header(self, instance):
         result = instance.run("sendmail", "payam", stdin=f"Subject: {LONG_LINE}\n\nx\n")
         assert_one_clear_line(result, 65)
+
+    @pytest.mark.parametrize(
+        ("mode", "is_shared"),
+        [(0o755, False), (0o775, True), (0o777, True), (0o1777, False), (0o700, False)],
+    )
+    @pytest.mark.parametrize("way", ["at", "behind a link", "the link's"])
+    def test_aliases_that_others_may_replace_are_shared(
+        self, tmp_path, mode, is_shared, way
+    ):
+        real, links = tmp_path / "real", tmp_path / "links"
+        for folder in (real, links):
+            folder.mkdir(mode=0o700)
+        (real / "aliases").write_text("a: b\n")
+        (real / "aliases").chmod(0o644)
+        (links / "aliases").symlink_to(real / "aliases")
+        (links if way == "the link's" else real).chmod(mode)
+        path = real / "aliases" if way == "at" else links / "aliases"
+        assert minimta.AliasDatabase(str(path)).is_shared == is_shared
+
+    @pytest.mark.parametrize(
+        ("name", "age", "stays"),
+        [
+            (".aliases.db.x1", 7200, False),
+            (".aliases.db.x1", 60, True),
+            (".other.db.x1", 7200, True),
+        ],
+    )
+    def test_what_a_killed_newaliases_left_goes_with_the_next(
+        self, tmp_path, name, age, stays
+    ):
+        (tmp_path / "aliases").write_text("a: b\n")
+        left = tmp_path / name
+        left.mkdir()
+        (left / "aliases.db").write_text("half")
+        os.utime(left, (time.time() - age,) * 2)
+        assert minimta.AliasDatabase(str(tmp_path / "aliases")).rebuild().count == 1
+        assert left.exists() == stays
 
     @pytest.mark.parametrize(
         "value", ["|cat >{top}/ran", "{top}/ran", ":include:{top}/l"]

@@ -14019,13 +14019,17 @@ class SubmitSocket:
         """Sends command lines, together."""
         self.socket.sendall(os_bytes("".join(f"{line}\r\n" for line in lines)))
 
+    def receive(self) -> None:
+        """Takes more of what the daemon says. Raises MailError."""
+        data = self.socket.recv(1 << 16)
+        if not data:
+            raise MailError("4.4.2", "the daemon hung up")
+        self.buffer += data
+
     def read_line(self) -> bytes:
         """One line, without its end. Raises MailError."""
         while b"\n" not in self.buffer:
-            data = self.socket.recv(1 << 16)
-            if not data:
-                raise MailError("4.4.2", "the daemon hung up")
-            self.buffer += data
+            self.receive()
         line, _, self.buffer = self.buffer.partition(b"\n")
         return line.rstrip(b"\r")
 
@@ -14079,15 +14083,13 @@ class SubmitSocket:
         """The queue, as XQUEUE lists it."""
         self.send("XQUEUE")
         self.expect(250)
-        block = b""
         while True:
-            line = self.read_line()
-            if line == b"." and not block:
-                return
-            block += line + b"\n"
-            if not line:
-                yield QueueEntry.parse(block)
-                block = b""
+            *blocks, self.buffer = self.buffer.split(b"\n\n")
+            for block in blocks:
+                if block == b".":
+                    return
+                yield QueueEntry.parse(block + b"\n\n")
+            self.receive()
 
     def flush(self) -> None:
         """Has everything in the queue tried now."""

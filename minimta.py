@@ -912,9 +912,11 @@ class Address(Value):
         return f"{local}@{self.domain}" if self.domain else local
 
     def qualified(self, domain: str) -> Address:
-        """Itself, a bare user name followed by `domain`."""
-        bare = self.local and not self.domain
-        return Address(self.local, domain) if bare else self
+        """Itself without a dot at its end; a bare user name with `domain`."""
+        if not self.domain:
+            return Address(self.local, domain) if self.local else self
+        is_rooted = self.domain[-1] == "."
+        return Address(self.local, self.domain[:-1]) if is_rooted else self
 
     @property
     def is_ascii(self) -> bool:
@@ -12610,6 +12612,9 @@ SYNCERS = 4  # files that are made durable at the same time
 READ, WRITE = 1, 2  # selectors.EVENT_READ and EVENT_WRITE
 
 
+QUEUE_FAILURES = (b"451 4.3.", b"452 4.3.")  # storage_error()'s replies
+
+
 class PipeStream:
     """Standard input and output as a stream, for -bs; LF may end lines.
 
@@ -12619,6 +12624,7 @@ class PipeStream:
     def __init__(self, note: object = lambda side, data: None) -> None:
         self.held = b""
         self.note = note
+        self.has_failed = False  # the queue did not take a message
 
     def recv(self, size: int) -> bytes:
         """Some bytes, each LF made CRLF; b"" at the end."""
@@ -12636,6 +12642,8 @@ class PipeStream:
     def sendall(self, data: bytes) -> None:
         """All of `data`."""
         self.note("S", data)
+        lines = data.split(b"\n") if b" 4.3." in data else ()
+        self.has_failed |= any(line[:8] in QUEUE_FAILURES for line in lines)
         write_all(1, data)
 
 
@@ -18122,7 +18130,7 @@ START_COMMANDS = frozenset(
 # DOORS: the programs.
 # =============================================================================
 
-# == 34 Queue programs: cmd_queue, cmd_postsuper, cmd_exim ... ================
+# == 34 Queue programs: cmd_queue, cmd_postsuper, exim_queue ... ==============
 # Queue commands: our own, and those that fingers know from other systems.
 # Failures: ProgramError and MailError, which main() turns into a line.
 
@@ -18507,7 +18515,7 @@ def is_meant(action: str, count: int, options: dict) -> bool:
     is_grave = action in ("remove", "bounce", "expire")
     if not is_grave or "-y" in options or not os.isatty(0):
         return True
-    write_all(2, os_bytes(f"{action} all {count} messages? [y/N] "))
+    write_all(2, os_bytes(f"{action} all {counted(count)}? [y/N] "))
     return os.read(0, 100).strip().lower() in (b"y", b"yes")
 
 
@@ -18806,13 +18814,8 @@ def cmd_trace(args: list[str], environ: dict) -> int:
     return EX_OK
 
 
-def cmd_exim(args: list[str], environ: dict) -> int:
-    """usage: exim [-v] -bp[iu] [ID ...] | -bpc | -bV | -M ID ... | -q[ff]
-       exim -Mrm | -Mf | -Mt | -Mg | -Mvh | -Mvb | -Mvc | -Mvl ID ...
-
-    What fingers know of exim's queue: list, count; try, remove, freeze, thaw,
-    give up messages; show header, body, both, what happened to one.
-    """
+def exim_queue(args: list[str], environ: dict) -> int:
+    """What exim does with its queue. Raises ProgramError."""
     config, args = (args[1], args[2:]) if args[:1] == ["-C"] else ("", args)
     is_verbose, args = "-v" in args, [word for word in args if word != "-v"]
     if not args:
@@ -18835,9 +18838,6 @@ def cmd_exim(args: list[str], environ: dict) -> int:
     if word == "-Mvl":
         check_ids(word, ids)
         return max(cmd_trace([*settings, name], environ) for name in ids)
-    if word[:2] != "-q":
-        why = f"{printable(word, 60)} is no option of exim's queue: use sendmail"
-        raise ProgramError(EX_USAGE, why)
     if word.startswith("-qff"):
         held = [one for one in queue_entries(house) if can_be("release", one)]
         hand = QueueHand(house)
@@ -18850,18 +18850,19 @@ def cmd_qread(args: list[str], environ: dict) -> int:
 
     The queue in qmail's format.
     """
-    found = queue_entries(House(environ))
-    for entry in sorted(found, key=lambda entry: entry.queue_id):
+    house = House(environ)
+    for entry in sorted(queue_entries(house), key=lambda entry: entry.queue_id):
         when = time.strftime(
             "%d %b %Y %H:%M:%S GMT", time.gmtime(entry.envelope.arrived)
         )
         sender = printable(entry.envelope.sender)
-        head = f"{when}  #{entry.queue_id}  {entry.size}  <{sender}>\n"
-        rows = [
-            f"{'  done' if name in entry.done else ''}\tremote\t{printable(name)}\n"
-            for name in entry.envelope.recipients
-        ]
-        write_all(1, os_bytes(head + "".join(rows)))
+        text = f"{when}  #{entry.queue_id}  {entry.size}  <{sender}>\n"
+        for name in entry.envelope.recipients:
+            done = "  done" if name in entry.done else ""
+            is_ours = house.settings.is_local(domain_of(name))
+            way = "local" if is_ours else "remote"
+            text += f"{done}\t{way}\t{printable(name)}\n"
+        write_all(1, os_bytes(text))
     return EX_OK
 
 
@@ -18935,7 +18936,8 @@ class SendmailOptions:
         while args:
             word = args.pop(0)
             if word == "--":
-                self.recipients += args
+                # Now a hyphen is only a letter: <-x@host> is an address.
+                self.recipients += [f"<{w}>" if w[:1] == "-" else w for w in args]
                 return
             if len(word) < 2 or word[0] != "-":
                 self.recipients.append(word)
@@ -18998,9 +19000,10 @@ class SendmailOptions:
 
     def take_notify(self, value: str) -> None:
         """-N: what is to be reported."""
-        if not is_notify(value):
+        words = ",".join(dict.fromkeys(value.upper().replace(" ", "").split(",")))
+        if not is_notify(words):
             raise self.bad("N", value)
-        self.notify = value
+        self.notify = words
 
     def take_ret(self, value: str) -> None:
         """-R: how much of the message comes back."""
@@ -19119,6 +19122,7 @@ class SendmailOptions:
         "s": ("", ignore),
         "t": ("", turn, "reads_header", True),
         "v": ("", turn, "is_verbose", True),
+        "x": ("", ignore),
     }
 
 
@@ -19151,6 +19155,9 @@ def read_recipients(house: House, words: list[str]) -> list[Address]:
             raise ProgramError(
                 EX_USAGE, f"not a recipient: {printable(word, 100)}: give an address"
             )
+        if word.startswith(":"):  # :include:LIST is nobody, and no group
+            found.append(Address(word))
+            continue
         try:
             found += header_addresses(word.removeprefix("\\"))
         except MailError as error:
@@ -19190,10 +19197,7 @@ def read_header(chunks: object) -> Header:
 
 
 def find_recipients(house: House, header: Header) -> tuple[list, list[str]]:
-    """(the recipients that -t finds, what is wrong with the others).
-
-    Raises ProgramError where none is one.
-    """
+    """(the recipients that -t finds, what is wrong with the others)."""
     found, failures = [], []
     for value in recipient_fields(header):
         try:
@@ -19207,8 +19211,6 @@ def find_recipients(house: House, header: Header) -> tuple[list, list[str]]:
     strange = [address for address in found if address.local.startswith("-")]
     failures += [bad_address(str(one), "a leading hyphen").text for one in strange]
     found = [address for address in found if address not in strange]
-    if failures and not found:
-        raise ProgramError(EX_DATAERR, failures[0])
     origin = house.settings.local_origin
     return [one.qualified(origin) for one in found if one.local], failures
 
@@ -19299,7 +19301,10 @@ def read_letter(
     if options.reads_header:
         found, failures = find_recipients(house, header)
         recipients += found
-    unique = list(dict.fromkeys(recipients))
+    # Of a@b and A@B. the first counts.
+    unique = list({str(one).lower(): one for one in recipients[::-1]}.values())[::-1]
+    if failures and not unique:
+        raise ProgramError(EX_DATAERR, failures[0])
     if not unique:
         why = "no recipients in the header or the arguments: name somebody"
         raise ProgramError(EX_USAGE, why)
@@ -19315,7 +19320,7 @@ def read_letter(
     letter = Letter(sender, unique, header, chunks)
     letter.is_as_it_is = options.is_gateway
     letter.failures = failures
-    letter.notify, letter.envid = options.notify.upper(), options.envid
+    letter.notify, letter.envid = options.notify, options.envid
     letter.ret = {"": "", "full": "FULL"}.get(options.ret.lower(), "HDRS")
     return letter
 
@@ -19416,7 +19421,7 @@ class Transcript:
         tell(self.fds, "".join(f"{side}: {line}\n" for line in shown))
 
 
-def pass_through(daemon: SubmitSocket, house: House, stream: PipeStream) -> int:
+def pass_through(daemon: SubmitSocket, house: House, stream: PipeStream) -> None:
     """Carries bytes between the daemon and standard input and output."""
     import select
 
@@ -19428,7 +19433,7 @@ def pass_through(daemon: SubmitSocket, house: House, stream: PipeStream) -> int:
         if ends[-1] in ready:
             data = daemon.socket.recv(BLOCK)
             if not data:
-                return EX_OK
+                return
             stream.sendall(data)
         elif 0 in ready:
             data = stream.recv(BLOCK)
@@ -19447,7 +19452,8 @@ def serve_stdin(options: SendmailOptions, environ: dict) -> int:
     if options.transcript:
         stream.note = Transcript(open_transcript(options)[-1:]).note
     if daemon.connect():
-        return pass_through(daemon, house, stream)
+        pass_through(daemon, house, stream)
+        return EX_TEMPFAIL if stream.has_failed else EX_OK
     owns = house.owns_queue()
     spool = house.spool() if owns else Maildrop(house.settings.queue_directory)
     if owns:
@@ -19457,7 +19463,7 @@ def serve_stdin(options: SendmailOptions, environ: dict) -> int:
     Conversation(desk, Client("local", True, os.getuid())).run(stream)
     if owns and stored and options.delivery != "q":
         run_queue(house, spool, False)
-    return EX_OK
+    return EX_TEMPFAIL if stream.has_failed else EX_OK
 
 
 # What sendmail calls the ways that mail is handed over.
@@ -19754,16 +19760,19 @@ def build_one(house: House, path: str) -> int:
     return EX_OK
 
 
+def untyped(path: str) -> str:
+    """The FILE of TYPE:FILE, as Postfix names a map."""
+    return path.partition(":")[2] if path[:1] != "/" and ":" in path else path
+
+
 def build_aliases(options: SendmailOptions, environ: dict) -> int:
     """-bi: newaliases."""
     if options.recipients or options.mode not in "mi" or options.is_letter:
         raise ProgramError(EX_USAGE, "no such argument here: see newaliases --help")
     house = House(environ, options.config)
-    paths = (
-        [options.alias_file]
-        if options.alias_file
-        else house.settings.map_paths("alias_maps")
-    )
+    paths = house.settings.map_paths("alias_maps")
+    if options.alias_file:
+        paths = [untyped(options.alias_file)]
     codes = [build_one(house, path) for path in paths]
     return max(codes, default=EX_OK)
 
@@ -19772,9 +19781,10 @@ def build_aliases(options: SendmailOptions, environ: dict) -> int:
 def act_as_exim(options: SendmailOptions, environ: dict) -> int:
     """-Mrm and its like."""
     settings = ["-C", options.config] if options.config else []
-    return cmd_exim([*settings, options.exim, *options.recipients], environ)
+    return exim_queue([*settings, options.exim, *options.recipients], environ)
 
 
+NOT_FOR_MAIL, SERVERS = "qPhH", "sdDl"  # modes that want no recipients
 SENDMAIL_MODES = {
     "M": act_as_exim,
     "m": send_stdin,
@@ -19819,9 +19829,28 @@ def cmd_sendmail(args: list[str], environ: dict) -> int:
     -L TAG       what the log calls us, for root
     """
     options = SendmailOptions(args)
+    is_message = options.reads_header and options.mode in NOT_FOR_MAIL
+    if is_message or options.recipients and options.mode in (*NOT_FOR_MAIL, *SERVERS):
+        why = f"-{options.mode}: this sends no mail: nothing was queued: see --help"
+        raise ProgramError(EX_USAGE, why)
     if options.tag and os.getuid() == 0:
         environ = {**environ, "MINIMTA_SYSLOG_NAME": options.tag}
     return SENDMAIL_MODES[options.mode](options, environ)
+
+
+def cmd_exim(args: list[str], environ: dict) -> int:
+    """usage: exim [-v] -bp[iu] [ID ...] | -bpc | -bV | -M ID ... | -q[ff]
+       exim -Mrm | -Mf | -Mt | -Mg | -Mvh | -Mvb | -Mvc | -Mvl ID ...
+
+    What fingers know of exim's queue: list, count; try, remove, freeze, thaw,
+    give up messages; show header, body, both, what happened to one; -R PART
+    and -S PART try those to or from PART. With other options it is sendmail.
+    """
+    if len(args) == 2 and args[0] in ("-R", "-S"):
+        return cmd_sendmail([f"-q{args[0][1]}{args[1]}"], environ)
+    words = [word for word in args[2 * (args[:1] == ["-C"]) :] if word != "-v"]
+    is_queue = not words or words[0].startswith(("-bp", "-bV", "-M", "-q"))
+    return (exim_queue if is_queue else cmd_sendmail)(args, environ)
 
 
 def named(name: str) -> object:
@@ -19915,14 +19944,14 @@ def cmd_postalias(args: list[str], environ: dict) -> int:
     Builds the databases of aliases files, silently; -q prints an alias (exit 1
     without one), -s all of them. Without a file it is newaliases.
     """
-    options, words = read_flags(args, "c:d:C:finopq:rsuvwNW", [])
+    options, words = read_flags(args, "c:C:finopq:rsuvwNW", [])
     is_question = bool({"-q", "-s"} & set(options))
     if not words and not is_question:
         return cmd_newaliases([], environ)
     house = House(environ, options.get("-C", ""))
     code = 1 if is_question else EX_OK
     for word in words or house.settings.map_paths("alias_maps"):
-        path = word.partition(":")[2] if word[:1] != "/" and ":" in word else word
+        path = untyped(word)
         if is_question:  # one file that has it is enough
             code = min(code, print_aliases(path, options.get("-q", "")))
             continue

@@ -21483,7 +21483,10 @@ class TestQueueCommands:
         if request.param:
             instance.start()
         for number in range(6):
-            words = ("-odq", f"r{number}@x{number % 2}.example")
+            words = (
+                "-odb" if request.param else "-odq",
+                f"r{number}@x{number % 2}.example",
+            )
             instance.run("sendmail", *words, stdin=letter(f"m{number}"), user="payam")
         if request.param:
             wait_for(lambda: instance.log().count("status=deferred") == 6)
@@ -22400,6 +22403,124 @@ UNWRITABLE_SHARED = "others may write the"
 
 class TestSubmittersExpect:
     """What programs and people that call sendmail count on, found by trial."""
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            *(
+                "sendmail -q payam",
+                "sendmail -q -t",
+                "sendmail -bP payam",
+                "minimta.py runq -t",
+            ),
+            *("sendmail -bs payam", "sendmail -qRx payam", "minimta.py hoststat payam"),
+            *(
+                "minimta.py purgestat -t",
+                "sendmail -bD payam",
+                "minimta.py exim -bs payam",
+            ),
+        ],
+    )
+    def test_what_sends_no_mail_refuses_recipients(self, shared, words):
+        result = shared.run(*words.split(), stdin="To: payam\n\nx\n", user="user1")
+        assert_one_clear_line(result, 64)
+        assert "nothing was queued" in result.err
+
+    def test_a_good_argument_is_enough_where_the_header_has_none(self, shared):
+        token = new_token()
+        text = f"To: foo@\nSubject: {token}\n\nx\n"
+        result = shared.run("sendmail", "-t", "payam", stdin=text, user="user1")
+        assert result.code == 0
+        assert "foo@" in result.err
+        shared.wait_message("payam", token)
+        shared.wait_message("user1", "foo@")
+        assert_one_clear_line(shared.run("sendmail", "-t", stdin=text), 65)
+
+    @pytest.mark.parametrize("name", [":include:/etc/hosts", ":include:payam", ":x"])
+    def test_a_list_is_no_recipient(self, shared, name):
+        result = shared.run("sendmail", name, stdin=letter("x"), user="user1")
+        assert_one_clear_line(result, 67)
+        assert name in result.err
+
+    @pytest.mark.parametrize(
+        ("words", "wanted"),
+        [
+            (
+                ["A@B.example", "a@b.EXAMPLE", "a@b.example.", "c@d"],
+                ["A@B.example", "c@d"],
+            ),
+            (["--", "-x@b.example", "a@b.example"], ["-x@b.example", "a@b.example"]),
+        ],
+    )
+    def test_recipients_are_those(self, instance, words, wanted):
+        instance.configure(relayhost="[127.0.0.1]:1")
+        instance.sendmail("-odq", *words, stdin=letter("x"))
+        (entry,) = json_lines(instance.run("mailq", "--json").out)
+        assert [one["address"] for one in entry["recipients"]] == wanted
+
+    def test_a_hyphen_in_front_of_others_is_an_option(self, instance):
+        result = instance.run("sendmail", "a", "-zb@c", stdin=letter("x"))
+        assert_one_clear_line(result, 64)
+
+    @pytest.mark.parametrize("words", ["success, failure", "failure,failure", "NEVER"])
+    def test_words_of_notify_may_have_blanks_and_come_twice(self, words):
+        options = minimta.SendmailOptions(["-N", words, "a"])
+        assert minimta.is_notify(options.notify)
+
+    @pytest.mark.parametrize("program", [["sendmail", "-bi"], ["newaliases"]])
+    @pytest.mark.parametrize("kind", ["hash:", "lmdb:", ""])
+    def test_the_aliases_file_may_have_a_type(self, instance, program, kind):
+        path = instance.root / "etc/mine"
+        path.write_text("a: payam\n")
+        result = instance.run(*program, f"-oA{kind}{path}")
+        assert (result.code, result.err) == (0, "")
+        assert os.path.exists(f"{path}.db") or list(path.parent.glob("mine.db*"))
+
+    def test_no_alias_is_deleted_by_postalias(self, instance):
+        path = instance.root / "etc/aliases"
+        result = instance.run("minimta.py", "postalias", "-d", "root", str(path))
+        assert_one_clear_line(result, 64)
+
+    def test_exim_is_sendmail_too(self, shared):
+        token = new_token()
+        text = f"To: payam\nSubject: {token}\n\nx\n"
+        assert (
+            shared.run("minimta.py", "exim", "-t", stdin=text, user="user1").code == 0
+        )
+        shared.wait_message("payam", token)
+        assert "payam" in shared.run("minimta.py", "exim", "-bt", "alias1").out
+        assert shared.run("minimta.py", "exim", "-bv", "nosuchuser").code == 67
+        assert shared.run("minimta.py", "exim", "-C", "/nonexistent", "-bpc").code == 78
+
+    @pytest.mark.parametrize(("option", "part"), [("-R", "far"), ("-S", "user1")])
+    def test_exim_tries_mail_to_or_from_a_part(self, server, option, part):
+        server.sendmail("-odq", "payam", stdin=letter("later"), user="user1")
+        assert server.run("minimta.py", "exim", option, part).code == 0
+        if option == "-S":
+            server.wait_message("payam", "later")
+        else:
+            assert "in 1 Request." in server.mailq()
+
+    def test_qmail_qread_knows_local_from_remote(self, instance):
+        instance.configure(relayhost="[127.0.0.1]:1")
+        instance.sendmail("-odq", "payam", "a@b.example", stdin=letter("x"))
+        text = instance.run("minimta.py", "qmail-qread").out
+        assert re.findall(r"\t(\w+)\t([^@]*)@", text) == [
+            *[("local", "payam"), ("remote", "a")],
+        ]
+
+    @pytest.mark.parametrize("has_daemon", [True, False])
+    def test_bs_says_by_its_code_that_the_queue_did_not_take_it(
+        self, instance, has_daemon
+    ):
+        instance.configure(queue_minfree=1 << 50)
+        if has_daemon:
+            instance.start()
+        dialogue = "MAIL FROM:<>\nRCPT TO:<payam>\nDATA\n\nx\n.\nQUIT\n"
+        result = instance.run("sendmail", "-bs", stdin=dialogue)
+        assert (result.code, "\n452 4.3.1" in result.out) == (75, True)
+        result = instance.run("sendmail", "-bs", stdin="MAIL\nNOOP\nQUIT\n")
+        assert result.code == 0
 
     @pytest.mark.parametrize(("text", "name"), HOSTS_ROWS)
     def test_a_short_name_is_completed_from_hosts(self, tmp_path, text, name):

@@ -18609,7 +18609,8 @@ def cmd_postsuper(args: list[str], environ: dict) -> int:
         raise ProgramError(EX_USAGE, f"{error.msg}: see --help") from None
     house = House(environ, dict(pairs).get("-C", ""))
     if not house.owns_queue():
-        raise ProgramError(1, "use of this command is reserved for the superuser")
+        why = "fatal: use of this command is reserved for the superuser"
+        raise ProgramError(1, why)
     strange = [word for word in words if word not in POSTFIX_QUEUES]
     if strange:
         why = f"unknown queue {printable(strange[0], 60)}: see postsuper --help"
@@ -18692,14 +18693,15 @@ def cmd_postcat(args: list[str], environ: dict) -> int:
     spool = House(environ, options.get("-C", "")).spool()
     wanted = {flag for flag in options if flag in ("-e", "-h", "-b")} or None
     for name in words:
-        if not is_id(name):
-            raise ProgramError(1, f"{printable(name, 60)}: not a queue id: see mailq")
         try:
+            if not is_id(name):
+                raise FileNotFoundError(2, "No such file or directory")
             with open_queued(spool, name) as file:
                 print_parts(file, wanted or {"-e", "-h", "-b"})
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or str(error)
-            raise ProgramError(1, f"open queue file {name}: {why}") from None
+            text = f"fatal: open queue file {printable(name, 60)}: {why}"
+            raise ProgramError(1, text) from None
     if not words:
         raise ProgramError(EX_USAGE, "name a message: see postcat --help")
     return EX_OK
@@ -19814,7 +19816,7 @@ def cmd_sendmail(args: list[str], environ: dict) -> int:
     -i, -oi      a line with only a dot does not end the message
     -v           shows what is said to other hosts, and what comes of it
     -X FILE      adds the same to FILE
-    -odb -odi -odq   without a daemon: deliver behind, before, not at all
+    -odb -odi -odq   deliver behind; return after the first attempt; later
     -bs          SMTP on standard input and output
     -bp, -bP     the queue (mailq), how many are in it
     -q           tries all of it now; -qI -qR -qS PART: ids, recipients,

@@ -23499,6 +23499,12 @@ class TestPostfixNames:
         assert by("postcat", "-hbq", "0EEEEEEEEE").out == text
         assert by("postcat", "-bq", "0EEEEEEEEE").out.endswith(body)
 
+    @pytest.mark.parametrize("name", ["NOSUCH", "../queue/0AAAAAAAAA"])
+    def test_postcat_opens_nothing_but_messages(self, by, name):
+        result = by("postcat", "-q", name)
+        why = f"fatal: open queue file {name}: No such file or directory"
+        assert (result.code, result.err) == (1, f"postcat: {why}\n")
+
     def test_postcat_knows_no_such_file(self, by):
         result = by("postcat", "-q", "0ZZZZZZZZZ")
         assert (result.code, result.out) == (1, "")

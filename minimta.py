@@ -2090,6 +2090,14 @@ MESSAGE_LINES = {
 }
 
 
+def arrival_time(text: str) -> float:
+    """When a message came, Unix time. Raises ValueError."""
+    when = float(text)
+    if not 0 <= when < 1e11:
+        raise ValueError("no arrival time")
+    return when
+
+
 class Envelope:
     """Who sent a message and to whom: the first lines of its queue file.
 
@@ -2149,9 +2157,7 @@ class Envelope:
         if "sender" not in rows or "arrived" not in rows or not recipients:
             raise ValueError("no sender, recipient or arrival time")
         found = cls(rows["sender"], recipients)
-        found.arrived = float(rows["arrived"])
-        if not 0 <= found.arrived < 1e11:
-            raise ValueError("no arrival time")
+        found.arrived = arrival_time(rows["arrived"])
         for name, is_good in MESSAGE_LINES.items():
             value = rows.get(name)
             if value and is_good(value):
@@ -2343,7 +2349,7 @@ class QueueEntry:
         envelope = Envelope(sender, words[7::3])
         envelope.origin = origin
         try:
-            envelope.arrived = float(arrived)
+            envelope.arrived = arrival_time(arrived)
             entry, number = cls(queue_id, int(size), envelope), int(tries)
         except ValueError:
             return None
@@ -6212,12 +6218,19 @@ class Spool:
         except OSError:
             pass  # then it is tried sooner: nothing is lost
 
-    def defer(self, queue_id: str, when: float) -> None:
-        """Sets the next attempt at a message that waits from now on."""
-        self.wait_until(queue_id, when)
-        entry = self.entry(("queue", queue_id, True), {})
-        if entry:
-            self.overview.add(entry)
+    def defer(self, file: QueueFile, when: float) -> None:
+        """Sets the next attempt at a message that waits from now on.
+
+        Its file is not opened anew: to close that were to end the lock on it.
+        """
+        self.wait_until(file.queue_id, when)
+        entry = QueueEntry(file.queue_id, file.size, file.envelope)
+        try:
+            entry.due = self.due(file.queue_id)
+            entry.note(*progress(self.journal(file.queue_id)))
+        except OSError:
+            return  # then mailq opens it
+        self.overview.add(entry)
 
     def journal(self, queue_id: str) -> list[Attempt]:
         """What happened to it so far."""
@@ -6375,7 +6388,7 @@ class Spool:
         try:
             entry = None
             if queue_id in known:
-                seen = os.stat(path)
+                seen = os.lstat(path)
                 entry = QueueEntry.recall(known[queue_id], seen.st_mtime)
             if not entry:
                 entry, seen = self.read_entry(path, queue_id)
@@ -12189,9 +12202,10 @@ class QueueRunner:
                 return self.retry(queue_id, now + 1)
             journal = self.spool.journal(queue_id)
             if journal or file.seen.st_mtime > now:
-                # The overview holds no longer, and flushed mail must come
-                # before what is newer after a crash.
-                self.spool.wait_until(queue_id, now)
+                # The overview holds no longer, also where times are whole
+                # seconds, or two. After a crash flushed mail comes before
+                # what is newer.
+                self.spool.wait_until(queue_id, min(now, file.seen.st_mtime - 2))
             if self.is_early(queue_id, file.envelope.arrived):
                 close_quietly(file.fd)
                 self.early.add(queue_id)
@@ -12460,7 +12474,7 @@ class QueueRunner:
         shortest = self.settings.minimal_backoff_time
         longest = self.settings.maximal_backoff_time
         when = now + max(1.0, retry_delay(message.age, shortest, longest, chance))
-        self.spool.defer(message.queue_id, when)
+        self.spool.defer(message.file, when)
         self.retry(message.queue_id, when)
 
     def is_expired(self, message: ActiveMessage) -> bool:
@@ -18378,7 +18392,7 @@ def list_json(house: House, selectors: list[Selector], _: dict) -> int:
 
 def count_entries(house: House, selectors: list[Selector], _: dict) -> int:
     """queue count: how many."""
-    count = sum(1 for _ in selected(house, selectors))
+    count = sum(1 for _ in queue_told(house, chooser(selectors, time.time())))
     write_all(1, os_bytes(f"{count}\n"))
     return EX_OK if count or not selectors else 1
 
@@ -18873,7 +18887,7 @@ def cmd_qstat(args: list[str], environ: dict) -> int:
 
     How many messages are in the queue, in qmail's words.
     """
-    count = sum(1 for _ in queue_entries(House(environ)))
+    count = sum(1 for _ in queue_told(House(environ), lambda entry: True))
     text = (
         f"messages in queue: {count}\nmessages in queue but not yet preprocessed: 0\n"
     )
@@ -18938,8 +18952,7 @@ class SendmailOptions:
         while args:
             word = args.pop(0)
             if word == "--":
-                # Now a hyphen is only a letter: <-x@host> is an address.
-                self.recipients += [f"<{w}>" if w[:1] == "-" else w for w in args]
+                self.recipients += args
                 return
             if len(word) < 2 or word[0] != "-":
                 self.recipients.append(word)
@@ -19002,7 +19015,7 @@ class SendmailOptions:
 
     def take_notify(self, value: str) -> None:
         """-N: what is to be reported."""
-        words = ",".join(dict.fromkeys(value.upper().replace(" ", "").split(",")))
+        words = ",".join(dict.fromkeys(value.lower().replace(" ", "").split(",")))
         if not is_notify(words):
             raise self.bad("N", value)
         self.notify = words
@@ -19322,7 +19335,7 @@ def read_letter(
     letter = Letter(sender, unique, header, chunks)
     letter.is_as_it_is = options.is_gateway
     letter.failures = failures
-    letter.notify, letter.envid = options.notify, options.envid
+    letter.notify, letter.envid = options.notify.upper(), options.envid
     letter.ret = {"": "", "full": "FULL"}.get(options.ret.lower(), "HDRS")
     return letter
 

@@ -6632,8 +6632,8 @@ class AliasDatabase:
     def is_shared(self) -> bool:
         """Whether others than root and ourselves may write any of the files.
 
-        Or put others in their place. Then they are names only: no command,
-        file or list that stands there.
+        Or may put others in their place. What stands there is then a name: no
+        command, no file, no list.
         """
         ways = (os.path.abspath(self.path), os.path.realpath(self.path))
         folders = {os.path.dirname(way) for way in ways}
@@ -18926,6 +18926,7 @@ class SendmailOptions:
         self.reads_header = False
         self.dot_ends = True
         self.is_verbose = False
+        self.is_debugged = False
         self.delivery = "b"
         self.errors = "p"  # how they are told: -oem and its like
         self.config = ""
@@ -19050,6 +19051,10 @@ class SendmailOptions:
         if value[:1] in tuple("mpqwe"):
             self.errors = value[0]
 
+    def take_debug(self, value: str) -> None:
+        """-d: as -v, and which program this is."""
+        self.is_verbose = self.is_debugged = True
+
     def take_mode(self, value: str) -> None:
         """-bX: what to be."""
         if value == "q":
@@ -19123,7 +19128,7 @@ class SendmailOptions:
         "X": (":", keep, "transcript"),
         "b": (":", take_mode),
         "c": ("", ignore),
-        "d": ("?", ignore),
+        "d": ("?", take_debug),
         "e": ("?", take_errors),
         "f": (":", keep, "sender"),
         "h": (":", take_hops),
@@ -19827,7 +19832,7 @@ def cmd_sendmail(args: list[str], environ: dict) -> int:
     -f ADDR      envelope sender (also -r); '<>' is the null sender
     -F NAME      full name, for a From field that is missing
     -i, -oi      a line with only a dot does not end the message
-    -v           shows what is said to other hosts, and what comes of it
+    -v, -d       shows what is said to other hosts, and what comes of it
     -X FILE      adds the same to FILE
     -odb -odi -odq   deliver behind; return after the first attempt; later
     -bs          SMTP on standard input and output
@@ -19848,6 +19853,8 @@ def cmd_sendmail(args: list[str], environ: dict) -> int:
     if is_message or options.recipients and options.mode in (*NOT_FOR_MAIL, *SERVERS):
         why = f"-{options.mode}: this sends no mail: nothing was queued: see --help"
         raise ProgramError(EX_USAGE, why)
+    if options.is_debugged:
+        tell((2,), f"minimta {__version__}\n")
     if options.tag and os.getuid() == 0:
         environ = {**environ, "MINIMTA_SYSLOG_NAME": options.tag}
     return SENDMAIL_MODES[options.mode](options, environ)

@@ -14683,7 +14683,7 @@ class TestSendmailT:
 
 # Options that change nothing that arrives, beside those of HISTORICAL.
 IGNORED = """
-    -A c|-B 8bitmime|-B7bit|-c|-d|-d0.1|-E|-Ex|-J|-Jx|-ez|-oez|-oep|-oew|-s|-psmtp
+    -A c|-B 8bitmime|-B7bit|-c|-E|-Ex|-J|-Jx|-ez|-oez|-oep|-oew|-s|-psmtp
     -p smtp:host|-O Foo=bar|-OFoo=bar|-ODeliveryMode=i|-o7|-o8|-or1h|-oQ/x|-oT3d
     -os|-x|-Rheaders|-R full|-Vabc+2B|-Nsuccess,failure,delay
     -h5|-OIgnoreDots
@@ -22456,8 +22456,22 @@ class TestSubmittersExpect:
         assert result.code == 0
         assert "foo@" in result.err
         shared.wait_message("payam", token)
-        shared.wait_message("user1", "foo@")
+        assert "foo@" in shared.wait_message("user1", token)
         assert_one_clear_line(shared.run("sendmail", "-t", stdin=text), 65)
+
+    @pytest.mark.parametrize("flag", ["-d", "-d0.1", "-d99.100"])
+    def test_debugging_tells_of_the_own_message(self, shared, flag):
+        token = new_token()
+        words = ("sendmail", flag, "payam")
+        result = shared.run(*words, stdin=letter(token), user="user1")
+        assert (result.code, result.out) == (0, "")
+        first, queued, *_, last = result.err.splitlines()
+        assert first == f"minimta {minimta.__version__}"
+        assert queued.startswith("sendmail: queued as ")
+        assert "payam@" in last
+        assert ": sent" in last
+        result = shared.run("sendmail", flag, "-bv", "payam")
+        assert (result.code, result.err) == (0, f"{first}\n")
 
     @pytest.mark.parametrize("name", [":include:/etc/hosts", ":include:payam", ":x"])
     def test_a_list_is_no_recipient(self, shared, name):

@@ -18193,8 +18193,9 @@ def config_option(name: str, args: list[str]) -> str:
 def queue_entries(house: House) -> object:
     """Every message in the queue. Raises ProgramError EX_UNAVAILABLE."""
     if house.owns_queue():
-        if os.path.isdir(house.spool().path("queue")):
-            yield from house.spool().entries(house.spool().overview.lines())
+        spool = house.spool()
+        if os.path.isdir(spool.path("queue")):
+            yield from spool.entries(spool.overview.lines())
         return
     daemon = SubmitSocket(house.settings.queue_directory)
     if not daemon.greet():
@@ -18205,8 +18206,9 @@ def queue_entries(house: House) -> object:
 
 def queue_told(house: House, tell: object) -> object:
     """tell(entry) of every message in the queue, but None: Spool.told()."""
-    if house.owns_queue() and os.path.isdir(house.spool().path("queue")):
-        return house.spool().told(tell)
+    if house.owns_queue():
+        spool = house.spool()
+        return spool.told(tell) if os.path.isdir(spool.path("queue")) else iter(())
     return filter(None, map(tell, queue_entries(house)))
 
 
@@ -18854,6 +18856,9 @@ def exim_queue(args: list[str], environ: dict) -> int:
     if word == "-Mvl":
         check_ids(word, ids)
         return max(cmd_trace([*settings, name], environ) for name in ids)
+    if word[:2] != "-q":
+        why = f"{printable(word, 60)} is no option of exim's queue: see exim --help"
+        raise ProgramError(EX_USAGE, why)
     if word.startswith("-qff"):
         held = [one for one in queue_entries(house) if can_be("release", one)]
         hand = QueueHand(house)
@@ -19321,8 +19326,9 @@ def read_letter(
     if options.reads_header:
         found, failures = find_recipients(house, header)
         recipients += found
-    # Of a@b and A@B. the first counts.
-    unique = list({str(one).lower(): one for one in recipients[::-1]}.values())[::-1]
+    unique: dict[str, Address] = {}
+    for recipient in recipients:  # of a@b and A@B the first counts
+        unique.setdefault(str(recipient).lower(), recipient)
     if failures and not unique:
         raise ProgramError(EX_DATAERR, failures[0])
     if not unique:
@@ -19337,7 +19343,7 @@ def read_letter(
         settings, user = house.settings, house.user
         origin = message_origin(settings, user, str(sender), options.full_name)
         header = complete_header(header, origin)
-    letter = Letter(sender, unique, header, chunks)
+    letter = Letter(sender, list(unique.values()), header, chunks)
     letter.is_as_it_is = options.is_gateway
     letter.failures = failures
     letter.notify, letter.envid = options.notify.upper(), options.envid

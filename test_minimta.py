@@ -3009,6 +3009,11 @@ class TestSelector:
         entries[2].queue_id = "0CCCCCCCCCB1"
         assert chosen("0CCCCCCCCCB1", entries) == "C"
 
+    def test_the_queue_is_not_read_to_its_end_before_the_first(self):
+        endless = itertools.cycle(stock_entries())
+        found = filter(minimta.chooser([minimta.Selector("0C")], 1e6), endless)
+        assert next(found).queue_id == "0CCCCCCCCC"
+
     @pytest.mark.parametrize(
         "text",
         [
@@ -22430,18 +22435,10 @@ class TestSubmittersExpect:
     @pytest.mark.parametrize(
         "words",
         [
-            *(
-                "sendmail -q payam",
-                "sendmail -q -t",
-                "sendmail -bP payam",
-                "minimta.py runq -t",
-            ),
-            *("sendmail -bs payam", "sendmail -qRx payam", "minimta.py hoststat payam"),
-            *(
-                "minimta.py purgestat -t",
-                "sendmail -bD payam",
-                "minimta.py exim -bs payam",
-            ),
+            *("sendmail -q payam", "sendmail -q -t", "sendmail -bP payam"),
+            *("sendmail -bs payam", "sendmail -qRx payam", "sendmail -bD payam"),
+            *("minimta.py runq -t", "minimta.py hoststat payam"),
+            *("minimta.py purgestat -t", "minimta.py exim -bs payam"),
         ],
     )
     def test_what_sends_no_mail_refuses_recipients(self, shared, words):
@@ -22482,10 +22479,8 @@ class TestSubmittersExpect:
     @pytest.mark.parametrize(
         ("words", "wanted"),
         [
-            (
-                ["A@B.example", "a@b.EXAMPLE", "a@b.example.", "c@d"],
-                ["A@B.example", "c@d"],
-            ),
+            (["A@B.example", "c@d", "a@b.EXAMPLE"], ["A@B.example", "c@d"]),
+            (["c@d", "A@B.example", "a@b.example."], ["c@d", "A@B.example"]),
         ],
     )
     def test_recipients_are_those(self, instance, words, wanted):
@@ -22527,6 +22522,14 @@ class TestSubmittersExpect:
         assert "payam" in shared.run("minimta.py", "exim", "-bt", "alias1").out
         assert shared.run("minimta.py", "exim", "-bv", "nosuchuser").code == 67
         assert shared.run("minimta.py", "exim", "-C", "/nonexistent", "-bpc").code == 78
+
+    @pytest.mark.parametrize("option", ["-Mar", "-Mmd", "-Mes", "-Mx", "-M?"])
+    def test_exims_commands_that_are_none_here_do_nothing(self, server, option):
+        server.sendmail("-odq", "payam", stdin=letter("later"), user="user1")
+        result = server.run("minimta.py", "exim", option, "T49XEJ73B6", "a@b")
+        assert_one_clear_line(result, 64)
+        server.sendmail("-odi", "payam", stdin=letter("now"), user="user1")
+        assert "in 1 Request." in server.mailq()
 
     @pytest.mark.parametrize(("option", "part"), [("-R", "far"), ("-S", "user1")])
     def test_exim_tries_mail_to_or_from_a_part(self, server, option, part):
